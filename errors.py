@@ -1,0 +1,16 @@
+"""Errors for mistakes that a user can mend: one line saying what came, what is allowed, what to do."""
+
+from collections.abc import Iterable
+import difflib
+
+
+class UserError(ValueError):
+  """A mistake in a config, a flag, a file or an image. `main.py` prints it without a traceback."""
+
+
+def unknown(what: str, name: str, allowed: Iterable[str]) -> UserError:
+  """The error for a `name` that is not among those `allowed`, with the nearest one suggested."""
+  allowed = sorted(allowed)
+  near = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.5)
+  hint = f'; did you mean {near[0]!r}?' if near else ''
+  return UserError(f'{what} {name!r} does not exist; allowed: {", ".join(allowed)}{hint}')
