@@ -1,4 +1,4 @@
-"""Errors for mistakes that a user can mend: one line saying what came, what is allowed, what to do."""
+"""Errors that a user can mend: one line saying what came, what is allowed, what to do."""
 
 from collections.abc import Iterable
 import difflib

@@ -1,0 +1,181 @@
+"""Denoising score matching, and the training step that minimises it.
+
+The loss of the continuous SDEs (Eq. 7 of https://arxiv.org/abs/2011.13456), of SMLD (Eq. 1) and
+of DDPM (Eq. 3) is one formula: they differ in the times that they draw and in the kernel
+alpha, std that perturbs the data, not in what they minimise.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax
+import jax
+from jax import Array
+import jax.numpy as jnp
+import optax
+
+from models.score import ScoreModel
+from sde_lib import expand, ScoreFn, SDE
+
+Metrics = dict[str, Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that changes during training. There is no random key: those come from seed and step."""
+
+  step: Array  # optimiser steps taken, int32 []
+  params: Any
+  ema_params: Any
+  opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """What is minimised, and over which data.
+
+  Attributes:
+    continuous: train at all times in [eps, T], or only at those of the chain.
+    reduce_mean: the mean over dimensions, or half the sum, the released code's scale.
+    likelihood_weighting: weigh times by g(t)^2, for likelihood, not by std^2, for samples.
+    random_flip: mirror every other training image.
+    uniform_dequantization: spread the 256 levels of a pixel over [0, 1).
+  """
+
+  continuous: bool = True
+  reduce_mean: bool = False
+  likelihood_weighting: bool = False
+  random_flip: bool = False
+  uniform_dequantization: bool = False
+
+
+def sample_times(rng: Array, sde: SDE, n: int, continuous: bool) -> Array:
+  """n training times [n], uniform over [eps, T] or over the chain's times."""
+  if continuous:
+    return jax.random.uniform(rng, (n,), minval=sde.eps, maxval=sde.T)
+  return sde.time(jax.random.randint(rng, (n,), 0, sde.N))
+
+
+def dsm_loss(
+  sde: SDE, score_fn: ScoreFn, x0: Array, t: Array, z: Array, objective: Objective
+) -> Array:
+  """The denoising score matching loss of each example [B] at given times and noise (Eq. 7).
+
+  ||std s(x_t, t) + z||^2 with x_t = alpha x_0 + std z, that is the squared error of the score
+  times std^2; with likelihood weighting it is multiplied by g(t)^2 / std^2
+  (https://arxiv.org/abs/2101.09258).
+
+  Args:
+    sde: the forward SDE.
+    score_fn: the score that is trained.
+    x0: data [B, ...].
+    t: times [B].
+    z: standard normal noise, like x0.
+    objective: which kernel, weighting and reduction over dimensions.
+  """
+  alpha, std = (expand(v, x0) for v in sde.kernel(t, objective.continuous))
+  residual = std * score_fn(alpha * x0 + std * z, t) + z
+  if objective.likelihood_weighting:
+    residual *= expand(sde.diffusion_coef(t), x0) / std
+  squares = jnp.square(residual).reshape(x0.shape[0], -1)
+  return squares.mean(-1) if objective.reduce_mean else 0.5 * squares.sum(-1)
+
+
+def preprocess(rng: Array, images: Array, centered: bool, flip: bool, dequantize: bool) -> Array:
+  """Images as stored, uint8 [B, H, W, C], to floats in [0, 1], or in [-1, 1] if `centered`."""
+  rng_flip, rng_level = jax.random.split(rng)
+  x = images.astype(jnp.float32)
+  if flip:
+    mirrored = jax.random.bernoulli(rng_flip, shape=x.shape[:1])
+    x = jnp.where(expand(mirrored, x), x[:, :, ::-1], x)
+  x = (x + jax.random.uniform(rng_level, x.shape)) / 256 if dequantize else x / 255
+  return 2 * x - 1 if centered else x
+
+
+def optimizer(
+  *, lr: float, beta1: float, eps: float, weight_decay: float, warmup: int, grad_clip: float
+) -> optax.GradientTransformation:
+  """Adam as in the released code.
+
+  The learning rate grows linearly from 0 over `warmup` steps; the global gradient norm is clipped
+  at `grad_clip`, unless negative; weight decay is decoupled.
+  """
+  schedule = optax.linear_schedule(0.0, lr, warmup) if warmup > 0 else lr
+  adam = optax.adamw(schedule, b1=beta1, b2=0.999, eps=eps, weight_decay=weight_decay)
+  return optax.chain(optax.clip_by_global_norm(grad_clip), adam) if grad_clip >= 0 else adam
+
+
+def init_state(
+  rng: Array, model: ScoreModel, tx: optax.GradientTransformation, shape: tuple[int, ...]
+) -> TrainState:
+  """The state before the first step, for data of `shape` [B, ...]."""
+  params = model.init(rng, shape)
+  ema_params = jax.tree.map(jnp.copy, params)  # its own buffers: the state's are donated
+  return TrainState(jnp.zeros((), jnp.int32), params, ema_params, tx.init(params))
+
+
+def train_step(
+  state: TrainState,
+  images: Array,
+  rng: Array,
+  *,
+  model: ScoreModel,
+  objective: Objective,
+  tx: optax.GradientTransformation,
+  ema_rate: float,
+  ema_warmup: bool = False,
+) -> tuple[TrainState, Metrics]:
+  """One optimiser step on uint8 images [B, H, W, C]; random only in (rng, state.step).
+
+  The loss is the mean over the whole batch, wherever its parts lie. With `ema_warmup` the rate of
+  the moving average grows as (1 + n) / (10 + n) up to `ema_rate`.
+  """
+  rng_data, rng_t, rng_z, rng_dropout = jax.random.split(jax.random.fold_in(rng, state.step), 4)
+  x0 = preprocess(
+    rng_data, images, model.centered, objective.random_flip, objective.uniform_dequantization
+  )
+  t = sample_times(rng_t, model.sde, x0.shape[0], objective.continuous)
+  z = jax.random.normal(rng_z, x0.shape)
+  return optimize(
+    state, x0, t, z, rng_dropout,
+    model=model, objective=objective, tx=tx, ema_rate=ema_rate, ema_warmup=ema_warmup,
+  )  # fmt: skip
+
+
+def optimize(
+  state: TrainState,
+  x0: Array,
+  t: Array,
+  z: Array,
+  rng_dropout: Array,
+  *,
+  model: ScoreModel,
+  objective: Objective,
+  tx: optax.GradientTransformation,
+  ema_rate: float,
+  ema_warmup: bool = False,
+) -> tuple[TrainState, Metrics]:
+  """The step of `train_step` once its data x0 [B, ...], times t [B] and noise z are drawn."""
+
+  def loss_fn(params: Any) -> Array:
+    score_fn = model.bind(params, rng_dropout)
+    return dsm_loss(model.sde, score_fn, x0, t, z, objective).mean()
+
+  loss, grads = jax.value_and_grad(loss_fn)(state.params)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  rate = jnp.minimum(ema_rate, (1 + state.step) / (10 + state.step)) if ema_warmup else ema_rate
+  ema_params = optax.incremental_update(params, state.ema_params, 1 - rate)
+  metrics = {'loss': loss, 'grad_norm': optax.global_norm(grads)}
+  return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+
+
+def eval_step(
+  params: Any, images: Array, rng: Array, *, model: ScoreModel, objective: Objective
+) -> Array:
+  """The loss of each of the uint8 images [B, H, W, C] at random times, without dropout or flips."""
+  rng_data, rng_t, rng_z = jax.random.split(rng, 3)
+  x0 = preprocess(rng_data, images, model.centered, False, objective.uniform_dequantization)
+  t = sample_times(rng_t, model.sde, x0.shape[0], objective.continuous)
+  z = jax.random.normal(rng_z, x0.shape)
+  return dsm_loss(model.sde, model.bind(params), x0, t, z, objective)

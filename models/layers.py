@@ -1,0 +1,92 @@
+"""Layers that the networks share, over images [B, H, W, C]; each computes in its input's dtype.
+
+Parameter names and shapes are those of the released code, so that its checkpoints fit.
+"""
+
+from collections.abc import Callable
+import math
+
+import flax.linen as nn
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+Activation = Callable[[Array], Array]
+
+ACTIVATIONS: dict[str, Activation] = {
+  'swish': nn.swish,
+  'elu': nn.elu,
+  'relu': nn.relu,
+  'lrelu': lambda x: nn.leaky_relu(x, negative_slope=0.2),
+}
+
+
+def default_init(scale: float = 1.0) -> nn.initializers.Initializer:
+  """DDPM's initialiser: uniform, variance `scale` over the mean of fan-in and fan-out."""
+  # A scale of zero would make the variance scaling refuse; 1e-10 is DDPM's "zero".
+  return nn.initializers.variance_scaling(scale or 1e-10, 'fan_avg', 'uniform')
+
+
+def conv(
+  x: Array, features: int, kernel: int = 3, stride: int = 1, init_scale: float = 1.0
+) -> Array:
+  """A square convolution with DDPM's initialisation; call it inside a compact module."""
+  return nn.Conv(
+    features,
+    (kernel, kernel),
+    strides=(stride, stride),
+    padding='SAME',
+    kernel_init=default_init(init_scale),
+    dtype=x.dtype,
+  )(x)
+
+
+def dense(x: Array, features: int) -> Array:
+  """A fully connected layer with DDPM's initialisation."""
+  return nn.Dense(features, kernel_init=default_init(), dtype=x.dtype)(x)
+
+
+def group_norm(x: Array, min_group_size: int = 4) -> Array:
+  """GroupNorm with 32 groups, fewer where a group would have under `min_group_size` channels.
+
+  Mean and variance are taken in float32 whatever the dtype of x.
+  """
+  return nn.GroupNorm(num_groups=min(x.shape[-1] // min_group_size, 32), dtype=x.dtype)(x)
+
+
+class NIN(nn.Module):
+  """Network in network: the same linear map at every pixel (a 1x1 convolution)."""
+
+  features: int
+  init_scale: float = 0.1
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    w = self.param('W', default_init(self.init_scale), (x.shape[-1], self.features))
+    b = self.param('b', nn.initializers.zeros, (self.features,))
+    return x @ w.astype(x.dtype) + b.astype(x.dtype)
+
+
+class GaussianFourierProjection(nn.Module):
+  """Random Fourier features of a scalar, [B] -> [B, 2 features] (Sec. C.1).
+
+  The frequencies W are drawn once and never trained.
+  """
+
+  features: int
+  scale: float = 16.0
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    w = self.param('W', nn.initializers.normal(stddev=self.scale), (self.features,))
+    phase = 2 * jnp.pi * x[:, None] * jax.lax.stop_gradient(w)[None, :]
+    return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
+
+
+def positional_embedding(t: Array, features: int, max_period: float = 10000.0) -> Array:
+  """The sinusoidal embedding of DDPM, [B] -> [B, features]; t counts time steps, 0 to N - 1."""
+  half = features // 2
+  frequencies = jnp.exp(-math.log(max_period) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
+  phase = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+  embedding = jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
+  return jnp.pad(embedding, [[0, 0], [0, features % 2]])
