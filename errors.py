@@ -4,7 +4,7 @@ from collections.abc import Iterable
 import difflib
 
 
-class UserError(ValueError):
+class UserError(Exception):
   """A mistake in a config, a flag, a file or an image. `main.py` prints it without a traceback."""
 
 

@@ -1,0 +1,402 @@
+"""Image sources with random access, and batches that are a pure function of (seed, step).
+
+    source = load('CIFAR10', 'train', image_size=32, num_channels=3)
+    for batch in train_batches(source, 128, seed=42, start=step):
+      batch['image']   # uint8 [128, 32, 32, 3]
+
+Images stay uint8 here; flips, dequantisation and scaling happen on the device.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+import io
+import logging
+import os
+from pathlib import Path
+import sys
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from errors import unknown, UserError
+from prepare_tfds import parse_example, prepared_builder, tfrecord_spans
+
+logger = logging.getLogger('score_sde')
+
+_MEMORY_LIMIT = 4 * 2**30  # bytes; a larger set is decoded anew each time
+_DIGITS = Path(__file__).parent / 'assets' / 'digits.npz'
+_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm')
+
+
+class ImageSource:
+  """`source[i]` is image i, uint8 [image_size, image_size, num_channels]; `gather` takes many.
+
+  Decoded images are kept in memory if all of them fit under 4 GiB.
+  """
+
+  def __init__(self, shape: tuple[int, int, int], length: int, read: Callable[[int], np.ndarray]):
+    """`read(i)` decodes image i into an array of `shape`; it is called from several threads."""
+    self.shape = shape
+    self._length = length
+    self._read = read
+    fits = length * int(np.prod(shape)) <= _MEMORY_LIMIT
+    self._images = np.empty((length, *shape), np.uint8) if fits else None
+    self._decoded = np.zeros(length, bool)
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, i: int) -> np.ndarray:
+    if not -self._length <= i < self._length:
+      raise IndexError(f'image {i} of {self._length}')
+    return self.gather(np.array([i % self._length]))[0]
+
+  def gather(self, indices: np.ndarray) -> np.ndarray:
+    """Images of `indices` [n], each in [0, len): uint8 [n, *shape]."""
+    if self._images is None:
+      return np.stack([self._read(int(i)) for i in indices])
+    # Two threads may decode the same image: they write the same bytes, then the mark.
+    for i in indices[~self._decoded[indices]]:
+      self._images[i] = self._read(int(i))
+      self._decoded[i] = True
+    return self._images[indices]
+
+
+# Geometry: an image of any size -> one of [size, size]. Pillow's filters are antialiased, as those
+# of the released code are, and leave an image alone that has the size already.
+
+
+def _crop(image: Image.Image, size: int) -> Image.Image:
+  """The central square of side `size`, or of the short side where that is less."""
+  size = min(size, *image.size)
+  left, top = (image.width - size) // 2, (image.height - size) // 2
+  return image.crop((left, top, left + size, top + size))
+
+
+def _stretch(image: Image.Image, size: int) -> Image.Image:
+  return image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def _short_side_then_crop(image: Image.Image, size: int) -> Image.Image:
+  ratio = size / min(image.size)
+  shape = round(image.width * ratio), round(image.height * ratio)
+  return _crop(image.resize(shape, Image.Resampling.BILINEAR), size)
+
+
+def _celeba(image: Image.Image, size: int) -> Image.Image:
+  return _stretch(_crop(image, 140), size)  # 140: the face without most of the background
+
+
+def _lsun(image: Image.Image, size: int) -> Image.Image:
+  if size == 128:
+    return _short_side_then_crop(image, size)
+  return _crop(image, min(image.size)).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _stored(image: Image.Image, size: int) -> Image.Image:
+  if image.size != (size, size):
+    raise UserError(
+      f'the records hold {image.height}x{image.width} images and config.data.image_size is {size}; '
+      'set it to that, or name the files of the other resolution in --config.data.path'
+    )
+  return image
+
+
+def _convert(image: Image.Image, num_channels: int) -> Image.Image:
+  """8-bit grey or RGB. 16-bit values keep their high byte; what is transparent becomes white."""
+  if image.mode[0] in 'IF':
+    values = np.asarray(image)
+    if values.dtype.kind == 'f' or values.min() < 0 or values.max() > 65535:
+      raise ValueError(f'pixels of Pillow mode {image.mode} are neither 8-bit nor 16-bit')
+    image = Image.fromarray((values >> 8).astype(np.uint8))
+  if image.has_transparency_data:
+    image = image.convert('RGBA')
+    image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+  return image.convert('L' if num_channels == 1 else 'RGB')
+
+
+@dataclasses.dataclass(frozen=True)
+class _Records:
+  """`read(i)` opens image i, in any size and mode; `where(i)` names it in an error message."""
+
+  length: int
+  read: Callable[[int], Image.Image]
+  where: Callable[[int], str]
+  fit: Callable[[Image.Image, int], Image.Image]
+
+
+def _digits(split: str, _: str) -> _Records:
+  with np.load(_DIGITS) as file:
+    images = file['images'][:1500] if split == 'train' else file['images'][1500:]
+  return _Records(
+    len(images), lambda i: Image.fromarray(images[i]), lambda i: f'digits {split} {i}', _stretch
+  )
+
+
+def _folder(split: str, path: str) -> _Records:
+  """Images below `path`; where it has train/ and test/ (or validation/, val/), of the split."""
+  root = Path(path).expanduser()
+  if not path or not os.path.isdir(root):
+    raise UserError(f'--config.data.path={path!r} is not a folder; name the one with the images')
+  held_out = [root / n for n in ('test', 'validation', 'val') if os.path.isdir(root / n)]
+  if os.path.isdir(root / 'train') and held_out:
+    root = root / 'train' if split == 'train' else held_out[0]
+  elif split == 'test':
+    logger.warning('%s has no train/ and test/ subfolders: testing on the training images.', path)
+
+  def fail(error: OSError) -> None:
+    raise UserError(f'cannot list {error.filename} ({error.strerror})') from error
+
+  files, visited = [], set()
+  for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
+    if (real := os.path.realpath(folder)) in visited:  # a link back to a folder above
+      folders.clear()
+    else:
+      visited.add(real)
+      shown = (n for n in names if n.lower().endswith(_SUFFIXES) and not n.startswith('.'))
+      files += [Path(folder, name) for name in shown]
+  if not files:
+    raise UserError(f'no images in {root}; files that end in {" ".join(_SUFFIXES)} are looked for')
+  files.sort(key=lambda file: file.as_posix())  # the same order on every machine
+  return _Records(
+    len(files),
+    lambda i: ImageOps.exif_transpose(Image.open(files[i])),
+    lambda i: str(files[i]),
+    _short_side_then_crop,
+  )
+
+
+def _tfds(name: str, split: str, path: str, data_dir: str, held_out: str, fit: Any) -> _Records:
+  """A TFDS dataset. `held_out` names its evaluation split; '' picks test or validation."""
+  from tensorflow_datasets.core.decode import DeserializeMethod
+  from tensorflow_datasets.core.features import Image as ImageFeature
+
+  also = [*_LOCAL, *(own for own, _, _, _ in _TFDS)]
+  builder = prepared_builder(name, path=path, data_dir=data_dir, also=also)
+  info = builder.info
+  if 'image' not in info.features or not isinstance(info.features['image'], ImageFeature):
+    raise UserError(
+      f'TFDS dataset {name!r} has no image: its features are {", ".join(info.features)}'
+    )
+  if split == 'test':
+    split = held_out or next((s for s in ('test', 'validation') if s in info.splits), 'train')
+    if split == 'train':
+      logger.warning('%s has no split test or validation: testing on the training images.', name)
+  if split not in info.splits:
+    raise unknown(f'split of TFDS dataset {name}', split, info.splits)
+  try:
+    # Raw records: Pillow on the image alone is several times faster than TFDS on all features.
+    records = builder.as_data_source(
+      split, deserialize_method=DeserializeMethod.RAW_BYTES, file_format='array_record'
+    )
+    length = len(records)
+  except Exception as error:  # of the C++ reader, which has its own
+    raise UserError(
+      f'cannot read TFDS dataset {name!r} ({error}); delete {builder.data_dir} and prepare it again'
+    ) from error
+
+  def read(i: int) -> Image.Image:
+    return Image.open(io.BytesIO(parse_example(records[i])['image'].bytes_list.value[0]))
+
+  return _Records(length, read, lambda i: f'TFDS dataset {name}, split {split}, image {i}', fit)
+
+
+def _tfrecords(split: str, path: str) -> _Records:
+  """TFRecord files of tf.train.Example: 'shape' int64 [3], 'data' uint8 bytes, channels first."""
+  root = Path(path).expanduser()
+  folder, pattern = (root, '*.tfrecord*') if os.path.isdir(root) else (root.parent, root.name)
+  files = sorted(folder.glob(pattern)) if path else []
+  if not files:
+    raise UserError(
+      f'no TFRecord files at --config.data.path={path!r}; name a file, a folder of *.tfrecords, or '
+      'a glob pattern'
+    )
+  if split == 'test':
+    logger.warning('TFRecord files have no test split: testing on the training images.')
+  spans = [(file, offset, size) for file in files for offset, size in tfrecord_spans(file)]
+
+  def read(i: int) -> Image.Image:
+    file, offset, size = spans[i]
+    with open(file, 'rb') as stream:
+      stream.seek(offset)
+      features = parse_example(stream.read(size))
+    shape = features['shape'].int64_list.value
+    data = np.frombuffer(features['data'].bytes_list.value[0], np.uint8)
+    return Image.fromarray(data.reshape(shape).transpose(1, 2, 0).squeeze())
+
+  return _Records(len(spans), read, lambda i: f'{spans[i][0]}, byte {spans[i][1]}', _stored)
+
+
+_LOCAL = {'digits': _digits, 'folder': _folder, 'FFHQ': _tfrecords, 'CelebAHQ': _tfrecords}
+_TFDS = (  # name in a config, name in TFDS, evaluation split, geometry
+  ('CIFAR10', 'cifar10', 'test', _stretch),
+  ('MNIST', 'mnist', 'test', _stretch),
+  ('FashionMNIST', 'fashion_mnist', 'test', _stretch),
+  ('SVHN', 'svhn_cropped', 'test', _stretch),
+  ('CELEBA', 'celeb_a', 'validation', _celeba),
+  ('LSUN', 'lsun', 'validation', _lsun),
+)
+
+
+def load(
+  name: str,
+  split: str,
+  *,
+  image_size: int,
+  num_channels: int,
+  path: str = '',
+  data_dir: str = '',
+  category: str = '',
+) -> ImageSource:
+  """The images of one split of a dataset, each uint8 [image_size, image_size, num_channels].
+
+  Args:
+    name: 'digits', 'folder', 'CIFAR10', 'MNIST', 'FashionMNIST', 'SVHN', 'CELEBA', 'LSUN', 'FFHQ',
+      'CelebAHQ' in any case, or a name of TensorFlow Datasets such as 'oxford_flowers102'.
+    split: 'train' or 'test'; the latter is whichever split the dataset holds out.
+    image_size: pixels.
+    num_channels: 1 (luminance) or 3 (RGB).
+    path: the images of 'folder'; the TFRecord files of 'FFHQ' and 'CelebAHQ'; the official archive
+      or files that CIFAR10, MNIST or FashionMNIST is prepared from where there is no network.
+    data_dir: TFDS's data directory; empty for its default.
+    category: of LSUN, such as 'bedroom' or 'church_outdoor'.
+
+  Raises:
+    UserError: unknown name, split or category; data that are missing, not prepared or damaged. A
+      damaged image raises when it is first read.
+  """
+  if split not in ('train', 'test'):
+    raise unknown('split', split, ('train', 'test'))
+  if num_channels not in (1, 3):
+    raise UserError(f'config.data.num_channels is {num_channels}; allowed: 1 (grey), 3 (RGB)')
+  if image_size < 1:
+    raise UserError(f'config.data.image_size is {image_size}; it must be at least 1')
+  try:
+    records = _open(name, split, path, os.path.expanduser(data_dir), category)
+  except OSError as error:
+    raise UserError(f'cannot open dataset {name!r}: {error}') from error
+  if not records.length:
+    raise UserError(f'dataset {name!r} has no images in split {split}')
+  shape = (image_size, image_size, num_channels)
+
+  def read(i: int) -> np.ndarray:
+    try:
+      with records.read(i) as image:
+        pixels = _convert(image, num_channels)
+      return np.asarray(records.fit(pixels, image_size)).reshape(shape)
+    except UserError as error:
+      raise UserError(f'{records.where(i)}: {error}') from error
+    except Exception as error:  # Pillow, protobuf and array_record each have a dozen
+      raise UserError(
+        f'{records.where(i)} cannot be read as an image ({error}); replace or remove it'
+      ) from error
+
+  read(0)  # a wrong path or image_size shows now, not in the first training step
+  return ImageSource(shape, records.length, read)
+
+
+def _open(name: str, split: str, path: str, data_dir: str, category: str) -> _Records:
+  for own, opener in _LOCAL.items():
+    if name.lower() == own.lower():
+      return opener(split, path)
+  head, _, config = name.partition('/')
+  for own, tfds_name, held_out, fit in _TFDS:
+    if head.lower() in (own.lower(), tfds_name):
+      if own == 'LSUN':
+        config = config or category
+        if not config:
+          raise UserError("LSUN needs a category; set config.data.category, such as 'bedroom'")
+      full = f'{tfds_name}/{config}' if config else tfds_name
+      return _tfds(full, split, path, data_dir, held_out, fit)
+  return _tfds(name, split, path, data_dir, '', _short_side_then_crop)
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, length: int) -> np.ndarray:
+  """The permutation of one epoch, the same in any numpy: RandomState's stream is frozen."""
+  bits = np.random.MT19937(np.random.SeedSequence([seed, epoch]))
+  return np.random.RandomState(bits).permutation(length)
+
+
+def train_batches(
+  source: ImageSource,
+  batch_size: int,
+  *,
+  seed: int,
+  start: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Endless batches from number `start` on, each epoch in a new random order.
+
+  The epochs follow each other in one stream of images; global batch k is its elements
+  [k B, (k + 1) B), whatever `start` and the number of processes. A batch may span epochs.
+
+  Args:
+    source: what `load` returns.
+    batch_size: B, of all processes together.
+    seed: at least 0.
+    start: the number of batches already taken.
+    process_index: p in [0, P); this process gets rows [p B / P, (p + 1) B / P) of each batch.
+    process_count: P.
+
+  Returns:
+    An iterator of {'image': uint8 [B / P, H, W, C]}, prefetched by threads; it has a `close()`.
+
+  Raises:
+    UserError: a bad size or seed; from the iterator, an image that can't be read.
+  """
+  rows = _rows(batch_size, process_index, process_count)
+  if seed < 0 or start < 0:
+    raise UserError(f'seed is {seed} and start is {start}; both must be at least 0')
+
+  def batch(k: int) -> dict[str, np.ndarray]:
+    epoch, within = np.divmod(k * batch_size + rows, len(source))
+    indices = np.empty_like(within)
+    for e in np.unique(epoch):
+      indices[epoch == e] = _order(seed, int(e), len(source))[within[epoch == e]]
+    return {'image': source.gather(indices)}
+
+  return _prefetch(batch, start, sys.maxsize // batch_size)
+
+
+def eval_batches(
+  source: ImageSource, batch_size: int, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
+  """Every image once, in order; the last batch is filled up with the last image, masked out.
+
+  The arguments and errors are those of `train_batches`. All processes get as many batches.
+
+  Returns:
+    An iterator of {'image': uint8 [B / P, H, W, C], 'mask': bool [B / P]}, False where filled up.
+  """
+  rows = _rows(batch_size, process_index, process_count)
+
+  def batch(k: int) -> dict[str, np.ndarray]:
+    indices = k * batch_size + rows
+    image = source.gather(np.minimum(indices, len(source) - 1))
+    return {'image': image, 'mask': indices < len(source)}
+
+  return _prefetch(batch, 0, -(-len(source) // batch_size))
+
+
+def _rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
+  """The rows of the global batch that this process owns."""
+  if batch_size < 1 or batch_size % process_count:
+    raise UserError(
+      f'batch size {batch_size} must be positive and divisible by {process_count}, '
+      'the number of processes'
+    )
+  own = batch_size // process_count
+  return np.arange(process_index * own, (process_index + 1) * own)
+
+
+def _prefetch(batch: Callable[[int], Any], start: int, stop: int) -> Iterator[Any]:
+  """batch(start), ..., batch(stop - 1), computed ahead by threads: decoding releases the GIL."""
+  import grain
+
+  threads = min(16, os.cpu_count() or 1)
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+  return iter(grain.MapDataset.range(start, stop).map(batch).to_iter_dataset(options))
