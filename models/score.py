@@ -24,9 +24,14 @@ def log_sigma(sde: SDE, t: Array) -> Array:
   return jnp.log(sde.sigma(t))
 
 
+def noise_time(sde: SDE, t: Array) -> Array:
+  """(N - 1) (T - t): SMLD's label made continuous, counted from the largest noise scale."""
+  return (sde.N - 1) * (sde.T - t)
+
+
 def noise_label(sde: SDE, t: Array) -> Array:
-  """SMLD's label: the index of t's noise scale, counted from the largest."""
-  return jnp.round((sde.T - t) * (sde.N - 1))
+  """SMLD's label: the index of the noise scale nearest to t, counted from the largest."""
+  return jnp.round(noise_time(sde, t))
 
 
 def scaled_time(sde: SDE, t: Array) -> Array:

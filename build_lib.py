@@ -1,0 +1,281 @@
+"""From a config to the parts of a run: `build` is where names in a config get their meaning.
+
+Data parallelism is `jax.jit` over a mesh of all devices of all processes, with the batch sharded
+and the state replicated; the mathematics does not know of it.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+import jax
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict, FrozenConfigDict
+import numpy as np
+import optax
+
+import artifacts
+from errors import unknown, UserError
+import losses
+from losses import Objective
+from models import ncsnpp, score
+from models.ddpm import DDPM
+from models.layers import ACTIVATIONS
+from models.score import ScoreModel
+import sampling
+from sde_lib import SDE, subVPSDE, VESDE, VPSDE
+
+# What the keys of a run are for. A key is a function of seed, purpose and step: nothing random is
+# stored. The order is part of every run's result.
+PURPOSES = ('init', 'train', 'eval', 'snapshot', 'sample')
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What a config stands for.
+
+  Attributes:
+    config: the config itself.
+    model: the score model, with its SDE.
+    objective: the training loss.
+    tx: the optimiser.
+    sampler: draws samples.
+    batch: sharding of a batch [B, ...].
+    replicated: sharding of the training state.
+    steps_per_call: training steps in one call of the compiled program.
+  """
+
+  config: FrozenConfigDict
+  model: ScoreModel
+  objective: Objective
+  tx: optax.GradientTransformation
+  sampler: sampling.Sampler
+  batch: NamedSharding
+  replicated: NamedSharding
+  steps_per_call: int
+
+  @property
+  def data_shape(self) -> tuple[int, int, int]:
+    """Height, width and channels of an image."""
+    data = self.config.data
+    return data.image_size, data.image_size, data.num_channels
+
+  def key(self, purpose: str, step: int = 0) -> Array:
+    """The random key for a purpose at a step, on all devices."""
+    root = jax.random.fold_in(jax.random.key(self.config.seed), PURPOSES.index(purpose))
+    return jax.device_put(jax.random.fold_in(root, step), self.replicated)
+
+  def put(self, rows: np.ndarray) -> Array:
+    """This process's rows of a batch, as part of the global batch on the devices."""
+    return jax.make_array_from_process_local_data(self.batch, rows)
+
+
+def build(config: ConfigDict) -> Setup:
+  """Makes the parts of a run; the only reader of the config's model, SDE, loss and sampler.
+
+  Raises:
+    UserError: if a value is not allowed, or values don't go together.
+  """
+  config = FrozenConfigDict(config)
+  _check(config)
+  training, optim = config.training, config.optim
+  try:
+    sde = _SDES[training.sde](config.model, training.eps)
+    model = _score_model(config, sde)
+    sampler = _sampler(config, sde)
+  except ValueError as error:  # an SDE that can't be
+    raise UserError(str(error)) from None
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ('data',))
+  return Setup(
+    config=config,
+    model=model,
+    objective=Objective(
+      continuous=training.continuous,
+      reduce_mean=training.reduce_mean,
+      likelihood_weighting=training.likelihood_weighting,
+      random_flip=config.data.random_flip,
+      uniform_dequantization=config.data.uniform_dequantization,
+    ),
+    tx=losses.optimizer(
+      lr=optim.lr,
+      beta1=optim.beta1,
+      eps=optim.eps,
+      weight_decay=optim.weight_decay,
+      warmup=optim.warmup,
+      grad_clip=optim.grad_clip,
+    ),
+    sampler=sampler,
+    batch=NamedSharding(mesh, PartitionSpec('data')),
+    replicated=NamedSharding(mesh, PartitionSpec()),
+    # XLA:CPU runs the gradients of convolutions far slower inside a loop than outside.
+    steps_per_call=1 if jax.default_backend() == 'cpu' else training.n_jitted_steps,
+  )
+
+
+_SDES: dict[str, Callable[[Any, float], SDE]] = {
+  'vesde': lambda model, eps: VESDE(model.sigma_min, model.sigma_max, model.num_scales, eps=eps),
+  'vpsde': lambda model, eps: VPSDE(model.beta_min, model.beta_max, model.num_scales, eps=eps),
+  'subvpsde': lambda model, eps: subVPSDE(
+    model.beta_min, model.beta_max, model.num_scales, eps=eps
+  ),
+}
+
+_CHOICES = {
+  'training.sde': _SDES,
+  'model.name': ('ncsnpp', 'ddpm'),
+  'model.nonlinearity': ACTIVATIONS,
+  'model.resblock_type': ncsnpp.RESBLOCK_TYPES,
+  'model.embedding_type': ncsnpp.EMBEDDING_TYPES,
+  'model.progressive': ncsnpp.PROGRESSIVE,
+  'model.progressive_input': ncsnpp.PROGRESSIVE_INPUT,
+  'model.progressive_combine': ncsnpp.COMBINE_METHODS,
+  'model.dtype': ('float32', 'bfloat16'),
+  'optim.optimizer': ('Adam',),
+  'sampling.method': ('pc', 'ode'),
+  'sampling.predictor': sampling.PREDICTORS,
+  'sampling.corrector': sampling.CORRECTORS,
+  'sampling.uint8': ('truncate', 'round'),
+}
+_POSITIVE = (
+  'data.image_size', 'data.num_channels', 'model.nf', 'model.num_res_blocks', 'training.batch_size',
+  'training.n_iters', 'training.n_jitted_steps', 'training.log_freq', 'training.eval_freq',
+  'training.snapshot_freq', 'training.snapshot_freq_for_preemption', 'training.snapshot_samples',
+  'training.eps', 'optim.lr', 'sampling.n_steps_each', 'sampling.snr', 'sampling.eps',
+  'sampling.rtol', 'sampling.atol', 'eval.batch_size', 'eval.num_samples',
+)  # fmt: skip
+
+
+def _field(config: FrozenConfigDict, name: str) -> Any:
+  section, _, field = name.partition('.')
+  return config[section].get(field)
+
+
+def _check(config: FrozenConfigDict) -> None:
+  """Raises UserError for values that no run could have."""
+  for name, allowed in _CHOICES.items():
+    value = _field(config, name)
+    if value is not None and value not in allowed:
+      raise unknown(f'config.{name}', value, allowed)
+  for name in _POSITIVE:
+    if not _field(config, name) > 0:
+      raise UserError(f'config.{name} must be positive; got {_field(config, name)}')
+  devices = jax.device_count()
+  for name in ('training.batch_size', 'eval.batch_size'):
+    if _field(config, name) % devices:
+      raise UserError(
+        f'config.{name} = {_field(config, name)} must be a multiple of the number of devices, '
+        f'{devices}'
+      )
+  shrink = 2 ** (len(config.model.ch_mult) - 1)
+  if config.data.image_size % shrink:
+    raise UserError(
+      f'config.data.image_size = {config.data.image_size} must be a multiple of {shrink}: the '
+      f'network halves it {len(config.model.ch_mult) - 1} times (config.model.ch_mult)'
+    )
+  if config.training.likelihood_weighting and not config.training.continuous:
+    raise UserError('config.training.likelihood_weighting needs config.training.continuous')
+  if config.model.scale_by_sigma and config.training.sde != 'vesde':
+    raise UserError('config.model.scale_by_sigma is for config.training.sde = vesde')
+
+
+def _network(config: FrozenConfigDict) -> ncsnpp.NCSNpp:
+  model = config.model
+  shared = {
+    'nf': model.nf,
+    'ch_mult': tuple(model.ch_mult),
+    'num_res_blocks': model.num_res_blocks,
+    'attn_resolutions': tuple(model.attn_resolutions),
+    'nonlinearity': model.nonlinearity,
+    'dropout': model.dropout,
+    'conditional': model.conditional,
+    'resamp_with_conv': model.resamp_with_conv,
+    'dtype': model.dtype,
+  }
+  if model.name == 'ddpm':
+    return DDPM(**shared)
+  return ncsnpp.NCSNpp(
+    **shared,
+    resblock_type=model.resblock_type,
+    embedding_type=model.embedding_type,
+    fourier_scale=model.fourier_scale,
+    fir_kernel=tuple(model.fir_kernel) if model.fir else None,
+    progressive=model.progressive,
+    progressive_input=model.progressive_input,
+    progressive_combine=model.progressive_combine,
+    skip_rescale=model.skip_rescale,
+    init_scale=model.init_scale,
+  )
+
+
+def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
+  net, continuous = _network(config), config.training.continuous
+  fourier = net.embedding_type == 'fourier'
+  if config.training.sde == 'vesde':
+    label = score.noise_time if continuous else score.noise_label
+    conditioning = score.log_sigma if fourier else label
+    output = 'scaled_score' if config.model.scale_by_sigma else 'score'
+  else:
+    time_step = score.scaled_time if continuous else score.chain_time
+    conditioning = score.log_scaled_time if fourier else time_step
+    output = 'noise'
+  return ScoreModel(net, sde, conditioning, output, continuous, config.data.centered)
+
+
+def _sampler(config: FrozenConfigDict, sde: SDE) -> sampling.Sampler:
+  choice = config.sampling
+  sde = dataclasses.replace(sde, N=choice.num_steps or config.model.num_scales, eps=choice.eps)
+  if choice.method == 'ode':
+    return sampling.ODESampler(sde, choice.rtol, choice.atol, choice.noise_removal)
+  return sampling.PCSampler(
+    sde,
+    sampling.PREDICTORS[choice.predictor](),
+    sampling.CORRECTORS[choice.corrector](choice.snr, choice.n_steps_each),
+    choice.probability_flow,
+    choice.noise_removal,
+  )
+
+
+# What a checkpoint depends on, which must not change when its run goes on or is evaluated; and
+# what samples depend on beside it, which must not change within an eval folder.
+FIXED_IN_RUN = (
+  'model', 'training.sde', 'training.continuous', 'data.image_size', 'data.num_channels',
+  'data.centered',
+)  # fmt: skip
+FIXED_IN_EVAL = (*FIXED_IN_RUN, 'seed', 'sampling', 'eval.batch_size')
+_FREE = ('model.dropout', 'model.ema_rate', 'model.ema_warmup', 'model.dtype')
+
+
+def check_unchanged(path: epath.Path, config: FrozenConfigDict, fixed: tuple[str, ...]) -> None:
+  """Compares a config with the one saved at `path`, if any, in the fields or sections `fixed`.
+
+  Raises:
+    UserError: if they differ; it names the fields.
+  """
+  if not path.exists():
+    return
+  # Through JSON, so that tuples are lists on both sides.
+  old, new = artifacts.read_json(path), json.loads(json.dumps(config.to_dict()))
+  old, new = dict(_flatten(old)), dict(_flatten(new))
+  changes = [
+    f'config.{name}: {old.get(name)!r} there, {new.get(name)!r} now'
+    for name in sorted(old.keys() | new.keys())
+    if old.get(name) != new.get(name)
+    and name not in _FREE
+    and any(name == f or name.startswith(f + '.') for f in fixed)
+  ]
+  if changes:
+    raise UserError(
+      f'{path.parent} was made with another config: {"; ".join(changes)}. Give back these values, '
+      'or choose another folder'
+    )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      yield from _flatten(value, f'{prefix}{name}.')
+    else:
+      yield prefix + name, value

@@ -1,0 +1,9 @@
+"""The VE SDE on the digits that come with the code: `configs/ve/digits.py`."""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+  return base.digits(base.ve('ncsnpp'))

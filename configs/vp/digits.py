@@ -1,0 +1,9 @@
+"""The VP SDE on the digits that come with the code: `configs/vp/digits.py`."""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+  return base.digits(base.vp('ddpmpp'))
