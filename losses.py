@@ -166,7 +166,7 @@ def optimize(
   params = optax.apply_updates(state.params, updates)
   rate = jnp.minimum(ema_rate, (1 + state.step) / (10 + state.step)) if ema_warmup else ema_rate
   ema_params = optax.incremental_update(params, state.ema_params, 1 - rate)
-  metrics = {'loss': loss, 'grad_norm': optax.global_norm(grads)}
+  metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
   return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
 

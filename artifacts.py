@@ -1,0 +1,113 @@
+"""What a run leaves behind: metrics, arrays, pictures. Files appear whole or not at all."""
+
+import io
+import json
+import math
+from types import TracebackType
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+from PIL import Image
+import tensorboardX
+
+from errors import UserError
+
+MIN_TILE = 64  # pixels
+
+
+def write(path: epath.Path, data: bytes) -> None:
+  """Writes a file by way of a temporary name beside it; on process 0 only."""
+  if jax.process_index() > 0:
+    return
+  temporary = path.parent / f'.{path.name}.tmp'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary.write_bytes(data)
+  temporary.replace(path)
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+  """Writes JSON that a person can read."""
+  write(path, (json.dumps(value, indent=2) + '\n').encode())
+
+
+def read_json(path: epath.Path) -> Any:
+  """Reads JSON.
+
+  Raises:
+    UserError: if it is not.
+  """
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise UserError(f'{path} is not valid JSON ({error}); restore it or move it away') from None
+
+
+def write_npz(path: epath.Path, **arrays: np.ndarray) -> None:
+  """Writes arrays as a compressed npz."""
+  buffer = io.BytesIO()
+  np.savez_compressed(buffer, **arrays)
+  write(path, buffer.getvalue())
+
+
+def write_grid(path: epath.Path, images: np.ndarray) -> None:
+  """Writes uint8 images [N, H, W, C] as one PNG, row by row, nearly square.
+
+  Images below `MIN_TILE` pixels are enlarged by a whole factor, with bicubic interpolation.
+  """
+  n, h, w, _ = images.shape
+  columns = math.ceil(math.sqrt(n))
+  factor, gap = math.ceil(MIN_TILE / h), 2
+  height, width = h * factor, w * factor
+  size = (columns * (width + gap) + gap, math.ceil(n / columns) * (height + gap) + gap)
+  canvas = Image.new('RGB', size, 'white')
+  for i, image in enumerate(images):
+    tile = Image.fromarray(image.squeeze()).resize((width, height), Image.Resampling.BICUBIC)
+    canvas.paste(tile, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
+  buffer = io.BytesIO()
+  canvas.save(buffer, format='PNG')
+  write(path, buffer.getvalue())
+
+
+class Metrics:
+  """Scalars over training steps, in `metrics.jsonl` and as TensorBoard events; on process 0 only.
+
+  What an earlier run wrote after `step`, where this one resumes, is taken back.
+  """
+
+  def __init__(self, workdir: epath.Path, step: int):
+    self._events = self._lines = None
+    if jax.process_index() > 0:
+      return
+    path = workdir / 'metrics.jsonl'
+    lines = path.read_text().splitlines() if path.exists() else []
+    write(path, ''.join(line + '\n' for line in lines if _step(line) <= step).encode())
+    self._lines = path.open('a')
+    self._events = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
+
+  def __enter__(self) -> 'Metrics':
+    return self
+
+  def __exit__(
+    self, kind: type | None, value: BaseException | None, trace: TracebackType | None
+  ) -> None:
+    if self._lines:
+      self._lines.close()
+      self._events.close()
+
+  def write(self, step: int, **scalars: float) -> None:
+    """Adds the scalars of a training step."""
+    if self._lines:
+      self._lines.write(json.dumps({'step': step, **scalars}) + '\n')
+      self._lines.flush()
+      for name, value in scalars.items():
+        self._events.add_scalar(name, value, step)
+
+
+def _step(line: str) -> float:
+  """The step of a line of metrics.jsonl; infinity for a line that was cut off."""
+  try:
+    return json.loads(line)['step']
+  except (ValueError, KeyError):
+    return math.inf

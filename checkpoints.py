@@ -1,0 +1,135 @@
+"""Checkpoints of a training run, with Orbax: asynchronous and atomic.
+
+`checkpoints/` holds the snapshots, which are kept; `checkpoints-meta/` the last two states saved
+against pre-emption. Both are named by training step. A partial or damaged checkpoint is never
+taken for a good one: Orbax renames a directory once it is whole, and every state is saved with
+a checksum.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import gc
+import logging
+import sys
+from typing import Any
+
+from etils import epath
+import jax
+from jax import Array
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from errors import UserError
+from losses import TrainState
+
+logger = logging.getLogger('score_sde')
+
+
+@jax.jit
+def checksum(state: Any) -> Array:
+  """A sum over the bits of all arrays, uint32 []; it changes with any one element.
+
+  It is integer arithmetic, hence the same however the arrays are sharded.
+  """
+  total = jnp.zeros((), jnp.uint32)
+  for i, leaf in enumerate(jax.tree.leaves(state)):
+    bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()
+    weights = 2 * (jnp.arange(bits.size, dtype=jnp.uint32) + 7919 * i) + 1  # odd: none is lost
+    total += jnp.sum(bits * weights, dtype=jnp.uint32)
+  return total
+
+
+class Checkpoints:
+  """The checkpoints of one workdir; a context manager that waits for the last one to be written."""
+
+  def __init__(self, workdir: epath.PathLike):
+    root = epath.Path(workdir)
+    self._kept = _manager(root / 'checkpoints', max_to_keep=None)
+    self._meta = _manager(root / 'checkpoints-meta', max_to_keep=2)
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self._kept.close()
+    self._meta.close()
+
+  def save(self, state: TrainState, *, keep: bool) -> None:
+    """Saves the state in the background: for good if `keep`, else until two newer ones are."""
+    manager, step = (self._kept if keep else self._meta), int(state.step)
+    if step in manager.all_steps():
+      return
+    item = {'state': state, 'checksum': checksum(state)}
+    manager.save(step, args=ocp.args.StandardSave(item))
+
+  def wait(self) -> None:
+    """Returns once all that was saved is on disk."""
+    self._kept.wait_until_finished()
+    self._meta.wait_until_finished()
+
+  def steps(self) -> list[int]:
+    """The steps of the snapshots, ascending."""
+    return sorted(self._kept.all_steps())
+
+  def restore(self, step: int, like: TrainState) -> TrainState:
+    """The snapshot of a step, with the shapes, dtypes and shardings of `like`.
+
+    Raises:
+      UserError: if it is damaged or does not fit.
+    """
+    return _restore(self._kept, step, like)
+
+  def restore_latest(self, like: TrainState) -> TrainState | None:
+    """The newest good checkpoint of either kind, or None if there is none at all.
+
+    Raises:
+      UserError: if there are checkpoints and not one can be restored.
+    """
+    newest = [(step, m) for m in (self._kept, self._meta) for step in m.all_steps()]
+    for step, manager in sorted(newest, key=lambda entry: entry[0], reverse=True):
+      try:
+        return _restore(manager, step, like)
+      except UserError as error:
+        logger.warning('%s; trying the one before it', error)
+    if newest:
+      raise UserError(
+        f'none of the {len(newest)} checkpoints in {self._kept.directory.parent} can be restored; '
+        'move checkpoints/ and checkpoints-meta/ away to start anew'
+      )
+    return None
+
+
+def _manager(directory: epath.Path, max_to_keep: int | None) -> ocp.CheckpointManager:
+  options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True)
+  return ocp.CheckpointManager(directory.resolve(), options=options)
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
+  def struct(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+  whole = {
+    'state': like,
+    'checksum': jax.ShapeDtypeStruct((), jnp.uint32, sharding=like.step.sharding),
+  }
+  where = manager.directory / str(step)
+  with _without_noise():
+    try:
+      item = manager.restore(step, args=ocp.args.StandardRestore(jax.tree.map(struct, whole)))
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+      reason = str(error).strip().partition('\n')[0][:120]
+      raise UserError(f'checkpoint {where} is damaged or does not fit: {reason}') from None
+  if int(item['checksum']) != int(checksum(item['state'])):
+    raise UserError(f'checkpoint {where} is damaged: its checksum does not match')
+  return item['state']
+
+
+@contextlib.contextmanager
+def _without_noise() -> Iterator[None]:
+  """Hides what Orbax's abandoned readers print when a checkpoint is damaged."""
+  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+  try:
+    yield
+  finally:
+    gc.collect()
+    sys.unraisablehook = hook

@@ -1,0 +1,112 @@
+"""Score-based generative modelling through SDEs: trains and evaluates a config.
+
+  python main.py --config configs/ve/cifar10.py --mode train
+  python main.py --config configs/ve/cifar10.py:ncsnpp_deep_continuous --mode train
+  python main.py --config configs/ve/cifar10.py --mode eval --config.eval.enable_sampling
+  python main.py --config configs/vp/digits.py --mode train --config.training.n_iters=2000
+
+Any field of a config can be set as --config.section.field=value.
+"""
+
+from collections.abc import Sequence
+import logging
+from pathlib import Path
+import runpy
+import sys
+
+from absl import flags
+from ml_collections import config_flags, ConfigDict
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from errors import unknown, UserError
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, [:variant] of it.')
+_MODE = flags.DEFINE_enum('mode', None, ['train', 'eval'], 'What to do.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; runs/<config>[-<variant>].')
+_EVAL_FOLDER = flags.DEFINE_string('eval_folder', 'eval', 'Folder of an evaluation in workdir.')
+_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Join the processes of a pod or SLURM job.')
+_FLAGS = (_CONFIG, _MODE, _WORKDIR, _EVAL_FOLDER, _DISTRIBUTED)
+
+
+def default_workdir(path: str, variant: str) -> str:
+  """runs/ve/cifar10-variant for configs/ve/cifar10.py:variant."""
+  parts = Path(path).with_suffix('').parts
+  inside = parts[parts.index('configs') + 1 :] if 'configs' in parts else parts[-1:]
+  return str(Path('runs', *inside)) + (f'-{variant}' if variant else '')
+
+
+def parse(argv: Sequence[str]) -> tuple[str, str]:
+  """Parses the flags; returns the path of the config file and the variant.
+
+  Raises:
+    UserError: if a flag, a field of the config or a value of either is wrong.
+  """
+  given = {}
+  for argument, following in zip(argv, [*argv[1:], ''], strict=True):
+    name, equals, value = argument.partition('=')
+    if name.startswith('-'):
+      given[name.lstrip('-')] = value if equals else following
+  path, _, variant = given.get('config', '').partition(':')
+  if not Path(path).is_file():
+    here = sorted(str(p) for p in Path('configs').glob('*/*.py'))
+    raise UserError(f'--config {path!r} is not a file; configs here: {", ".join(here) or "none"}')
+  config = runpy.run_path(path)['get_config'](*([variant] if variant else []))
+  for name in given:
+    if name.startswith('config.'):
+      _check_field(config, name)
+  try:
+    rest = flags.FLAGS(list(argv))
+  except (flags.Error, TypeError) as error:
+    raise UserError(' '.join(str(error).split())) from None
+  if rest[1:]:
+    raise UserError(f'{rest[1]!r} is not a flag; fields are set as --config.section.field=value')
+  if _MODE.value is None:
+    raise UserError(
+      f'--mode is missing; allowed: {", ".join(flags.FLAGS["mode"].parser.enum_values)}'
+    )
+  return path, variant
+
+
+def _check_field(config: ConfigDict, name: str) -> None:
+  """Raises UserError unless `name`, config.a.b, is a field of the config."""
+  where = config
+  for part in name.split('.')[1:]:
+    if not isinstance(where, ConfigDict) or part not in where:
+      raise unknown(f'{name}: field', part, where if isinstance(where, ConfigDict) else [])
+    where = where[part]
+
+
+def main(argv: Sequence[str]) -> None:
+  path, variant = parse(argv)
+  workdir = _WORKDIR.value or default_workdir(path, variant)
+  # Now, not above: the libraries take seconds, which --help and a wrong flag should not cost.
+  import jax
+
+  if _DISTRIBUTED.value:
+    jax.distributed.initialize()
+  import run_lib
+
+  with logging_redirect_tqdm():
+    if _MODE.value == 'train':
+      run_lib.train(_CONFIG.value, workdir)
+    else:
+      run_lib.evaluate(_CONFIG.value, workdir, _EVAL_FOLDER.value)
+
+
+if __name__ == '__main__':
+  if {'-h', '--help', '-help'} & set(sys.argv[1:]):
+    print(__doc__)
+    for flag in _FLAGS:
+      print(f'  --{flag.name:<12} {flags.FLAGS[flag.name].help}')
+    sys.exit(0)
+  logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', level=logging.WARNING)
+  logging.getLogger('score_sde').setLevel(logging.INFO)
+  logging.getLogger('absl').setLevel(logging.ERROR)
+  try:
+    main(sys.argv)
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+  except KeyboardInterrupt:
+    print('interrupted; the same command goes on from there', file=sys.stderr)
+    sys.exit(130)

@@ -1,0 +1,360 @@
+"""Training and evaluation of a config in a workdir.
+
+A workdir holds `config.json`, `checkpoints/` and `checkpoints-meta/`, `metrics.jsonl` and
+`tensorboard/`, `samples/iter_<step>/sample.png`, and in `eval/` what evaluation made. Both can
+be stopped at any moment and started again, with the same final result.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+import logging
+import math
+import time
+from typing import Any
+
+from etils import epath
+import jax
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict, FrozenConfigDict
+import numpy as np
+
+import artifacts
+from build_lib import build, check_unchanged, FIXED_IN_EVAL, FIXED_IN_RUN, Setup
+from checkpoints import Checkpoints
+import datasets
+from errors import UserError
+import losses
+from losses import Metrics, TrainState
+from progress import Bar, Stop, TrainLog
+
+logger = logging.getLogger('score_sde')
+
+Report = dict[str, Any]
+
+
+def train(config: ConfigDict, workdir: str) -> None:
+  """Trains until `training.n_iters`, from the newest checkpoint in `workdir` if there is one.
+
+  Raises:
+    UserError: for a mistake in the config, the data or the workdir, or a loss that is not finite.
+    SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written; the code is 128 + signal.
+  """
+  setup, root = build(config), epath.Path(workdir)
+  training = setup.config.training
+  source, held_out = _load(setup, 'train'), _load(setup, 'test')
+  _open(root, setup, FIXED_IN_RUN if _has_checkpoints(root) else ())
+  with Stop() as stop, Checkpoints(root) as checkpoints:
+    start = state = _restore_or_init(setup, root, checkpoints)
+    step = int(state.step)
+    if step and (step % training.snapshot_freq == 0 or step >= training.n_iters):
+      _draw_snapshot(setup, root, state, stop)  # the run may have been stopped while it drew
+    loss_sum = _compile_loss_sum(setup)
+    eval_batches = _eval_batches(setup, held_out, step // training.eval_freq)
+    log_choices = {'n_iters': training.n_iters, 'log_freq': training.log_freq}
+    log_choices |= {'step': step, 'batch_size': training.batch_size}
+    with artifacts.Metrics(root, step) as metrics, TrainLog(metrics, **log_choices) as log:
+      for state, step, measured in _updates(setup, source, start):
+        log.add(step, measured)
+        if step % training.eval_freq == 0:
+          total = loss_sum(state.ema_params, *next(eval_batches))
+          log.add_eval(step, total / training.batch_size)
+        snapshot = step % training.snapshot_freq == 0 or step == training.n_iters
+        leave = step < training.n_iters and stop.agreed(step, training.log_freq)
+        if snapshot or leave or step % training.snapshot_freq_for_preemption == 0:
+          log.flush()
+          checkpoints.save(state, keep=snapshot)
+        if snapshot and not leave:
+          _draw_snapshot(setup, root, state, stop)
+        if leave:
+          break
+  if step < training.n_iters:
+    logger.info('stopped at step %d, saved; the same command goes on from there', step)
+    raise SystemExit(128 + stop.signal)
+  logger.info('trained to step %d; checkpoints are in %s', step, root / 'checkpoints')
+
+
+def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> list[Report]:
+  """Evaluates the checkpoints `eval.begin_ckpt` to `eval.end_ckpt`, or the newest before those.
+
+  With `eval.enable_loss`, the loss over the held-out images, each counted once. With
+  `eval.enable_sampling`, `eval.num_samples` samples in `<eval_folder>/step_<step>/`: a grid
+  `samples.png`, and `samples_<round>.npz` with uint8 [N, H, W, C]. What is there already is not
+  made again.
+
+  Returns:
+    For each checkpoint, what `<eval_folder>/report_<step>.json` holds.
+
+  Raises:
+    UserError: for a mistake in the config, the data or the workdir.
+  """
+  setup, root = build(config), epath.Path(workdir)
+  wanted, out = setup.config.eval, root / eval_folder
+  if not _has_checkpoints(root):
+    raise UserError(f'{root} holds no checkpoints to evaluate; train first (--mode train)')
+  check_unchanged(root / 'config.json', setup.config, FIXED_IN_RUN)
+  _open(out, setup, FIXED_IN_EVAL)
+  held_out = _load(setup, 'test') if wanted.enable_loss else None
+  reports = []
+  with Checkpoints(root) as checkpoints:
+    for step in _steps_to_evaluate(setup.config, checkpoints.steps()):
+      params = checkpoints.restore(step, _like(setup)).ema_params
+      path = out / f'report_{step}.json'
+      report = artifacts.read_json(path) if path.exists() else {'step': step}
+      if held_out is not None and 'loss' not in report:
+        report |= _evaluate_loss(setup, held_out, params)
+        artifacts.write_json(path, report)
+      if wanted.enable_sampling and report.get('samples') != wanted.num_samples:
+        report |= _evaluate_samples(setup, params, step, out / f'step_{step}')
+        artifacts.write_json(path, report)
+      logger.info('%s', ', '.join(f'{k} {v:.6g}' for k, v in report.items()))
+      reports.append(report)
+  logger.info('reports are in %s', out)
+  return reports
+
+
+def draw(
+  setup: Setup,
+  params: Any,
+  rng: Array,
+  n: int,
+  progress: Callable[[float], None] | None = None,
+) -> tuple[np.ndarray, int]:
+  """Draws n images, uint8 [n, H, W, C], the same on every process.
+
+  Returns:
+    The images, and the number of score evaluations that each took.
+  """
+  devices = jax.device_count()
+  shape = (math.ceil(n / devices) * devices, *setup.data_shape)
+  score_fn = setup.model.bind(params)
+  x, nfe = setup.sampler(rng, score_fn, shape, sharding=setup.batch, progress=progress)
+  x = multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else np.asarray(x)
+  x = (x[:n] + 1) / 2 if setup.config.data.centered else x[:n]
+  half = 0.5 if setup.config.sampling.uint8 == 'round' else 0.0
+  return np.clip(255 * x + half, 0, 255).astype(np.uint8), nfe
+
+
+def _load(setup: Setup, split: str) -> datasets.ImageSource:
+  data = setup.config.data
+  return datasets.load(
+    data.dataset,
+    split,
+    image_size=data.image_size,
+    num_channels=data.num_channels,
+    path=data.path,
+    data_dir=data.tfds_dir,
+    category=data.category,
+  )
+
+
+def _processes() -> dict[str, int]:
+  return {'process_index': jax.process_index(), 'process_count': jax.process_count()}
+
+
+def _has_checkpoints(root: epath.Path) -> bool:
+  return (root / 'checkpoints').exists()
+
+
+def _open(folder: epath.Path, setup: Setup, fixed: tuple[str, ...]) -> None:
+  """Makes a folder whose config agrees in the `fixed` fields, and writes the config to it."""
+  check_unchanged(folder / 'config.json', setup.config, fixed)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    artifacts.write_json(folder / 'config.json', setup.config.to_dict())
+  except OSError as error:
+    raise UserError(f'cannot write to {folder} ({error.strerror}); choose another') from None
+
+
+# Training.
+
+
+def _init(setup: Setup, rng: Array) -> TrainState:
+  return losses.init_state(rng, setup.model, setup.tx, (1, *setup.data_shape))
+
+
+def _like(setup: Setup) -> TrainState:
+  """The shapes, dtypes and shardings of the training state."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setup.replicated),
+    jax.eval_shape(partial(_init, setup), setup.key('init')),
+  )
+
+
+def _restore_or_init(setup: Setup, root: epath.Path, checkpoints: Checkpoints) -> TrainState:
+  state = checkpoints.restore_latest(_like(setup))
+  if state is not None:
+    logger.info('resuming %s at step %d', root, int(state.step))
+    return state
+  logger.info('training in %s', root)
+  # This program runs once: most of its time would go into optimising it.
+  options = {'xla_backend_optimization_level': 0}
+  init = jax.jit(partial(_init, setup), out_shardings=setup.replicated, compiler_options=options)
+  return init(setup.key('init'))
+
+
+def _updates(
+  setup: Setup, source: datasets.ImageSource, state: TrainState
+) -> Iterator[tuple[TrainState, int, Metrics]]:
+  """Trains to the end; yields state, step and metrics after every call of the device."""
+  training, step = setup.config.training, int(state.step)
+  batches = datasets.train_batches(
+    source, training.batch_size, seed=setup.config.seed, start=step, **_processes()
+  )
+  update = partial(
+    losses.train_step,
+    model=setup.model,
+    objective=setup.objective,
+    tx=setup.tx,
+    ema_rate=setup.config.model.ema_rate,
+    ema_warmup=setup.config.model.ema_warmup,
+  )
+
+  def scan(state: TrainState, images: Array, rng: Array) -> tuple[TrainState, Metrics]:
+    return jax.lax.scan(lambda s, batch: update(s, batch, rng), state, images)
+
+  choices = {'out_shardings': (setup.replicated, setup.replicated), 'donate_argnums': 0}
+  one_step, many_steps = jax.jit(update, **choices), jax.jit(scan, **choices)
+  stacked = NamedSharding(setup.batch.mesh, PartitionSpec(None, *setup.batch.spec))
+  rng, n = setup.key('train'), setup.steps_per_call
+  while step < training.n_iters:
+    if n > 1 and _steps_to_event(step, training) >= n:
+      images = np.stack([next(batches)['image'] for _ in range(n)])
+      images = jax.make_array_from_process_local_data(stacked, images)
+      state, measured = many_steps(state, images, rng)
+      step += n
+    else:
+      state, measured = one_step(state, setup.put(next(batches)['image']), rng)
+      step += 1
+    yield state, step, measured
+
+
+def _steps_to_event(step: int, training: FrozenConfigDict) -> int:
+  """How many steps are left until something else is due."""
+  frequencies = (
+    training.log_freq,
+    training.eval_freq,
+    training.snapshot_freq,
+    training.snapshot_freq_for_preemption,
+  )
+  return min(training.n_iters - step, *(every - step % every for every in frequencies))
+
+
+def _eval_batches(
+  setup: Setup, held_out: datasets.ImageSource, start: int
+) -> Iterator[tuple[Array, Array, Array]]:
+  """Batches of held-out images on the devices without end, each with a mask and a key."""
+  size, seed = setup.config.training.batch_size, setup.config.seed
+  batches = datasets.train_batches(held_out, size, seed=seed, start=start, **_processes())
+  for i, batch in enumerate(batches, start):
+    everyone = np.ones(len(batch['image']), np.float32)
+    yield setup.put(batch['image']), setup.put(everyone), setup.key('eval', i)
+
+
+def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop) -> None:
+  """A grid of samples; left out, and drawn by the next run, if a signal comes."""
+  step, training = int(state.step), setup.config.training
+  path = root / 'samples' / f'iter_{step}' / 'sample.png'
+  if not training.snapshot_sampling or path.exists():
+    return
+
+  with Bar('sample', 100, unit='%') as bar:
+
+    def progress(fraction: float) -> None:
+      bar.update(100 * fraction)
+      if stop.signal and jax.process_count() == 1:
+        raise InterruptedError
+
+    try:
+      rng = setup.key('snapshot', step)
+      images, _ = draw(setup, state.ema_params, rng, training.snapshot_samples, progress)
+    except InterruptedError:
+      return
+  artifacts.write_grid(path, images)
+  logger.info('step %d: samples are in %s', step, path)
+
+
+# Evaluation.
+
+
+def _steps_to_evaluate(config: FrozenConfigDict, steps: list[int]) -> list[int]:
+  """The steps of the checkpoints begin_ckpt to end_ckpt, in units of snapshot_freq."""
+  unit, begin, end = config.training.snapshot_freq, config.eval.begin_ckpt, config.eval.end_ckpt
+  chosen = [step for step in steps if begin * unit <= step <= end * unit]
+  if chosen:
+    return chosen
+  there = f'checkpoints {begin} to {end} (steps {begin * unit} to {end * unit})'
+  if not steps or steps[-1] > end * unit:
+    raise UserError(
+      f'no {there}; there are those of steps {steps}: set config.eval.begin_ckpt and end_ckpt, '
+      f'which count in units of config.training.snapshot_freq = {unit}'
+    )
+  logger.warning('no %s yet; evaluating the newest, of step %d', there, steps[-1])
+  return steps[-1:]
+
+
+def _compile_loss_sum(setup: Setup) -> Callable[[Any, Array, Array, Array], Array]:
+  """(params, images, mask, key) -> the sum [] of the losses of the images that the mask marks."""
+
+  def loss_sum(params: Any, images: Array, mask: Array, rng: Array) -> Array:
+    step = losses.eval_step(params, images, rng, model=setup.model, objective=setup.objective)
+    return (step * mask).sum()
+
+  return jax.jit(loss_sum, out_shardings=setup.replicated)
+
+
+def _evaluate_loss(setup: Setup, held_out: datasets.ImageSource, params: Any) -> Report:
+  loss_sum, total, began = _compile_loss_sum(setup), 0.0, time.monotonic()
+  size = min(setup.config.eval.batch_size, _round_up(len(held_out), jax.device_count()))
+  with Bar('loss', len(held_out), unit='images') as bar:
+    for i, batch in enumerate(datasets.eval_batches(held_out, size, **_processes())):
+      images, mask = setup.put(batch['image']), setup.put(batch['mask'])
+      total += float(loss_sum(params, images, mask, setup.key('eval', i)))
+      bar.update(min((i + 1) * size, len(held_out)))
+  seconds = time.monotonic() - began
+  return {'loss': total / len(held_out), 'loss_images': len(held_out), 'loss_seconds': seconds}
+
+
+def _evaluate_samples(setup: Setup, params: Any, step: int, folder: epath.Path) -> Report:
+  """Samples in rounds of one batch, each a file; a round that is there is not drawn again."""
+  wanted, began, nfes = setup.config.eval, time.monotonic(), []
+  rounds = math.ceil(wanted.num_samples / wanted.batch_size)
+  grid = None
+  with Bar('sample', wanted.num_samples, unit='samples') as bar:
+    for i in range(rounds):
+      n = min(wanted.batch_size, wanted.num_samples - i * wanted.batch_size)
+      path = folder / f'samples_{i}.npz'
+      kept = _read_round(path, n)
+      if kept is None:
+        rng = jax.random.fold_in(setup.key('sample', step), i)
+        done = i * wanted.batch_size
+        images, nfe = draw(
+          setup, params, rng, n, lambda f, done=done, n=n: bar.update(done + f * n)
+        )
+        artifacts.write_npz(path, samples=images, nfe=np.int64(nfe))
+      else:
+        images, nfe = kept
+      nfes.append(nfe)
+      grid = images[:100] if grid is None else grid
+      bar.update(min((i + 1) * wanted.batch_size, wanted.num_samples))
+  artifacts.write_grid(folder / 'samples.png', grid)
+  logger.info('step %d: samples are in %s', step, folder / 'samples.png')
+  seconds = time.monotonic() - began
+  return {'samples': wanted.num_samples, 'nfe': float(np.mean(nfes)), 'sample_seconds': seconds}
+
+
+def _read_round(path: epath.Path, n: int) -> tuple[np.ndarray, int] | None:
+  """The images [n, H, W, C] and nfe of a round that was drawn before, or None."""
+  if not path.exists():
+    return None
+  try:
+    with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
+      images, nfe = arrays['samples'], int(arrays['nfe'])
+  except Exception as error:  # zipfile, zlib and NumPy raise many kinds
+    raise UserError(f'{path} is damaged ({error}); move it away, and it is drawn again') from None
+  return (images, nfe) if len(images) == n else None
+
+
+def _round_up(n: int, multiple: int) -> int:
+  return -(-n // multiple) * multiple

@@ -1,0 +1,200 @@
+"""Whole runs of main.py in processes of their own: resuming, stopping, devices, bad input."""
+
+import json
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from PIL import Image
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# A network of a few thousand parameters, and a checkpoint every other step.
+TINY = {
+  'model.nf': 8,
+  'model.num_res_blocks': 1,
+  'model.attn_resolutions': '()',
+  'training.batch_size': 8,
+  'training.n_iters': 12,
+  'training.log_freq': 1,
+  'training.eval_freq': 4,
+  'training.snapshot_freq': 6,
+  'training.snapshot_freq_for_preemption': 2,
+  'training.snapshot_samples': 8,
+  'sampling.num_steps': 25,
+  'eval.begin_ckpt': 1,
+  'eval.batch_size': 16,
+  'eval.num_samples': 24,
+}
+
+
+def command(mode: str, workdir: Path, config: str = 'configs/vp/digits.py', **fields) -> list[str]:
+  """The command line of a tiny run."""
+  values = TINY | {name.replace('__', '.'): value for name, value in fields.items()}
+  overrides = [f'--config.{name}={value}' for name, value in values.items()]
+  return [
+    sys.executable, str(ROOT / 'main.py'), '--config', str(ROOT / config), '--mode', mode,
+    '--workdir', str(workdir), *overrides,
+  ]  # fmt: skip
+
+
+def run(mode: str, workdir: Path, devices: int = 1, **fields) -> subprocess.CompletedProcess:
+  """Runs main.py to its end on so many host devices."""
+  return subprocess.run(
+    command(mode, workdir, **fields),
+    env=os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'},
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=600,
+  )
+
+
+def succeed(*args, **kwargs) -> subprocess.CompletedProcess:
+  done = run(*args, **kwargs)
+  assert done.returncode == 0, done.stderr
+  return done
+
+
+def state_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
+  """The arrays of a kept checkpoint, by name."""
+  checkpointer = ocp.StandardCheckpointer()
+  path = workdir / 'checkpoints' / str(step) / 'default'
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+    dict(checkpointer.metadata(path).item_metadata),
+  )
+  leaves = jax.tree_util.tree_leaves_with_path(checkpointer.restore(path, like)['state'])
+  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+  assert a.keys() == b.keys()
+  for name, value in a.items():
+    np.testing.assert_array_equal(value, b[name], err_msg=name)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory) -> Path:
+  """The workdir of a run that nothing disturbed."""
+  workdir = tmp_path_factory.mktemp('whole')
+  succeed('train', workdir)
+  return workdir
+
+
+def test_training_leaves_checkpoints_metrics_and_pictures(whole):
+  assert sorted(p.name for p in (whole / 'checkpoints').iterdir()) == ['12', '6']
+  lines = [json.loads(line) for line in (whole / 'metrics.jsonl').read_text().splitlines()]
+  assert [line['step'] for line in lines if 'loss' in line] == list(range(1, 13))
+  assert [line['step'] for line in lines if 'eval_loss' in line] == [4, 8, 12]
+  assert all(np.isfinite(list(line.values())).all() for line in lines)
+  assert list((whole / 'tensorboard').glob('events.*'))
+  picture = np.asarray(Image.open(whole / 'samples' / 'iter_12' / 'sample.png'))
+  assert picture.dtype == np.uint8 and picture.std() > 0
+  assert json.loads((whole / 'config.json').read_text())['model']['nf'] == 8
+
+
+def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(whole, tmp_path):
+  """SIGKILL in the middle of training, twice, loses nothing that a checkpoint held."""
+  for lines in (3, 8):
+    process = subprocess.Popen(command('train', tmp_path), stderr=subprocess.DEVNULL)
+    metrics = tmp_path / 'metrics.jsonl'
+    deadline = time.monotonic() + 300
+    while not metrics.exists() or metrics.read_text().count('"loss"') < lines:
+      assert process.poll() is None and time.monotonic() < deadline
+      time.sleep(0.005)
+    process.kill()
+    process.wait()
+  assert 'resuming' in succeed('train', tmp_path).stderr
+  assert_same_bits(state_of(tmp_path, 12), state_of(whole, 12))
+  assert_same_bits(state_of(tmp_path, 6), state_of(whole, 6))
+
+  def training_losses(workdir):
+    lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+    return {line['step']: line['loss'] for line in lines if 'loss' in line}
+
+  assert training_losses(tmp_path) == training_losses(whole)
+
+
+@pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(whole, tmp_path, sent):
+  never = {'training__snapshot_freq_for_preemption': 1000}
+  process = subprocess.Popen(command('train', tmp_path, **never), stderr=subprocess.PIPE, text=True)
+  metrics = tmp_path / 'metrics.jsonl'
+  while not metrics.exists() or metrics.read_text().count('"loss"') < 2:
+    assert process.poll() is None
+    time.sleep(0.005)
+  process.send_signal(sent)
+  _, said = process.communicate(timeout=300)
+  assert process.returncode == 128 + sent, said
+  assert 'Traceback' not in said
+  assert list((tmp_path / 'checkpoints-meta').iterdir())
+  succeed('train', tmp_path)
+  assert_same_bits(state_of(tmp_path, 12), state_of(whole, 12))
+
+
+def test_eight_devices_give_the_parameters_of_one(whole, tmp_path):
+  """The mathematics does not know of devices; only the order of sums differs."""
+  succeed('train', tmp_path, devices=8)
+  one, eight = state_of(whole, 12), state_of(tmp_path, 12)
+  for name, value in one.items():
+    np.testing.assert_allclose(value, eight[name], rtol=1e-4, atol=1e-5, err_msg=name)
+  pictures = [w / 'samples' / 'iter_12' / 'sample.png' for w in (whole, tmp_path)]
+  a, b = (np.asarray(Image.open(p), np.int32) for p in pictures)
+  assert np.abs(a - b).max() <= 2
+
+
+def test_evaluation_resumes_where_it_was_stopped(whole, tmp_path):
+  done = succeed('eval', whole)
+  first = json.loads((whole / 'eval' / 'report_12.json').read_text())
+  assert first['step'] == 12 and first['samples'] == 24 and first['loss_images'] == 297
+  assert 'report_6.json' in {p.name for p in (whole / 'eval').iterdir()}, done.stderr
+  rounds = [whole / 'eval' / 'step_12' / f'samples_{i}.npz' for i in range(2)]
+  kept, lost = (np.load(path)['samples'] for path in rounds)
+  assert kept.shape == (16, 8, 8, 1) and lost.shape == (8, 8, 8, 1)
+  rounds[1].unlink()
+  (whole / 'eval' / 'report_12.json').unlink()
+  stamp = rounds[0].stat().st_mtime_ns
+  succeed('eval', whole)
+  again = json.loads((whole / 'eval' / 'report_12.json').read_text())
+  np.testing.assert_array_equal(np.load(rounds[1])['samples'], lost)
+  assert rounds[0].stat().st_mtime_ns == stamp
+  timeless = [k for k in first if not k.endswith('seconds')]
+  assert [first[k] for k in timeless] == [again[k] for k in timeless]
+
+
+def test_another_model_is_refused_on_resuming(whole):
+  done = run('train', whole, model__nf=16)
+  assert done.returncode == 2
+  assert 'config.model.nf: 8 there, 16 now' in done.stderr
+  assert done.stderr.count('\n') == 1
+
+
+def test_other_samples_are_refused_in_an_eval_folder(whole):
+  succeed('eval', whole)
+  done = run('eval', whole, sampling__num_steps=30)
+  assert done.returncode == 2 and 'config.sampling.num_steps: 25 there, 30 now' in done.stderr
+
+
+def damage(folder: Path) -> None:
+  """Flips one bit in the middle of the largest file."""
+  largest = max((p for p in folder.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+  data = bytearray(largest.read_bytes())
+  data[len(data) // 2] ^= 1
+  largest.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(whole, tmp_path):
+  succeed('train', tmp_path, training__n_iters=6)
+  damage(tmp_path / 'checkpoints' / '6')
+  done = succeed('train', tmp_path)
+  assert 'checkpoints/6 is damaged' in done.stderr and 'resuming' in done.stderr
+  assert 'Traceback' not in done.stderr and 'Exception' not in done.stderr
+  assert_same_bits(state_of(tmp_path, 12), state_of(whole, 12))
