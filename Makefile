@@ -1,0 +1,32 @@
+# make demo   train, sample and evaluate a small model on handwritten digits
+# make test   the whole test suite
+# make lint   style
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+DEMO := configs/vp/digits.py
+
+.PHONY: demo test lint
+
+demo: .venv/installed
+	$(BIN)/python main.py --config $(DEMO) --mode train
+	$(BIN)/python main.py --config $(DEMO) --mode eval
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "Python 3.11 or newer is needed, and this is %d.%d; try make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(PIP) -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(PIP) -r requirements-dev.txt
+	@touch $@
