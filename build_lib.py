@@ -227,6 +227,11 @@ def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
 def _sampler(config: FrozenConfigDict, sde: SDE) -> sampling.Sampler:
   choice = config.sampling
   sde = dataclasses.replace(sde, N=choice.num_steps or config.model.num_scales, eps=choice.eps)
+  if choice.predictor == 'ancestral_sampling' and choice.probability_flow:
+    raise UserError('config.sampling.probability_flow does not go with ancestral_sampling')
+  uses_chain = choice.predictor in ('reverse_diffusion', 'ancestral_sampling')
+  if choice.method == 'pc' and (uses_chain or choice.corrector != 'none'):
+    sde.langevin_alpha(np.ones(1))  # says so if the chain has too few steps
   if choice.method == 'ode':
     return sampling.ODESampler(sde, choice.rtol, choice.atol, choice.noise_removal)
   return sampling.PCSampler(

@@ -19,6 +19,7 @@ SEGMENT = 10
 MAX_STEPS = 10_000
 SOLVER = diffrax.Dopri5()  # the same pair of orders 5 and 4 as SciPy's RK45
 STAGES = 6  # of SOLVER, whose last stage is the first of the next step
+FIRST = 3  # evaluations before that: two choose the first step size, one begins the first step
 
 
 def integrate(
@@ -56,7 +57,7 @@ def integrate(
         f'the ODE solver took {steps} steps and is only at t = {sign * s:.3g}; raise '
         'sampling.rtol and sampling.atol, or look for non-finite values in the score'
       )
-  return carry['x'], 1 + 1 + STAGES * int(carry['steps'])
+  return carry['x'], FIRST + STAGES * int(carry['steps'])
 
 
 def _pieces(drift: Drift, sign: Array, rtol: Array, atol: Array):

@@ -8,7 +8,7 @@ on the device, in compiled segments between which they report how far they are.
 
 from collections.abc import Callable
 import dataclasses
-from functools import partial
+from functools import cache, partial
 from typing import Protocol
 
 import flax
@@ -250,6 +250,9 @@ class PCSampler:
         # The next segment is under way while the last one is waited for.
         jax.block_until_ready(previous)
         progress(start / n)
+    if progress:
+      jax.block_until_ready(x)
+      progress(1.0)
     nfe = n * (self.predictor.nfe + self.corrector.nfe)
     if not self.noise_removal:
       return x, nfe
@@ -328,8 +331,12 @@ def _as_pytree(score_fn: ScoreFn) -> ScoreFn:
 
 
 def _prior(sde: SDE, rng: Array, shape: tuple[int, ...], sharding) -> Array:
-  draw = jax.jit(sde.prior_sampling, static_argnums=1, out_shardings=sharding)
-  return draw(rng, shape)
+  return _draw(sde, sharding)(rng, shape)
+
+
+@cache  # or every run would compile it again
+def _draw(sde: SDE, sharding) -> Callable[[Array, tuple[int, ...]], Array]:
+  return jax.jit(sde.prior_sampling, static_argnums=1, out_shardings=sharding)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -87,13 +87,16 @@ class SDE(abc.ABC):
   # The chain of N steps.
 
   def index(self, t: Array) -> Array:
-    """The chain's step i [B], in 0 ... N - 1, for time t in [eps, T].
+    """The chain's step i [B], in 0 ... N - 1, that is nearest to time t; the inverse of `time`."""
+    return self._clip(jnp.round(t / self.T * (self.N - 1)))
+
+  def sampling_index(self, t: Array) -> Array:
+    """The chain's step i [B] that a sampler takes at time t in [eps, T].
 
     The times are stretched over the chain's indices, so that a sampler with N steps from T to
     eps visits every index once, whatever N and eps are.
     """
-    i = jnp.round((t - self.eps) / (self.T - self.eps) * (self.N - 1))
-    return jnp.clip(i, 0, self.N - 1).astype(jnp.int32)
+    return self._clip(jnp.round((t - self.eps) / (self.T - self.eps) * (self.N - 1)))
 
   def time(self, i: Array) -> Array:
     """t_i [B], the time of step i."""
@@ -122,7 +125,7 @@ class SDE(abc.ABC):
 
     It is the posterior p(x_{i-1} | x_i, x_0) with x_0 estimated from the score (Appendix F).
     """
-    i = self.index(t)
+    i = self.sampling_index(t)
     alpha_t, sigma_t = self.alpha(self.time(i)), self.sigma(self.time(i))
     # The step from i = 0 ends in clean data.
     alpha_s = jnp.where(i > 0, self.alpha(self.time(i - 1)), 1.0)
@@ -130,11 +133,15 @@ class SDE(abc.ABC):
     ratio = alpha_t / alpha_s
     variance = sigma_t**2 - (ratio * sigma_s) ** 2  # of p(x_t | x_s)
     mean = (x + expand(variance, x) * score) / expand(ratio, x)
-    return mean, jnp.sqrt(variance) * sigma_s / sigma_t
+    # At i = 0 the sub-VP chain has sigma_t = 0 already, and nothing is left to do.
+    return mean, jnp.where(i > 0, jnp.sqrt(variance) * sigma_s / sigma_t, 0.0)
 
   def langevin_alpha(self, t: Array) -> Array:
     """alpha_i [B] in the step size of a Langevin corrector (Algorithms 4 and 5)."""
     return jnp.ones_like(t)
+
+  def _clip(self, i: Array) -> Array:
+    return jnp.clip(i, 0, self.N - 1).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,10 +213,10 @@ class VESDE(SDE):
 
   def discretize(self, x: Array, t: Array) -> tuple[Array, Array]:
     """SMLD's step (Eq. 8): G_i^2 = sigma_i^2 - sigma_{i-1}^2, with sigma_{-1} = 0."""
-    i = self.index(t)
-    sigma = self.sigma(self.time(i))
-    previous = jnp.where(i > 0, self.sigma(self.time(i - 1)), 0.0)
-    return jnp.zeros_like(x), jnp.sqrt(sigma**2 - previous**2)
+    i = self.sampling_index(t)
+    log_ratio = math.log(self.sigma_max / self.sigma_min) / (self.N - 1)  # of neighbours
+    kept = jnp.where(i > 0, -math.expm1(-2 * log_ratio), 1.0)
+    return jnp.zeros_like(x), self.sigma(self.time(i)) * jnp.sqrt(kept)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +264,7 @@ class _LinearBeta(SDE):
     return jnp.linspace(self.beta_min / self.N, self.beta_max / self.N, self.N)
 
   def langevin_alpha(self, t: Array) -> Array:
-    return 1.0 - self.discrete_betas[self.index(t)]
+    return 1.0 - self.discrete_betas[self.sampling_index(t)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,19 +283,27 @@ class VPSDE(_LinearBeta):
   def diffusion_coef(self, t: Array) -> Array:
     return jnp.sqrt(self.beta(t))
 
+  def index(self, t: Array) -> Array:
+    """The last step of the chain that is not after time t [B].
+
+    Sampling from T to eps asks the network of DDPM between two steps; x has then the noise of
+    the earlier one, to which the released code's truncation leads too.
+    """
+    return self._clip(jnp.floor(t / self.T * (self.N - 1) + 1e-3))  # 1e-3: for rounding errors
+
   def chain_marginal(self, i: Array) -> tuple[Array, Array]:
     log_alpha2 = jnp.cumsum(jnp.log1p(-self.discrete_betas))[i]
     return jnp.exp(0.5 * log_alpha2), jnp.sqrt(-jnp.expm1(log_alpha2))
 
   def discretize(self, x: Array, t: Array) -> tuple[Array, Array]:
     """DDPM's step (Eq. 10): x_i = sqrt(1 - beta_i) x_{i-1} + sqrt(beta_i) z."""
-    beta = self.discrete_betas[self.index(t)]
+    beta = self.discrete_betas[self.sampling_index(t)]
     shrink = jnp.expm1(0.5 * jnp.log1p(-beta))  # sqrt(1 - beta) - 1
     return expand(shrink, x) * x, jnp.sqrt(beta)
 
   def ancestral(self, x: Array, t: Array, score: Array) -> tuple[Array, Array]:
     """DDPM's ancestral step (Eq. 4), whose variance is beta_i, not the posterior's."""
-    beta = self.discrete_betas[self.index(t)]
+    beta = self.discrete_betas[self.sampling_index(t)]
     mean = (x + expand(beta, x) * score) / expand(jnp.sqrt(1.0 - beta), x)
     return mean, jnp.sqrt(beta)
 

@@ -1,0 +1,83 @@
+"""What takes chance out of the tests: a score that is known exactly, and noise that is given."""
+
+from collections.abc import Iterable, Iterator
+import contextlib
+
+import flax
+import jax
+from jax import Array
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sde_lib import expand, SDE
+
+
+@flax.struct.dataclass
+class Mixture:
+  """p(x_0) = sum_k weights[k] N(means[k], stds[k]^2 I), on data of any shape."""
+
+  weights: Array  # [K]
+  means: Array  # [K, ...]
+  stds: Array  # [K]
+
+  def score_fn(self, sde: SDE) -> 'Score':
+    """The score of the data after diffusion by `sde`."""
+    return Score(self, sde)
+
+  def mean(self) -> np.ndarray:
+    """The mean [...] of the data."""
+    return np.tensordot(np.asarray(self.weights), np.asarray(self.means), 1)
+
+  def cov(self) -> np.ndarray:
+    """The covariance [D, D] of the data, flattened."""
+    weights, stds = np.asarray(self.weights), np.asarray(self.stds)
+    means = np.asarray(self.means).reshape(len(weights), -1)
+    centred = means - weights @ means
+    return (weights * centred.T) @ centred + (weights @ stds**2) * np.eye(means.shape[1])
+
+
+@flax.struct.dataclass
+class Score:
+  """grad_x log p_t(x) of a mixture; a pytree of the mixture's arrays."""
+
+  data: Mixture
+  sde: SDE = flax.struct.field(pytree_node=False)
+
+  def __call__(self, x: Array, t: Array) -> Array:
+    alpha, sigma = self.sde.alpha(t)[:, None], self.sde.sigma(t)[:, None]
+    variance = (alpha * self.data.stds) ** 2 + sigma**2  # [B, K]
+    away = expand(alpha, x[:, None]) * self.data.means - x[:, None]  # [B, K, ...]
+    squares = jnp.square(away).reshape(*away.shape[:2], -1)
+    logits = jnp.log(self.data.weights) - 0.5 * squares.shape[-1] * jnp.log(variance)
+    share = jax.nn.softmax(logits - 0.5 * squares.sum(-1) / variance)  # p(k | x_t = x)
+    return (expand(share / variance, away) * away).sum(1)
+
+
+def gaussian(mean: Array, std: float) -> Mixture:
+  """A single Gaussian N(mean, std^2 I)."""
+  return Mixture(jnp.ones(1), jnp.asarray(mean)[None], jnp.asarray([std]))
+
+
+def moments(sde: SDE, mean: float, std: float, t: Array) -> tuple[Array, Array]:
+  """Mean and variance of p_t for data N(mean, std^2)."""
+  alpha, sigma = sde.alpha(t), sde.sigma(t)
+  return alpha * mean, (alpha * std) ** 2 + sigma**2
+
+
+@contextlib.contextmanager
+def given_noise(arrays: Iterable[Array]) -> Iterator[list[Array]]:
+  """Lets `jax.random.normal` hand out the arrays, in order; yields those not yet used.
+
+  Nothing is compiled meanwhile, so every draw of a program takes the next array.
+  """
+  rest = list(arrays)
+
+  def normal(key, shape=(), dtype=None):
+    z = rest.pop(0)
+    assert z.shape == tuple(shape), f'a draw of {shape} where the noise is {z.shape}'
+    return z
+
+  with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
+    patch.setattr(jax.random, 'normal', normal)
+    yield rest

@@ -1,0 +1,364 @@
+"""Samplers recover what they sample from, where the score is known exactly.
+
+The data are a mixture of two Gaussians of unequal weight, or one Gaussian. Moments of samples are
+compared within FOUR standard errors of the Monte-Carlo estimate, plus the bias that a test states
+for its sampler.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import itertools
+
+from analytic import gaussian, given_noise, Mixture, moments
+import flax
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jax.tree_util import Partial
+import numpy as np
+import pytest
+
+import ode
+import sampling
+from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS, ProbabilityFlow
+from sde_lib import SDE, subVPSDE, VESDE, VPSDE
+
+DATA = Mixture(
+  weights=jnp.array([0.3, 0.7]),
+  means=jnp.array([[1.0, 0.5], [-0.6, -0.4]]),
+  stds=jnp.array([0.35, 0.25]),
+)
+SHAPE = (4000, 2)
+FOUR = 4.0
+SDES = [VESDE(sigma_max=20.0, eps=1e-5), VPSDE(eps=1e-3), subVPSDE(eps=1e-3)]
+every_sde = pytest.mark.parametrize('sde', SDES, ids=lambda s: type(s).__name__)
+
+
+def check_moments(x: Array, data: Mixture, bias: float) -> None:
+  """Mean, covariance and weight of the first mode, with biases relative to their natural scales.
+
+  These are the standard deviation for means, the largest variance for covariances, 1 for weights.
+  """
+  x = np.asarray(x, np.float64)
+  cov, root = data.cov(), np.sqrt(len(x))
+  away = x - data.mean()
+  np.testing.assert_array_less(
+    np.abs(away.mean(0)), FOUR * away.std(0) / root + bias * np.sqrt(cov.max())
+  )
+  products = away[:, :, None] * away[:, None]
+  error = np.abs(products.mean(0) - cov)
+  np.testing.assert_array_less(error, FOUR * products.std(0) / root + bias * cov.max())
+  if len(data.weights) > 1:
+    share = first_mode(data, x)
+    error = np.abs(share.mean() - np.asarray(data.weights)[0])
+    assert error <= FOUR * share.std() / root + bias
+
+
+def first_mode(data: Mixture, x: np.ndarray) -> np.ndarray:
+  """p(k = 0 | x_0 = x) [B]."""
+  weights, means, stds = (np.asarray(v, np.float64) for v in (data.weights, data.means, data.stds))
+  squares = np.square(x[:, None] - means).sum(-1)
+  log_odds = np.log(weights) - x.shape[1] * np.log(stds) - squares / 2 / stds**2
+  return 1 / (1 + np.exp(log_odds[:, 1] - log_odds[:, 0]))
+
+
+# Every sampler.
+
+
+@every_sde
+@pytest.mark.parametrize(
+  ('predictor', 'corrector'), [(p, c) for p in PREDICTORS for c in CORRECTORS if p != 'none']
+)
+def test_pc_samplers_recover_the_data(sde, predictor, corrector):
+  """200 steps; a Langevin step at snr = 0.1 adds a bias of snr^2 = 1 % to variances.
+
+  The steps of the predictors have a bias of order 1 / N, at most 4 % here; see the slopes below.
+  """
+  sde = dataclasses.replace(sde, N=200)
+  sampler = PCSampler(sde, PREDICTORS[predictor](), CORRECTORS[corrector](0.1, 1))
+  x, _ = sampler(jax.random.key(0), DATA.score_fn(sde), SHAPE)
+  check_moments(x, DATA, bias=0.04)
+
+
+@every_sde
+@pytest.mark.parametrize('predictor', ['euler_maruyama', 'reverse_diffusion'])
+def test_probability_flow_steps_recover_the_data(sde, predictor):
+  """Nothing corrects the discretisation here: 200 steps have a bias of up to 14 % in variances."""
+  sde = dataclasses.replace(sde, N=200)
+  sampler = PCSampler(sde, PREDICTORS[predictor](), CORRECTORS['none'](0.1, 1), True)
+  x, _ = sampler(jax.random.key(0), DATA.score_fn(sde), SHAPE)
+  check_moments(x, DATA, bias=0.14)
+
+
+@every_sde
+@pytest.mark.parametrize(
+  ('corrector', 'snr', 'bias'), [('langevin', 0.15, 0.06), ('ald', 0.3, 0.12)]
+)
+def test_correctors_alone_recover_the_data(sde, corrector, snr, bias):
+  """1200 Langevin steps follow the marginals down from the prior, without a predictor.
+
+  A step at signal-to-noise ratio snr moves the fraction 2 snr^2 of the way to equilibrium, which is
+  itself off by snr^2 of the variance, 2 % at snr = 0.15. The steps of annealed Langevin dynamics
+  shrink with the noise. Their own bias fades for that reason, so that they may be larger, but late
+  in the run they no longer follow: under the sub-VP SDE variances stay 11 % too small.
+  """
+  sde = dataclasses.replace(sde, N=300)
+  sampler = PCSampler(sde, PREDICTORS['none'](), CORRECTORS[corrector](snr, 4))
+  x, _ = sampler(jax.random.key(0), DATA.score_fn(sde), (2000, 2))
+  check_moments(x, DATA, bias)
+
+
+@every_sde
+def test_without_predictor_and_corrector_the_prior_stays(sde):
+  """Samples of the prior, and with noise removal their posterior means."""
+  sde, score_fn, key = dataclasses.replace(sde, N=24), DATA.score_fn(sde), jax.random.key(0)
+  sampler = PCSampler(sde, PREDICTORS['none'](), CORRECTORS['none'](0.1, 1), noise_removal=False)
+  x, nfe = sampler(key, score_fn, SHAPE)
+  assert nfe == 0
+  check_moments(x, gaussian(jnp.zeros(2), sde.prior_std), bias=0)
+  denoised, nfe = dataclasses.replace(sampler, noise_removal=True)(key, score_fn, SHAPE)
+  expected = sde.reverse(score_fn).denoise(x, jnp.full(len(x), sde.eps))
+  np.testing.assert_allclose(denoised, expected, rtol=1e-4, atol=1e-4)
+  assert nfe == 1
+
+
+@every_sde
+def test_ode_sampler_recovers_the_data(sde):
+  """Only the noise that is left at eps, and the float32 tolerance, stand in between."""
+  x, _ = ODESampler(sde)(jax.random.key(0), DATA.score_fn(sde), SHAPE)
+  check_moments(x, DATA, bias=0.005)
+
+
+@every_sde
+def test_ode_solution_for_a_gaussian_is_affine(sde):
+  """x_eps = alpha_eps m + sqrt(v_eps / v_T) (x_T - alpha_T m), to fifty times the tolerance."""
+  mean, std, x = 0.7, 0.4, sde.prior_sampling(jax.random.key(0), SHAPE)
+  twice = DATA.replace(means=jnp.full_like(DATA.means, mean), stds=jnp.full_like(DATA.stds, std))
+  got, _ = ode.integrate(ProbabilityFlow(twice.score_fn(sde), sde), x, sde.T, sde.eps)
+  (m, v), (m_T, v_T) = (moments(sde, mean, std, jnp.asarray(t)) for t in (sde.eps, sde.T))
+  np.testing.assert_allclose(got, m + jnp.sqrt(v / v_T) * (x - m_T), atol=5e-4, rtol=0)
+
+
+# Order of convergence.
+
+MOST = 800  # steps
+
+
+def path_error(sde: SDE, predictor: str, mean: float, std: float) -> list[float]:
+  """Largest error on the way of the mean, in standard deviations, and of the variance, relative.
+
+  For Gaussian data an update is affine in x: evaluating it at x = 0 and 1 with noise 1 gives the
+  whole of it, and the moments are propagated with no Monte-Carlo noise.
+  """
+  t = jnp.linspace(sde.T, sde.eps, sde.N)
+  padded = jnp.pad(t, (0, MOST - sde.N), mode='edge')  # one shape, to share compiled code
+  rsde = sde.reverse(gaussian(jnp.array([mean]), std).score_fn(sde))
+  dt = (sde.T - sde.eps) / (sde.N - 1)
+
+  def update(x: float) -> np.ndarray:
+    x = jnp.full((MOST, 1), x)
+    with given_noise([jnp.ones_like(x)]):
+      out = PREDICTORS[predictor]().update_fn(jax.random.key(0), rsde, x, padded, dt)
+    return np.asarray(out)[:, : sde.N - 1, 0]
+
+  (noisy, intercept), (_, at_one) = update(0.0), update(1.0)
+  exact = [np.asarray(s)[: sde.N] for s in moments(sde, mean, std, padded)]
+  m, v = exact[0][0], exact[1][0]
+  path = []
+  for a, b, g in zip(at_one - intercept, intercept, noisy - intercept, strict=True):
+    m, v = a * m + b, a**2 * v + g**2
+    path.append([m, v])
+  m, v = np.transpose(path)
+  away = (m - exact[0][1:]) / np.sqrt(exact[1][1:]), v / exact[1][1:] - 1
+  return [np.abs(error).max() for error in away]
+
+
+@every_sde
+@pytest.mark.parametrize('predictor', ['euler_maruyama', 'reverse_diffusion', 'ancestral_sampling'])
+def test_predictors_converge_with_weak_order_one(sde, predictor):
+  """The errors of mean and variance fall as 1 / N as the steps double, if there are any."""
+  steps = np.array([MOST // 4, MOST // 2, MOST])
+  with jax.enable_x64(True):
+    errors = [
+      path_error(dataclasses.replace(sde, N=int(N), eps=0.0), predictor, 0.7, 0.4) for N in steps
+    ]
+  for error in np.transpose(errors):
+    if error.max() > 1e-5:
+      slope = -np.polyfit(np.log(steps), np.log(error), 1)[0]
+      assert 0.8 <= slope <= 1.2
+
+
+# What samples do not depend on.
+
+
+class Calls:
+  """Counts."""
+
+  def __init__(self):
+    self.n = 0
+
+
+@flax.struct.dataclass
+class CountingScore:
+  """A score of Gaussian data N(mean, 1), as a pytree; counts how often it is called or traced."""
+
+  mean: Array
+  sde: SDE = flax.struct.field(pytree_node=False)
+  calls: Calls = flax.struct.field(pytree_node=False, default_factory=Calls)
+
+  def __call__(self, x: Array, t: Array) -> Array:
+    self.calls.n += 1
+    return gaussian(self.mean, 1.0).score_fn(self.sde)(x, t)
+
+
+SMALL = (3, 2)
+
+
+@pytest.fixture(scope='module')
+def pc() -> PCSampler:
+  return PCSampler(
+    VPSDE(N=30, eps=1e-3), PREDICTORS['reverse_diffusion'](), CORRECTORS['langevin'](0.1, 2)
+  )
+
+
+@pytest.fixture(scope='module')
+def score(pc) -> CountingScore:
+  return CountingScore(jnp.array([0.5, -0.5]), pc.sde)
+
+
+def test_samples_do_not_depend_on_where_the_run_is_cut(pc, score, monkeypatch):
+  key = jax.random.key(0)
+  expected = pc(key, score, SMALL)[0]
+  for segments in (1, 4, 1000):
+    monkeypatch.setattr(sampling, 'SEGMENTS', segments)
+    np.testing.assert_array_equal(pc(key, score, SMALL)[0], expected)
+
+
+def test_plain_and_pytree_scores_agree(pc, score):
+  def plain(x, t):
+    return score(x, t)
+
+  key = jax.random.key(0)
+  got, expected = (pc(key, score_fn, SMALL)[0] for score_fn in (plain, score))
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['pc', 'ode'])
+def test_samplers_compile_once_for_all_parameters(kind, pc, score):
+  """Other parameters and keys trace nothing new, and give other samples."""
+  sampler = pc if kind == 'pc' else ODESampler(pc.sde)
+  x, _ = sampler(jax.random.key(0), score, SMALL)
+  before = score.calls.n
+  again, _ = sampler(jax.random.key(0), score.replace(mean=score.mean + 3), SMALL)
+  sampler(jax.random.key(1), score, SMALL)
+  assert score.calls.n == before
+  assert np.abs(again - x).min() > 0.5
+
+
+@pytest.mark.parametrize('sampler', ['pc', 'ode'])
+def test_progress_grows_to_one(sampler, pc):
+  fractions = []
+  sampler = pc if sampler == 'pc' else ODESampler(pc.sde)
+  sampler(jax.random.key(0), DATA.score_fn(pc.sde), SMALL, progress=fractions.append)
+  assert len(fractions) > 1
+  assert fractions == sorted(set(fractions))
+  assert fractions[0] >= 0 and fractions[-1] == 1
+
+
+@pytest.mark.parametrize(
+  ('predictor', 'corrector', 'noise_removal'),
+  [*itertools.product(PREDICTORS, CORRECTORS, [True]), ('none', 'ald', False)],
+)
+def test_pc_samplers_count_their_score_evaluations(predictor, corrector, noise_removal):
+  sde = VESDE(N=2)
+  sampler = PCSampler(
+    sde, PREDICTORS[predictor](), CORRECTORS[corrector](0.1, 2), noise_removal=noise_removal
+  )
+  score_fn = CountingScore(jnp.zeros(2), sde)
+  with jax.disable_jit():
+    _, nfe = sampler(jax.random.key(0), score_fn, SMALL)
+  assert nfe == score_fn.calls.n
+
+
+# The ODE solver.
+
+
+def oscillator(frequency: float = 3.0) -> Callable[[Array, Array], Array]:
+  """x'' = -frequency^2 x, in x [2, ...] = (position, velocity / frequency)."""
+
+  def drift(w, x, t):
+    del t
+    return w * jnp.stack([x[1], -x[0]])
+
+  return Partial(drift, jnp.float32(frequency))
+
+
+START = jnp.array([[1.0, 0.2], [0.0, -0.5]])
+
+
+def rotated(x: Array, angle: float) -> Array:
+  c, s = np.cos(angle), np.sin(angle)
+  return jnp.stack([c * x[0] + s * x[1], c * x[1] - s * x[0]])
+
+
+def test_ode_error_falls_with_the_tolerance():
+  drift, errors, work = oscillator(), [], []
+  for tolerance in (1e-2, 1e-3, 1e-4, 1e-5):
+    x, nfe = ode.integrate(drift, START, 0.0, 2.0, rtol=tolerance, atol=tolerance)
+    errors.append(float(np.abs(x - rotated(START, 6.0)).max()))
+    work.append(nfe)
+    assert errors[-1] <= 20 * tolerance
+  assert errors == sorted(errors, reverse=True)
+  assert work == sorted(work)
+  assert errors[-1] <= errors[0] / 100
+
+
+@pytest.mark.parametrize(('t0', 't1'), [(0.0, 1.5), (1.0, 1e-5), (-0.5, 0.5)])
+def test_ode_forwards_then_backwards_is_the_identity(t0, t1):
+  def drift(x, t):
+    return jnp.sin(x) + jnp.cos(5 * t)
+
+  drift = Partial(drift)
+  there, _ = ode.integrate(drift, START, t0, t1, rtol=1e-6, atol=1e-6)
+  back, _ = ode.integrate(drift, there, t1, t0, rtol=1e-6, atol=1e-6)
+  assert np.abs(there - START).max() > 0.1
+  np.testing.assert_allclose(back, START, atol=1e-4)
+
+
+@pytest.mark.parametrize('tolerance', [1e-2, 1e-5])
+def test_ode_counts_its_evaluations(tolerance):
+  times = []
+
+  def drift(x, t):
+    jax.debug.callback(times.append, t)
+    return jnp.cos(20 * t) * x
+
+  _, nfe = ode.integrate(Partial(drift), START, 0.0, 2.0, rtol=tolerance, atol=tolerance)
+  jax.effects_barrier()
+  assert nfe == len(times)
+
+
+def test_ode_solution_does_not_depend_on_where_the_run_is_cut(monkeypatch):
+  solutions = []
+  for segment in (1, 7, 10_000):
+    monkeypatch.setattr(ode, 'SEGMENT', segment)
+    drift = Partial(lambda x, t: jnp.cos(20 * t) * x)  # a new one, or the old cut would be reused
+    solutions.append(ode.integrate(drift, START, 0.0, 2.0))
+  for x, nfe in solutions[1:]:
+    np.testing.assert_array_equal(x, solutions[0][0])
+    assert nfe == solutions[0][1]
+
+
+@pytest.mark.parametrize(
+  'drift',
+  [
+    pytest.param(lambda x, t: x**2, id='blow-up'),
+    pytest.param(lambda x, t: x * jnp.where(t > 0.5, jnp.nan, 1.0), id='nan later'),
+    pytest.param(lambda x, t: x * jnp.nan, id='nan at once'),
+    pytest.param(lambda x, t: x / 0.0, id='infinite'),
+  ],
+)
+def test_ode_that_cannot_be_solved_raises(drift, monkeypatch):
+  monkeypatch.setattr(ode, 'MAX_STEPS', 300)
+  with pytest.raises(FloatingPointError, match=r'300 steps|not finite'):
+    ode.integrate(Partial(drift), jnp.ones((2, 2)), 0.0, 2.0)
