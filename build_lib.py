@@ -163,12 +163,17 @@ def _check(config: FrozenConfigDict) -> None:
     if not _field(config, name) > 0:
       raise UserError(f'config.{name} must be positive; got {_field(config, name)}')
   devices = jax.device_count()
-  for name in ('training.batch_size', 'eval.batch_size'):
+  for name in ('training.batch_size', 'training.snapshot_samples', 'eval.batch_size'):
     if _field(config, name) % devices:
       raise UserError(
         f'config.{name} = {_field(config, name)} must be a multiple of the number of devices, '
         f'{devices}'
       )
+  if config.eval.num_samples < config.eval.batch_size and config.eval.num_samples % devices:
+    raise UserError(
+      f'config.eval.num_samples = {config.eval.num_samples}, where less than a batch, must be a '
+      f'multiple of the number of devices, {devices}'
+    )
   shrink = 2 ** (len(config.model.ch_mult) - 1)
   if config.data.image_size % shrink:
     raise UserError(
@@ -249,7 +254,10 @@ FIXED_IN_RUN = (
   'model', 'training.sde', 'training.continuous', 'data.image_size', 'data.num_channels',
   'data.centered',
 )  # fmt: skip
-FIXED_IN_EVAL = (*FIXED_IN_RUN, 'seed', 'sampling', 'eval.batch_size')
+FIXED_IN_EVAL = (
+  *FIXED_IN_RUN, 'training.reduce_mean', 'training.likelihood_weighting', 'training.eps',
+  'data.dataset', 'data.uniform_dequantization', 'sampling', 'eval.batch_size', 'seed',
+)  # fmt: skip
 _FREE = ('model.dropout', 'model.ema_rate', 'model.ema_warmup', 'model.dtype')
 
 

@@ -99,6 +99,12 @@ class Checkpoints:
     return None
 
 
+def exist(workdir: epath.PathLike) -> bool:
+  """Whether a workdir holds a checkpoint of either kind."""
+  folders = (epath.Path(workdir) / name for name in ('checkpoints', 'checkpoints-meta'))
+  return any(path.name.isdigit() for f in folders if f.exists() for path in f.iterdir())
+
+
 def _manager(directory: epath.Path, max_to_keep: int | None) -> ocp.CheckpointManager:
   options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True)
   return ocp.CheckpointManager(directory.resolve(), options=options)

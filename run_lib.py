@@ -22,6 +22,7 @@ import numpy as np
 
 import artifacts
 from build_lib import build, check_unchanged, FIXED_IN_EVAL, FIXED_IN_RUN, Setup
+import checkpoints as checkpoints_lib
 from checkpoints import Checkpoints
 import datasets
 from errors import UserError
@@ -32,6 +33,7 @@ from progress import Bar, Stop, TrainLog
 logger = logging.getLogger('score_sde')
 
 Report = dict[str, Any]
+LossSum = Callable[[Any, Array, Array, Array], Array]
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -44,7 +46,7 @@ def train(config: ConfigDict, workdir: str) -> None:
   setup, root = build(config), epath.Path(workdir)
   training = setup.config.training
   source, held_out = _load(setup, 'train'), _load(setup, 'test')
-  _open(root, setup, FIXED_IN_RUN if _has_checkpoints(root) else ())
+  _open(root, setup, FIXED_IN_RUN if checkpoints_lib.exist(root) else ())
   with Stop() as stop, Checkpoints(root) as checkpoints:
     start = state = _restore_or_init(setup, root, checkpoints)
     step = int(state.step)
@@ -91,11 +93,12 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   """
   setup, root = build(config), epath.Path(workdir)
   wanted, out = setup.config.eval, root / eval_folder
-  if not _has_checkpoints(root):
+  if not checkpoints_lib.exist(root):
     raise UserError(f'{root} holds no checkpoints to evaluate; train first (--mode train)')
   check_unchanged(root / 'config.json', setup.config, FIXED_IN_RUN)
   _open(out, setup, FIXED_IN_EVAL)
   held_out = _load(setup, 'test') if wanted.enable_loss else None
+  loss_sum = _compile_loss_sum(setup)
   reports = []
   with Checkpoints(root) as checkpoints:
     for step in _steps_to_evaluate(setup.config, checkpoints.steps()):
@@ -103,7 +106,7 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
       path = out / f'report_{step}.json'
       report = artifacts.read_json(path) if path.exists() else {'step': step}
       if held_out is not None and 'loss' not in report:
-        report |= _evaluate_loss(setup, held_out, params)
+        report |= _evaluate_loss(setup, loss_sum, held_out, params)
         artifacts.write_json(path, report)
       if wanted.enable_sampling and report.get('samples') != wanted.num_samples:
         report |= _evaluate_samples(setup, params, step, out / f'step_{step}')
@@ -121,17 +124,15 @@ def draw(
   n: int,
   progress: Callable[[float], None] | None = None,
 ) -> tuple[np.ndarray, int]:
-  """Draws n images, uint8 [n, H, W, C], the same on every process.
+  """Draws n images, uint8 [n, H, W, C], the same on every process; n suits the devices.
 
   Returns:
     The images, and the number of score evaluations that each took.
   """
-  devices = jax.device_count()
-  shape = (math.ceil(n / devices) * devices, *setup.data_shape)
-  score_fn = setup.model.bind(params)
+  score_fn, shape = setup.model.bind(params), (n, *setup.data_shape)
   x, nfe = setup.sampler(rng, score_fn, shape, sharding=setup.batch, progress=progress)
   x = multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else np.asarray(x)
-  x = (x[:n] + 1) / 2 if setup.config.data.centered else x[:n]
+  x = (x + 1) / 2 if setup.config.data.centered else x
   half = 0.5 if setup.config.sampling.uint8 == 'round' else 0.0
   return np.clip(255 * x + half, 0, 255).astype(np.uint8), nfe
 
@@ -151,10 +152,6 @@ def _load(setup: Setup, split: str) -> datasets.ImageSource:
 
 def _processes() -> dict[str, int]:
   return {'process_index': jax.process_index(), 'process_count': jax.process_count()}
-
-
-def _has_checkpoints(root: epath.Path) -> bool:
-  return (root / 'checkpoints').exists()
 
 
 def _open(folder: epath.Path, setup: Setup, fixed: tuple[str, ...]) -> None:
@@ -294,19 +291,21 @@ def _steps_to_evaluate(config: FrozenConfigDict, steps: list[int]) -> list[int]:
   return steps[-1:]
 
 
-def _compile_loss_sum(setup: Setup) -> Callable[[Any, Array, Array, Array], Array]:
+def _compile_loss_sum(setup: Setup) -> LossSum:
   """(params, images, mask, key) -> the sum [] of the losses of the images that the mask marks."""
 
   def loss_sum(params: Any, images: Array, mask: Array, rng: Array) -> Array:
-    step = losses.eval_step(params, images, rng, model=setup.model, objective=setup.objective)
-    return (step * mask).sum()
+    each = losses.eval_step(params, images, rng, model=setup.model, objective=setup.objective)
+    return (each * mask).sum()
 
   return jax.jit(loss_sum, out_shardings=setup.replicated)
 
 
-def _evaluate_loss(setup: Setup, held_out: datasets.ImageSource, params: Any) -> Report:
-  loss_sum, total, began = _compile_loss_sum(setup), 0.0, time.monotonic()
-  size = min(setup.config.eval.batch_size, _round_up(len(held_out), jax.device_count()))
+def _evaluate_loss(
+  setup: Setup, loss_sum: LossSum, held_out: datasets.ImageSource, params: Any
+) -> Report:
+  total, began = 0.0, time.monotonic()
+  size = setup.config.eval.batch_size
   with Bar('loss', len(held_out), unit='images') as bar:
     for i, batch in enumerate(datasets.eval_batches(held_out, size, **_processes())):
       images, mask = setup.put(batch['image']), setup.put(batch['mask'])
@@ -319,25 +318,23 @@ def _evaluate_loss(setup: Setup, held_out: datasets.ImageSource, params: Any) ->
 def _evaluate_samples(setup: Setup, params: Any, step: int, folder: epath.Path) -> Report:
   """Samples in rounds of one batch, each a file; a round that is there is not drawn again."""
   wanted, began, nfes = setup.config.eval, time.monotonic(), []
-  rounds = math.ceil(wanted.num_samples / wanted.batch_size)
+  # The last round is as large as the others, so that samples do not depend on their number.
+  size = min(wanted.batch_size, wanted.num_samples)
+  rounds = math.ceil(wanted.num_samples / size)
   grid = None
   with Bar('sample', wanted.num_samples, unit='samples') as bar:
     for i in range(rounds):
-      n = min(wanted.batch_size, wanted.num_samples - i * wanted.batch_size)
-      path = folder / f'samples_{i}.npz'
+      done, path = i * size, folder / f'samples_{i}.npz'
+      n = min(size, wanted.num_samples - done)
       kept = _read_round(path, n)
       if kept is None:
         rng = jax.random.fold_in(setup.key('sample', step), i)
-        done = i * wanted.batch_size
-        images, nfe = draw(
-          setup, params, rng, n, lambda f, done=done, n=n: bar.update(done + f * n)
-        )
-        artifacts.write_npz(path, samples=images, nfe=np.int64(nfe))
-      else:
-        images, nfe = kept
-      nfes.append(nfe)
-      grid = images[:100] if grid is None else grid
-      bar.update(min((i + 1) * wanted.batch_size, wanted.num_samples))
+        images, nfe = draw(setup, params, rng, size, lambda f, d=done, n=n: bar.update(d + f * n))
+        kept = images[:n], nfe
+        artifacts.write_npz(path, samples=images[:n], nfe=np.int64(nfe))
+      nfes.append(kept[1])
+      grid = kept[0][:100] if grid is None else grid
+      bar.update(done + n)
   artifacts.write_grid(folder / 'samples.png', grid)
   logger.info('step %d: samples are in %s', step, folder / 'samples.png')
   seconds = time.monotonic() - began
@@ -354,7 +351,3 @@ def _read_round(path: epath.Path, n: int) -> tuple[np.ndarray, int] | None:
   except Exception as error:  # zipfile, zlib and NumPy raise many kinds
     raise UserError(f'{path} is damaged ({error}); move it away, and it is drawn again') from None
   return (images, nfe) if len(images) == n else None
-
-
-def _round_up(n: int, multiple: int) -> int:
-  return -(-n // multiple) * multiple

@@ -182,5 +182,5 @@ def digits(config: ConfigDict) -> ConfigDict:
   config.eval.end_ckpt = 1000
   config.eval.batch_size = 128
   config.eval.enable_sampling = True
-  config.eval.num_samples = 100
+  config.eval.num_samples = 128
   return config

@@ -102,8 +102,9 @@ def test_sampling_has_its_own_steps_and_its_own_last_time():
   config = config_of('vp', 'digits')
   config.sampling.num_steps = 77
   setup = build_lib.build(config)
-  assert (setup.sampler.sde.N, setup.model.sde.N) == (77, config.model.num_scales)
-  assert (setup.sampler.sde.eps, setup.model.sde.eps) == (1e-3, 1e-5)
+  assert [setup.sampler.sde.N, setup.model.sde.N] == [77, 1000]
+  assert setup.sampler.sde.eps == config.sampling.eps
+  assert setup.model.sde.eps == config.training.eps
   config.sampling.num_steps = 0
   assert build_lib.build(config).sampler.sde.N == config.model.num_scales
 

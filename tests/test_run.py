@@ -34,8 +34,18 @@ TINY = {
 }
 
 
+@pytest.fixture(scope='module', autouse=True)
+def environment(tmp_path_factory) -> None:
+  """Processes compile quickly, and once for all of them."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path_factory.mktemp('cache')))
+    patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+    patch.setenv('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
+    yield
+
+
 def command(mode: str, workdir: Path, config: str = 'configs/vp/digits.py', **fields) -> list[str]:
-  """The command line of a tiny run."""
+  """The command line of a tiny run; a field section.name is passed as section__name."""
   values = TINY | {name.replace('__', '.'): value for name, value in fields.items()}
   overrides = [f'--config.{name}={value}' for name, value in values.items()]
   return [
@@ -46,9 +56,10 @@ def command(mode: str, workdir: Path, config: str = 'configs/vp/digits.py', **fi
 
 def run(mode: str, workdir: Path, devices: int = 1, **fields) -> subprocess.CompletedProcess:
   """Runs main.py to its end on so many host devices."""
+  flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'
   return subprocess.run(
     command(mode, workdir, **fields),
-    env=os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'},
+    env=os.environ | {'XLA_FLAGS': flags},
     capture_output=True,
     text=True,
     check=False,
@@ -170,17 +181,74 @@ def test_evaluation_resumes_where_it_was_stopped(whole, tmp_path):
   assert [first[k] for k in timeless] == [again[k] for k in timeless]
 
 
+# Mistakes: one line, exit code 2, nothing lost.
+
+
+def refused(done: subprocess.CompletedProcess) -> str:
+  """The one line that a mistake gets."""
+  assert done.returncode == 2, done.stderr
+  *said, error = done.stderr.splitlines()
+  assert error.startswith('error: ')
+  assert not [line for line in said if 'Traceback' in line or 'Error' in line]
+  return error
+
+
 def test_another_model_is_refused_on_resuming(whole):
-  done = run('train', whole, model__nf=16)
-  assert done.returncode == 2
-  assert 'config.model.nf: 8 there, 16 now' in done.stderr
-  assert done.stderr.count('\n') == 1
+  assert 'config.model.nf: 8 there, 16 now' in refused(run('train', whole, model__nf=16))
 
 
 def test_other_samples_are_refused_in_an_eval_folder(whole):
   succeed('eval', whole)
-  done = run('eval', whole, sampling__num_steps=30)
-  assert done.returncode == 2 and 'config.sampling.num_steps: 25 there, 30 now' in done.stderr
+  error = refused(run('eval', whole, sampling__num_steps=30))
+  assert 'config.sampling.num_steps: 25 there, 30 now' in error
+
+
+def test_evaluation_without_a_checkpoint_is_refused(tmp_path):
+  assert 'holds no checkpoints' in refused(run('eval', tmp_path))
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_variant_lists_those_that_exist(tmp_path):
+  error = refused(run('train', tmp_path, config='configs/ve/cifar10.py:ncsnp'))
+  assert 'ncsnpp_deep_continuous' in error and "did you mean 'ncsnpp'" in error
+
+
+def test_a_misspelt_field_is_refused_with_the_nearest(tmp_path):
+  assert "did you mean 'n_iters'" in refused(run('train', tmp_path, training__n_iter=3))
+  assert "'abc'" in refused(run('train', tmp_path, training__n_iters='abc'))
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path):
+  error = refused(run('train', tmp_path, devices=8, training__batch_size=12))
+  assert 'batch_size = 12 must be a multiple of the number of devices, 8' in error
+
+
+def test_an_unknown_dataset_is_refused_with_the_nearest(tmp_path):
+  assert "did you mean 'CIFAR10'" in refused(run('train', tmp_path, data__dataset='CIFAR1O'))
+
+
+def test_an_empty_image_folder_is_refused(tmp_path):
+  folder = tmp_path / 'photos'
+  folder.mkdir()
+  error = refused(run('train', tmp_path, data__dataset='folder', data__path=folder))
+  assert f'no images in {folder}' in error
+
+
+def test_a_corrupt_image_is_named(tmp_path):
+  folder = tmp_path / 'photos'
+  folder.mkdir()
+  rng = np.random.default_rng(0)
+  for i in range(6):
+    Image.fromarray(rng.integers(0, 256, (9, 12), np.uint8)).save(folder / f'{i}.png')
+  broken = folder / '3.png'
+  broken.write_bytes(broken.read_bytes()[:60])
+  error = refused(run('train', tmp_path / 'run', data__dataset='folder', data__path=folder))
+  assert f'{broken} cannot be read' in error
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
+  (tmp_path / 'file').touch()
+  assert 'cannot write to' in refused(run('train', tmp_path / 'file' / 'run'))
 
 
 def damage(folder: Path) -> None:
@@ -194,7 +262,17 @@ def damage(folder: Path) -> None:
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(whole, tmp_path):
   succeed('train', tmp_path, training__n_iters=6)
   damage(tmp_path / 'checkpoints' / '6')
+  assert 'checkpoints/6 is damaged' in refused(run('eval', tmp_path))
   done = succeed('train', tmp_path)
   assert 'checkpoints/6 is damaged' in done.stderr and 'resuming' in done.stderr
   assert 'Traceback' not in done.stderr and 'Exception' not in done.stderr
   assert_same_bits(state_of(tmp_path, 12), state_of(whole, 12))
+
+
+def test_damaged_checkpoints_are_never_taken_for_a_new_run(tmp_path):
+  succeed('train', tmp_path, training__n_iters=6)
+  for checkpoint in tmp_path.glob('checkpoints*/*'):
+    damage(checkpoint)
+  before = sorted(tmp_path.rglob('*'))
+  assert 'can be restored; move' in refused(run('train', tmp_path))
+  assert sorted(tmp_path.rglob('*')) == before
