@@ -109,11 +109,13 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
         report |= _evaluate_loss(setup, loss_sum, held_out, params)
         artifacts.write_json(path, report)
       if wanted.enable_sampling and report.get('samples') != wanted.num_samples:
-        report |= _evaluate_samples(setup, params, step, out / f'step_{step}')
+        report |= _evaluate_samples(setup, params, step, _samples_folder(out, step))
         artifacts.write_json(path, report)
-      logger.info('%s', ', '.join(f'{k} {v:.6g}' for k, v in report.items()))
+      values = ', '.join(f'{name} {value:.6g}' for name, value in report.items())
+      logger.info('%s; report in %s', values, path)
+      if wanted.enable_sampling:
+        logger.info('samples are in %s', _samples_folder(out, step) / 'samples.png')
       reports.append(report)
-  logger.info('reports are in %s', out)
   return reports
 
 
@@ -315,6 +317,10 @@ def _evaluate_loss(
   return {'loss': total / len(held_out), 'loss_images': len(held_out), 'loss_seconds': seconds}
 
 
+def _samples_folder(out: epath.Path, step: int) -> epath.Path:
+  return out / f'step_{step}'
+
+
 def _evaluate_samples(setup: Setup, params: Any, step: int, folder: epath.Path) -> Report:
   """Samples in rounds of one batch, each a file; a round that is there is not drawn again."""
   wanted, began, nfes = setup.config.eval, time.monotonic(), []
@@ -336,7 +342,6 @@ def _evaluate_samples(setup: Setup, params: Any, step: int, folder: epath.Path) 
       grid = kept[0][:100] if grid is None else grid
       bar.update(done + n)
   artifacts.write_grid(folder / 'samples.png', grid)
-  logger.info('step %d: samples are in %s', step, folder / 'samples.png')
   seconds = time.monotonic() - began
   return {'samples': wanted.num_samples, 'nfe': float(np.mean(nfes)), 'sample_seconds': seconds}
 

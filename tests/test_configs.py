@@ -104,9 +104,9 @@ def test_sampling_has_its_own_steps_and_its_own_last_time():
   setup = build_lib.build(config)
   assert [setup.sampler.sde.N, setup.model.sde.N] == [77, 1000]
   assert setup.sampler.sde.eps == config.sampling.eps
-  assert setup.model.sde.eps == config.training.eps
+  assert config.training.eps == setup.model.sde.eps
   config.sampling.num_steps = 0
-  assert build_lib.build(config).sampler.sde.N == config.model.num_scales
+  assert config.model.num_scales == build_lib.build(config).sampler.sde.N
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ TINY = {
   'training.snapshot_freq_for_preemption': 2,
   'training.snapshot_samples': 8,
   'sampling.num_steps': 25,
+  'sampling.corrector': 'langevin',
   'eval.begin_ckpt': 1,
   'eval.batch_size': 16,
   'eval.num_samples': 24,
