@@ -265,7 +265,6 @@ class PCSampler:
 def _pc_segment(sampler, score_fn, rng, x, x_mean, start, stop):
   sde = sampler.sde
   rsde = sde.reverse(score_fn, sampler.probability_flow)
-  # MCMC has no flow to follow: correctors see the score alone.
   times = jnp.linspace(sde.T, sde.eps, sde.N)
   dt = (sde.T - sde.eps) / (sde.N - 1)
 
