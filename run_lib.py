@@ -175,9 +175,13 @@ def _init(setup: Setup, rng: Array) -> TrainState:
 
 def _like(setup: Setup) -> TrainState:
   """The shapes, dtypes and shardings of the training state."""
+  try:
+    state = jax.eval_shape(partial(_init, setup), setup.key('init'))
+  except (TypeError, ValueError) as error:
+    reason = str(error).strip().partition('\n')[0]
+    raise UserError(f'config.model does not make a network: {reason}') from None
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setup.replicated),
-    jax.eval_shape(partial(_init, setup), setup.key('init')),
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setup.replicated), state
   )
 
 

@@ -188,7 +188,7 @@ class VESDE(SDE):
       raise ValueError(
         f'VESDE needs 0 < sigma_min < sigma_max; got {self.sigma_min} and {self.sigma_max}'
       )
-    _check_steps(self)
+    _check_times(self)
 
   @property
   def prior_std(self) -> float:
@@ -233,7 +233,7 @@ class _LinearBeta(SDE):
         f'{type(self).__name__} needs 0 < beta_min <= beta_max; '
         f'got {self.beta_min} and {self.beta_max}'
       )
-    _check_steps(self)
+    _check_times(self)
 
   def beta(self, t: Array) -> Array:
     """beta(t) [B]."""
@@ -319,6 +319,8 @@ class subVPSDE(_LinearBeta):
     return jnp.sqrt(-self.beta(t) * jnp.expm1(4 * self.log_alpha(t)))
 
 
-def _check_steps(sde: SDE) -> None:
+def _check_times(sde: SDE) -> None:
   if sde.N < 2:
     raise ValueError(f'{type(sde).__name__} needs a grid of N >= 2 steps; got {sde.N}')
+  if not 0 <= sde.eps < sde.T:
+    raise ValueError(f'{type(sde).__name__} needs 0 <= eps < T = {sde.T}; got {sde.eps}')

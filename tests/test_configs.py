@@ -122,10 +122,13 @@ def test_sampling_has_its_own_steps_and_its_own_last_time():
     ('data.image_size', 9, 'multiple of 2'),
     ('optim.optimizer', 'adam', 'did you mean .Adam.'),
     ('sampling.num_steps', -3, 'N >= 2'),
+    ('sampling.eps', 1.5, '0 <= eps < T'),
+    ('sampling.probability_flow', True, 'does not go with'),
   ],
 )
 def test_a_wrong_value_is_told(field, value, said):
   config = config_of('ve', 'digits')
+  config.sampling.predictor = 'ancestral_sampling'
   config.update_from_flattened_dict({field: value})
   with pytest.raises(UserError, match=said):
     build_lib.build(config)

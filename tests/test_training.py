@@ -11,6 +11,7 @@ import pytest
 import build_lib
 from configs import base
 import datasets
+from errors import UserError
 import losses
 from losses import Objective
 import run_lib
@@ -143,6 +144,11 @@ def test_pixels_become_whole_numbers(how, expected, centered):
   images, nfe = run_lib.draw(setup, {}, jax.random.key(0), 4)
   assert images.shape == (4, 8, 8, 1) and images.dtype == np.uint8 and nfe == 7
   assert [int(image.max()) for image in images] == [0, 255, expected, expected]
+
+
+def test_a_network_that_cannot_be_is_told():
+  with pytest.raises(UserError, match=r'config.model does not make a network: .*groups'):
+    run_lib._like(tiny_setup(model__nf=90))  # 22 groups do not share 90 channels
 
 
 def test_moving_average_warms_up():
