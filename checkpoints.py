@@ -12,11 +12,11 @@ import gc
 import logging
 import sys
 from typing import Any
+import zlib
 
 from etils import epath
 import jax
-from jax import Array
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from errors import UserError
@@ -25,18 +25,12 @@ from losses import TrainState
 logger = logging.getLogger('score_sde')
 
 
-@jax.jit
-def checksum(state: Any) -> Array:
-  """A sum over the bits of all arrays, uint32 []; it changes with any one element.
-
-  It is integer arithmetic, hence the same however the arrays are sharded.
-  """
-  total = jnp.zeros((), jnp.uint32)
-  for i, leaf in enumerate(jax.tree.leaves(state)):
-    bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()
-    weights = 2 * (jnp.arange(bits.size, dtype=jnp.uint32) + 7919 * i) + 1  # odd: none is lost
-    total += jnp.sum(bits * weights, dtype=jnp.uint32)
-  return total
+def checksum(state: Any) -> np.ndarray:
+  """CRC-32 over the bytes of all arrays, uint32 []."""
+  crc = 0
+  for leaf in jax.tree.leaves(state):
+    crc = zlib.crc32(np.ascontiguousarray(leaf), crc)
+  return np.asarray(crc, np.uint32)
 
 
 class Checkpoints:
@@ -46,6 +40,7 @@ class Checkpoints:
     root = epath.Path(workdir)
     self._kept = _manager(root / 'checkpoints', max_to_keep=None)
     self._meta = _manager(root / 'checkpoints-meta', max_to_keep=2)
+    self._damaged: list[epath.Path] = []
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -57,6 +52,10 @@ class Checkpoints:
   def save(self, state: TrainState, *, keep: bool) -> None:
     """Saves the state in the background: for good if `keep`, else until two newer ones are."""
     manager, step = (self._kept if keep else self._meta), int(state.step)
+    folder = manager.directory / str(step)
+    if folder in self._damaged:  # it is made again, and what is left of it stays for inspection
+      folder.rename(folder.with_name(f'{step}.damaged'))
+      manager.reload()
     if step in manager.all_steps():
       return
     item = {'state': state, 'checksum': checksum(state)}
@@ -91,6 +90,7 @@ class Checkpoints:
         return _restore(manager, step, like)
       except UserError as error:
         logger.warning('%s; trying the one before it', error)
+        self._damaged.append(manager.directory / str(step))
     if newest:
       raise UserError(
         f'none of the {len(newest)} checkpoints in {self._kept.directory.parent} can be restored; '
@@ -116,7 +116,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> Tra
 
   whole = {
     'state': like,
-    'checksum': jax.ShapeDtypeStruct((), jnp.uint32, sharding=like.step.sharding),
+    'checksum': jax.ShapeDtypeStruct((), np.uint32, sharding=like.step.sharding),
   }
   where = manager.directory / str(step)
   with _without_noise():

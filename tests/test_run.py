@@ -267,7 +267,8 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(whole, tmp_path):
   done = succeed('train', tmp_path)
   assert 'checkpoints/6 is damaged' in done.stderr and 'resuming' in done.stderr
   assert 'Traceback' not in done.stderr and 'Exception' not in done.stderr
-  assert_same_bits(state_of(tmp_path, 12), state_of(whole, 12))
+  for step in (6, 12):  # the damaged one was made again
+    assert_same_bits(state_of(tmp_path, step), state_of(whole, step))
 
 
 def test_damaged_checkpoints_are_never_taken_for_a_new_run(tmp_path):
