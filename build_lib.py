@@ -65,12 +65,16 @@ class Setup:
 
   def key(self, purpose: str, step: int = 0) -> Array:
     """The random key for a purpose at a step, on all devices."""
-    root = jax.random.fold_in(jax.random.key(self.config.seed), PURPOSES.index(purpose))
-    return jax.device_put(jax.random.fold_in(root, step), self.replicated)
+    make = jax.jit(_key, out_shardings=self.replicated)  # a put can't reach other processes
+    return make(self.config.seed, PURPOSES.index(purpose), step)
 
   def put(self, rows: np.ndarray) -> Array:
     """This process's rows of a batch, as part of the global batch on the devices."""
     return jax.make_array_from_process_local_data(self.batch, rows)
+
+
+def _key(seed: int, purpose: int, step: int) -> Array:
+  return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
 
 
 def build(config: ConfigDict) -> Setup:

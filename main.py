@@ -84,6 +84,8 @@ def main(argv: Sequence[str]) -> None:
 
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
+    if jax.process_index() > 0:
+      logging.getLogger('score_sde').setLevel(logging.WARNING)
   import run_lib
 
   with logging_redirect_tqdm():
