@@ -9,6 +9,7 @@ Any field of a config can be set as --config.section.field=value.
 """
 
 from collections.abc import Sequence
+import inspect
 import logging
 from pathlib import Path
 import runpy
@@ -50,13 +51,18 @@ def parse(argv: Sequence[str]) -> tuple[str, str]:
   if not Path(path).is_file():
     here = sorted(str(p) for p in Path('configs').glob('*/*.py'))
     raise UserError(f'--config {path!r} is not a file; configs here: {", ".join(here) or "none"}')
-  config = runpy.run_path(path)['get_config'](*([variant] if variant else []))
+  get_config = runpy.run_path(path).get('get_config')
+  if get_config is None:
+    raise UserError(f'{path} is not a config file: it has no function get_config')
+  if variant and not inspect.signature(get_config).parameters:
+    raise UserError(f'{path} has no variants; got {variant!r}')
+  config = get_config(*([variant] if variant else []))
   for name in given:
-    if name.startswith('config.'):
-      _check_field(config, name)
+    if name.startswith(('config.', 'noconfig.')):  # --noconfig.x.y is --config.x.y=False
+      _check_field(config, name.removeprefix('no'))
   try:
     rest = flags.FLAGS(list(argv))
-  except (flags.Error, TypeError) as error:
+  except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
     raise UserError(' '.join(str(error).split())) from None
   if rest[1:]:
     raise UserError(f'{rest[1]!r} is not a flag; fields are set as --config.section.field=value')

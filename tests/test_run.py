@@ -214,9 +214,35 @@ def test_a_wrong_variant_lists_those_that_exist(tmp_path):
   assert 'ncsnpp_deep_continuous' in error and "did you mean 'ncsnpp'" in error
 
 
-def test_a_misspelt_field_is_refused_with_the_nearest(tmp_path):
-  assert "did you mean 'n_iters'" in refused(run('train', tmp_path, training__n_iter=3))
-  assert "'abc'" in refused(run('train', tmp_path, training__n_iters='abc'))
+@pytest.mark.parametrize(
+  ('arguments', 'said'),
+  [
+    ('--config.training.n_iter=3', "did you mean 'n_iters'"),
+    ('--noconfig.eval.enable_sampling_', "did you mean 'enable_sampling'"),
+    ('--config.training.n_iters=abc', "'abc'"),
+    ('--config.sampling.noise_removal=maybe', "'maybe'"),
+    ('--mod=train', 'Did you mean: mode'),
+    ('--config.training=3', 'training'),
+    ('train', "'train' is not a flag"),
+  ],
+)
+def test_a_misspelt_flag_or_field_is_refused(tmp_path, arguments, said):
+  done = subprocess.run(
+    [*command('train', tmp_path), arguments], capture_output=True, text=True, check=False
+  )
+  assert said in refused(done)
+
+
+@pytest.mark.parametrize(
+  ('config', 'said'),
+  [
+    ('configs/vp/digits.py:large', 'has no variants'),
+    ('configs/vp/digit.py', 'is not a file'),
+    ('configs/../errors.py', 'is not a config file'),
+  ],
+)
+def test_a_wrong_config_file_is_refused(tmp_path, config, said):
+  assert said in refused(run('train', tmp_path, config=config))
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path):
