@@ -32,6 +32,18 @@ from sde_lib import SDE, subVPSDE, VESDE, VPSDE
 # stored. The order is part of every run's result.
 PURPOSES = ('init', 'train', 'eval', 'snapshot', 'sample')
 
+# What a checkpoint depends on, which must not change when its run goes on or is evaluated; and
+# what samples depend on beside it, which must not change within an eval folder.
+FIXED_IN_RUN = (
+  'model', 'training.sde', 'training.continuous', 'data.image_size', 'data.num_channels',
+  'data.centered',
+)  # fmt: skip
+FIXED_IN_EVAL = (
+  *FIXED_IN_RUN, 'training.reduce_mean', 'training.likelihood_weighting', 'training.eps',
+  'data.dataset', 'data.uniform_dequantization', 'sampling', 'eval.batch_size', 'seed',
+)  # fmt: skip
+_FREE = ('model.dropout', 'model.ema_rate', 'model.ema_warmup', 'model.dtype')
+
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
@@ -250,19 +262,6 @@ def _sampler(config: FrozenConfigDict, sde: SDE) -> sampling.Sampler:
     choice.probability_flow,
     choice.noise_removal,
   )
-
-
-# What a checkpoint depends on, which must not change when its run goes on or is evaluated; and
-# what samples depend on beside it, which must not change within an eval folder.
-FIXED_IN_RUN = (
-  'model', 'training.sde', 'training.continuous', 'data.image_size', 'data.num_channels',
-  'data.centered',
-)  # fmt: skip
-FIXED_IN_EVAL = (
-  *FIXED_IN_RUN, 'training.reduce_mean', 'training.likelihood_weighting', 'training.eps',
-  'data.dataset', 'data.uniform_dequantization', 'sampling', 'eval.batch_size', 'seed',
-)  # fmt: skip
-_FREE = ('model.dropout', 'model.ema_rate', 'model.ema_warmup', 'model.dtype')
 
 
 def check_unchanged(path: epath.Path, config: FrozenConfigDict, fixed: tuple[str, ...]) -> None:
