@@ -112,7 +112,7 @@ if __name__ == '__main__':
   logging.getLogger('absl').setLevel(logging.ERROR)
   try:
     main(sys.argv)
-  except UserError as error:
+  except (UserError, FloatingPointError) as error:  # the latter from a solver that got stuck
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
