@@ -149,15 +149,7 @@ class TrainLog:
       UserError: if a loss is not finite.
     """
     for step, window in self._due:
-      means = {
-        name: float(np.mean([np.mean(measured[name]) for measured in window])) for name in window[0]
-      }
-      for name, value in means.items():
-        if not np.isfinite(value):
-          raise UserError(
-            f'{name} is {value} at step {step}; the checkpoints before it are good. Resume with '
-            'a lower config.optim.lr, or a grad_clip, or look for damaged images'
-          )
+      means = _finite_means(step, window)
       if 'loss' in means:
         now = time.monotonic()
         rate = (step - self._since_step) / (now - self._since)
@@ -167,3 +159,26 @@ class TrainLog:
         self._note += f', loss {means["loss"]:.4g}'
       self._metrics.write(step, **means)
     self._due = []
+
+  def settle(self, step: int) -> None:
+    """Writes what is due, and looks at all steps up to this one, before its state is saved.
+
+    Raises:
+      UserError: if a loss is not finite.
+    """
+    self.flush()
+    if self._window:
+      _finite_means(step, self._window)
+
+
+def _finite_means(step: int, window: list[dict[str, Array]]) -> dict[str, float]:
+  means = {
+    name: float(np.mean([np.mean(measured[name]) for measured in window])) for name in window[0]
+  }
+  for name, value in means.items():
+    if not np.isfinite(value):
+      raise UserError(
+        f'{name} is {value} at step {step}; what was saved before is good. Resume with a lower '
+        'config.optim.lr, or with config.optim.grad_clip, or look for damaged images'
+      )
+  return means

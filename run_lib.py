@@ -65,7 +65,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         snapshot = step % training.snapshot_freq == 0 or step == training.n_iters
         leave = step < training.n_iters and stop.agreed(step, training.log_freq)
         if snapshot or leave or step % training.snapshot_freq_for_preemption == 0:
-          log.flush()
+          log.settle(step)
           checkpoints.save(state, keep=snapshot)
         if snapshot and not leave:
           _draw_snapshot(setup, root, state, stop)

@@ -273,6 +273,14 @@ def test_a_corrupt_image_is_named(tmp_path):
   assert f'{broken} cannot be read' in error
 
 
+def test_a_loss_that_is_not_finite_stops_and_is_never_saved(tmp_path):
+  """Also where a checkpoint is due, here at step 2, before the next line of the log, at step 5."""
+  wild = {'optim__lr': 1e30, 'optim__warmup': 0, 'optim__grad_clip': -1.0}
+  error = refused(run('train', tmp_path, training__log_freq=5, **wild))
+  assert ' at step 2; what was saved before is good' in error
+  assert not [p for p in tmp_path.glob('checkpoints*/*') if p.name.isdigit()]
+
+
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
   (tmp_path / 'file').touch()
   assert 'cannot write to' in refused(run('train', tmp_path / 'file' / 'run'))
