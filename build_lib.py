@@ -17,16 +17,21 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import numpy as np
 import optax
 
+from adaptive_sde import AdaptiveSDESampler
 import artifacts
 from errors import unknown, UserError
+import exponential_integrators as fast
 import losses
 from losses import Objective
 from models import ncsnpp, score
 from models.ddpm import DDPM
 from models.layers import ACTIVATIONS
 from models.score import ScoreModel
+import ode
+from sampler_lib import GridSampler, Sampler, Solver
 import sampling
 from sde_lib import SDE, subVPSDE, VESDE, VPSDE
+from time_grids import GRIDS
 
 # What the keys of a run are for. A key is a function of seed, purpose and step: nothing random is
 # stored. The order is part of every run's result.
@@ -64,7 +69,7 @@ class Setup:
   model: ScoreModel
   objective: Objective
   tx: optax.GradientTransformation
-  sampler: sampling.Sampler
+  sampler: Sampler
   batch: NamedSharding
   replicated: NamedSharding
   steps_per_call: int
@@ -139,6 +144,18 @@ _SDES: dict[str, Callable[[Any, float], SDE]] = {
   ),
 }
 
+# Methods that take the steps of a time grid: what makes them, and the grid that they take unless
+# the config names one.
+_SOLVERS: dict[str, tuple[Callable[[Any], Solver], str]] = {
+  'ddim': (lambda choice: fast.DDIM(choice.eta), 'log_snr'),
+  'dpm_solver++': (lambda choice: fast.DPMSolver(choice.order, choice.eta), 'log_snr'),
+  'dpm_solver++_2s': (lambda choice: fast.DPMSolver2S(), 'log_snr'),
+  'deis': (lambda choice: fast.DEIS(choice.order), 'quadratic'),
+  'unipc': (lambda choice: fast.UniPC(choice.order), 'log_snr'),
+  'euler': (lambda choice: _edm(choice, 1), 'edm'),
+  'heun': (lambda choice: _edm(choice, 2), 'edm'),
+}
+
 _CHOICES = {
   'training.sde': _SDES,
   'model.name': ('ncsnpp', 'ddpm'),
@@ -150,9 +167,11 @@ _CHOICES = {
   'model.progressive_combine': ncsnpp.COMBINE_METHODS,
   'model.dtype': ('float32', 'bfloat16'),
   'optim.optimizer': ('Adam',),
-  'sampling.method': ('pc', 'ode'),
+  'sampling.method': ('pc', 'ode', 'adaptive_sde', *_SOLVERS),
   'sampling.predictor': sampling.PREDICTORS,
   'sampling.corrector': sampling.CORRECTORS,
+  'sampling.grid': ('', *GRIDS),
+  'sampling.ode_solver': ode.SOLVERS,
   'sampling.uint8': ('truncate', 'round'),
 }
 _POSITIVE = (
@@ -160,7 +179,8 @@ _POSITIVE = (
   'training.n_iters', 'training.n_jitted_steps', 'training.log_freq', 'training.eval_freq',
   'training.snapshot_freq', 'training.snapshot_freq_for_preemption', 'training.snapshot_samples',
   'training.eps', 'optim.lr', 'sampling.n_steps_each', 'sampling.snr', 'sampling.eps',
-  'sampling.rtol', 'sampling.atol', 'eval.batch_size', 'eval.num_samples',
+  'sampling.rtol', 'sampling.atol', 'sampling.sde_rtol', 'sampling.sde_atol', 'sampling.rho',
+  'eval.batch_size', 'eval.num_samples',
 )  # fmt: skip
 
 
@@ -245,23 +265,41 @@ def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
   return ScoreModel(net, sde, conditioning, output, continuous, config.data.centered)
 
 
-def _sampler(config: FrozenConfigDict, sde: SDE) -> sampling.Sampler:
+def _sampler(config: FrozenConfigDict, sde: SDE) -> Sampler:
   choice = config.sampling
   sde = dataclasses.replace(sde, N=choice.num_steps or config.model.num_scales, eps=choice.eps)
+  if choice.method == 'ode':
+    return sampling.ODESampler(
+      sde, choice.rtol, choice.atol, choice.noise_removal, choice.ode_solver
+    )
+  if choice.method == 'adaptive_sde':
+    return AdaptiveSDESampler(sde, choice.sde_rtol, choice.sde_atol, choice.noise_removal)
+  if choice.method == 'pc':
+    return _pc_sampler(config, sde)
+  make, grid = _SOLVERS[choice.method]
+  grid = GRIDS[choice.grid or grid](choice.rho)
+  return GridSampler(sde, make(choice), grid, choice.noise_removal)
+
+
+def _pc_sampler(config: FrozenConfigDict, sde: SDE) -> sampling.PCSampler:
+  choice = config.sampling
   if choice.predictor == 'ancestral_sampling' and choice.probability_flow:
     raise UserError('config.sampling.probability_flow does not go with ancestral_sampling')
-  uses_chain = choice.predictor in ('reverse_diffusion', 'ancestral_sampling')
-  if choice.method == 'pc' and (uses_chain or choice.corrector != 'none'):
+  predictor = sampling.PREDICTORS[choice.predictor]()
+  if predictor.own_steps or choice.corrector != 'none':
     sde.langevin_alpha(np.ones(1))  # says so if the chain has too few steps
-  if choice.method == 'ode':
-    return sampling.ODESampler(sde, choice.rtol, choice.atol, choice.noise_removal)
   return sampling.PCSampler(
     sde,
-    sampling.PREDICTORS[choice.predictor](),
+    predictor,
     sampling.CORRECTORS[choice.corrector](choice.snr, choice.n_steps_each),
     choice.probability_flow,
     choice.noise_removal,
+    GRIDS[choice.grid or 'uniform'](choice.rho),
   )
+
+
+def _edm(choice: FrozenConfigDict, order: int) -> Solver:
+  return fast.EDM(order, choice.s_churn, choice.s_tmin, choice.s_tmax, choice.s_noise)
 
 
 def check_unchanged(path: epath.Path, config: FrozenConfigDict, fixed: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ interrupted; where it is cut does not change the result.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import diffrax
 import jax
@@ -13,13 +14,15 @@ from jax import Array
 import jax.numpy as jnp
 
 Drift = Callable[[Array, Array], Array]  # (x, t []) -> dx/dt, like x; a pytree of its arrays
-Progress = Callable[[float], None]  # called with the fraction that is done
+Observer = Callable[[float, Array], None]  # told the fraction that is done, and x there
 
 SEGMENT = 10
 MAX_STEPS = 10_000
-SOLVER = diffrax.Dopri5()  # the same pair of orders 5 and 4 as SciPy's RK45
-STAGES = 6  # of SOLVER, whose last stage is the first of the next step
-FIRST = 3  # evaluations before that: two choose the first step size, one begins the first step
+SOLVERS = {
+  'dopri5': diffrax.Dopri5(),  # the same pair of orders 5 and 4 as SciPy's RK45
+  'tsit5': diffrax.Tsit5(),  # orders 5 and 4, with smaller constants
+  'heun': diffrax.Heun(),  # orders 2 and 1, for loose tolerances
+}
 
 
 def integrate(
@@ -30,11 +33,13 @@ def integrate(
   *,
   rtol: float = 1e-5,
   atol: float = 1e-5,
-  progress: Progress | None = None,
+  solver: str = 'dopri5',
+  observe: Observer | None = None,
 ) -> tuple[Array, int]:
   """Solves dx/dt = drift(x, t) from t0 to t1, forwards or backwards in time.
 
   The step size keeps the root mean square over all of x of error / (atol + rtol |x|) below one.
+  `solver` is a key of `SOLVERS`. `observe` is called after every segment.
 
   Returns:
     x at t1, and the number of evaluations of the drift.
@@ -44,12 +49,12 @@ def integrate(
   """
   sign = 1.0 if t1 > t0 else -1.0  # the solver's own time s = sign t always grows
   s0, s1 = sign * jnp.float32(t0), sign * jnp.float32(t1)
-  carry = _start(drift, x, s0, s1, sign, rtol, atol)
+  carry = _start(solver, drift, x, s0, s1, sign, rtol, atol)
   while True:
-    carry = _segment(drift, carry, s1, sign, rtol, atol)
+    carry = _segment(solver, drift, carry, s1, sign, rtol, atol)
     s, steps = float(carry['s']), int(carry['steps'])
-    if progress:
-      progress((s - float(s0)) / (float(s1) - float(s0)))
+    if observe:
+      observe((s - float(s0)) / (float(s1) - float(s0)), carry['x'])
     if s >= float(s1):
       break
     if steps >= MAX_STEPS:
@@ -57,7 +62,15 @@ def integrate(
         f'the ODE solver took {steps} steps and is only at t = {sign * s:.3g}; raise '
         'sampling.rtol and sampling.atol, or look for non-finite values in the score'
       )
-  return carry['x'], FIRST + STAGES * int(carry['steps'])
+  return carry['x'], _evaluations(solver, int(carry['steps']))
+
+
+def _evaluations(solver: str, steps: int) -> int:
+  """How often the drift is evaluated in so many steps."""
+  tableau = SOLVERS[solver].tableau
+  # Two choose the first step size. If a step's last stage is the first of the next ("fsal"), that
+  # one is evaluated once before the first step.
+  return 2 + tableau.fsal + (tableau.num_stages - tableau.fsal) * steps
 
 
 def _pieces(drift: Drift, sign: Array, rtol: Array, atol: Array):
@@ -65,34 +78,36 @@ def _pieces(drift: Drift, sign: Array, rtol: Array, atol: Array):
   return term, diffrax.PIDController(rtol=rtol, atol=atol)
 
 
-@jax.jit
-def _start(drift, x, s0, s1, sign, rtol, atol):
+@partial(jax.jit, static_argnums=0)
+def _start(solver, drift, x, s0, s1, sign, rtol, atol):
+  solver = SOLVERS[solver]
   term, controller = _pieces(drift, sign, rtol, atol)
   next_s, controller_state = controller.init(
-    term, s0, s1, x, None, None, SOLVER.func, SOLVER.error_order(term)
+    term, s0, s1, x, None, None, solver.func, solver.error_order(term)
   )
   return {
     's': s0,
     'next_s': jnp.minimum(next_s, s1),
     'x': x,
-    'solver': SOLVER.init(term, s0, next_s, x, None),
+    'solver': solver.init(term, s0, next_s, x, None),
     'controller': controller_state,
     'jump': jnp.array(False),
     'steps': jnp.zeros((), jnp.int32),
   }
 
 
-@jax.jit
-def _segment(drift, carry, s1, sign, rtol, atol):
+@partial(jax.jit, static_argnums=0)
+def _segment(solver, drift, carry, s1, sign, rtol, atol):
+  solver = SOLVERS[solver]
   term, controller = _pieces(drift, sign, rtol, atol)
   last = carry['steps'] + SEGMENT
 
   def step(c):
-    x, error, _, solver_state, _ = SOLVER.step(
+    x, error, _, solver_state, _ = solver.step(
       term, c['s'], c['next_s'], c['x'], None, c['solver'], c['jump']
     )
     keep, s, next_s, jump, controller_state, _ = controller.adapt_step_size(
-      c['s'], c['next_s'], c['x'], x, None, error, SOLVER.error_order(term), c['controller']
+      c['s'], c['next_s'], c['x'], x, None, error, solver.error_order(term), c['controller']
     )
 
     def kept(new, old):

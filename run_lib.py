@@ -132,7 +132,8 @@ def draw(
     The images, and the number of score evaluations that each took.
   """
   score_fn, shape = setup.model.bind(params), (n, *setup.data_shape)
-  x, nfe = setup.sampler(rng, score_fn, shape, sharding=setup.batch, progress=progress)
+  observe = progress and (lambda fraction, x: progress(fraction))
+  x, nfe = setup.sampler(rng, score_fn, shape, sharding=setup.batch, observe=observe)
   x = multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else np.asarray(x)
   x = (x + 1) / 2 if setup.config.data.centered else x
   half = 0.5 if setup.config.sampling.uint8 == 'round' else 0.0

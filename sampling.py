@@ -1,36 +1,37 @@
 """Predictors, correctors, and the samplers that are made of them.
 
 `PCSampler` is the predictor-corrector sampler (Algorithm 1 of https://arxiv.org/abs/2011.13456);
-`ODESampler` solves the probability flow ODE with a black-box solver (Sec. 4.3). Both are called
-with (rng, score_fn, shape) and return the samples and the number of score evaluations. Both run
-on the device, in compiled segments between which they report how far they are.
+`ODESampler` solves the probability flow ODE with a black-box solver (Sec. 4.3). Later samplers are
+in exponential_integrators.py and adaptive_sde.py; what a sampler is, in sampler_lib.py.
 """
 
 from collections.abc import Callable
 import dataclasses
-from functools import cache, partial
+from functools import partial
 from typing import Protocol
 
 import flax
 import jax
 from jax import Array
 import jax.numpy as jnp
+import numpy as np
 
+from errors import UserError
 import ode
-from ode import Progress
+import sampler_lib
+from sampler_lib import Constraint, Observer, Update
 from sde_lib import expand, ReverseSDE, ScoreFn, SDE
-
-Update = tuple[Array, Array]  # the new x, and its mean before noise was added
-
-SEGMENTS = 100  # that a run of the predictor-corrector sampler is cut into
+import time_grids
+from time_grids import Grid
 
 
 class Predictor(Protocol):
   """Moves x from time t to t - dt."""
 
   nfe: int  # score evaluations of one update
+  own_steps: bool  # takes the steps of the SDE's chain, whatever dt is
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, t: Array, dt: float) -> Update:
+  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, t: Array, dt: Array) -> Update:
     """One step of the reverse process for x [B, ...] at times t [B]."""
 
 
@@ -48,8 +49,9 @@ class EulerMaruyama:
   """x' = x - drift dt + diffusion sqrt(dt) z, with the reverse SDE's drift and diffusion."""
 
   nfe = 1
+  own_steps = False
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, t: Array, dt: float) -> Update:
+  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, t: Array, dt: Array) -> Update:
     drift, diffusion = rsde.sde(x, t)
     x_mean = x - drift * dt
     z = jax.random.normal(rng, x.shape)
@@ -61,9 +63,10 @@ class ReverseDiffusion:
   """x' = x - f(x) + G z: the reverse process, discretised as the forward one is (Appendix E)."""
 
   nfe = 1
+  own_steps = True
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, t: Array, dt: float) -> Update:
-    del dt  # the chain has its own step
+  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, t: Array, dt: Array) -> Update:
+    del dt
     f, G = rsde.discretize(x, t)
     x_mean = x - f
     return x_mean + expand(G, x) * jax.random.normal(rng, x.shape), x_mean
@@ -74,9 +77,10 @@ class AncestralSampling:
   """The ancestral step of the chain: DDPM's (Eq. 4), and its counterparts (Appendix F)."""
 
   nfe = 1
+  own_steps = True
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, t: Array, dt: float) -> Update:
-    del dt  # the chain has its own step
+  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, t: Array, dt: Array) -> Update:
+    del dt
     x_mean, std = rsde.forward.ancestral(x, t, rsde.score_fn(x, t))
     return x_mean + expand(std, x) * jax.random.normal(rng, x.shape), x_mean
 
@@ -86,8 +90,9 @@ class NoPredictor:
   """Leaves x where it is: samplers of correctors alone, such as annealed Langevin dynamics."""
 
   nfe = 0
+  own_steps = False
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, t: Array, dt: float) -> Update:
+  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, t: Array, dt: Array) -> Update:
     del rng, rsde, t, dt
     return x, x
 
@@ -183,32 +188,6 @@ def _langevin_steps(
   return jax.lax.scan(step, (x, x), jax.random.split(rng, n_steps))[0]
 
 
-class Sampler(Protocol):
-  """Draws samples."""
-
-  def __call__(
-    self,
-    rng: Array,
-    score_fn: ScoreFn,
-    shape: tuple[int, ...],
-    *,
-    sharding: jax.sharding.Sharding | None = None,
-    progress: Progress | None = None,
-  ) -> tuple[Array, int]:
-    """Draws samples of `shape` [B, ...].
-
-    Args:
-      rng: the key that the samples are a function of, however they are cut or sharded.
-      score_fn: the score; compiled code is reused if it is a pytree, as `ScoreModel.bind` gives.
-      shape: shape of the batch of samples.
-      sharding: where to put the samples; by default where JAX would.
-      progress: called with the fraction that is done, 0 to 1.
-
-    Returns:
-      The samples, and the number of score evaluations that each took.
-    """
-
-
 @dataclasses.dataclass(frozen=True)
 class PCSampler:
   """The predictor-corrector sampler (Algorithm 1): sde.N steps from time T to sde.eps.
@@ -222,6 +201,7 @@ class PCSampler:
     probability_flow: let the predictor follow the probability flow ODE.
     noise_removal: return the mean of the last predictor step instead of its sample; a sampler
       without a predictor takes one step of Tweedie's formula.
+    grid: the times; uniform for predictors that take the steps of the chain.
   """
 
   sde: SDE
@@ -229,6 +209,14 @@ class PCSampler:
   corrector: Corrector
   probability_flow: bool = False
   noise_removal: bool = True
+  grid: Grid = time_grids.uniform
+
+  def __post_init__(self) -> None:
+    if self.predictor.own_steps and self.grid is not time_grids.uniform:
+      raise ValueError(
+        f'{type(self.predictor).__name__} takes the steps of the chain, which are uniform in t; '
+        'other time grids are for the predictor euler_maruyama'
+      )
 
   def __call__(
     self,
@@ -237,45 +225,46 @@ class PCSampler:
     shape: tuple[int, ...],
     *,
     sharding: jax.sharding.Sharding | None = None,
-    progress: Progress | None = None,
+    constraint: Constraint | None = None,
+    observe: Observer | None = None,
   ) -> tuple[Array, int]:
-    score_fn, n = _as_pytree(score_fn), self.sde.N
+    n = self.sde.N
+    score_fn, constraint = sampler_lib.as_pytree(score_fn), sampler_lib.as_pytree(constraint)
     rng_prior, rng_steps = jax.random.split(rng)
-    x = x_mean = _prior(self.sde, rng_prior, shape, sharding)
-    length = -(-n // SEGMENTS)
-    for start in range(0, n, length):
-      stop, previous = min(start + length, n), x
-      x, x_mean = _pc_segment(self, score_fn, rng_steps, x, x_mean, start, stop)
-      if progress:
-        # The next segment is under way while the last one is waited for.
-        jax.block_until_ready(previous)
-        progress(start / n)
-    if progress:
-      jax.block_until_ready(x)
-      progress(1.0)
+    x = sampler_lib.draw_prior(self.sde, rng_prior, shape, sharding)
+    times = self.grid(self.sde, n)
+    dts = -np.diff(times)
+    dts = np.append(dts, dts[-1])  # the last step, from eps, leads to clean data
+
+    def advance(state: Update, start: int, stop: int) -> Update:
+      return _pc_segment(self, score_fn, constraint, rng_steps, times, dts, state, start, stop)
+
+    x, x_mean = sampler_lib.in_segments(advance, (x, x), n, observe)
     nfe = n * (self.predictor.nfe + self.corrector.nfe)
-    if not self.noise_removal:
-      return x, nfe
-    if self.predictor.nfe:
-      return x_mean, nfe
-    return _tweedie(self.sde, score_fn, x), nfe + 1
+    if self.noise_removal and self.predictor.nfe:
+      x = x_mean
+    elif self.noise_removal:
+      last = jax.random.fold_in(rng_steps, n)
+      x, nfe = sampler_lib.tweedie(self.sde, score_fn, constraint, last, x), nfe + 1
+    sampler_lib.show_samples(observe, x)
+    return x, nfe
 
 
 @partial(jax.jit, static_argnums=0)
-def _pc_segment(sampler, score_fn, rng, x, x_mean, start, stop):
-  sde = sampler.sde
-  rsde = sde.reverse(score_fn, sampler.probability_flow)
-  times = jnp.linspace(sde.T, sde.eps, sde.N)
-  dt = (sde.T - sde.eps) / (sde.N - 1)
+def _pc_segment(sampler, score_fn, constraint, rng, times, dts, state, start, stop):
+  rsde = sampler.sde.reverse(score_fn, sampler.probability_flow)
 
-  def step(i: Array, carry: Update) -> Update:
-    x, _ = carry
-    rng_corrector, rng_predictor = jax.random.split(jax.random.fold_in(rng, i))
+  def step(i: Array, state: Update) -> Update:
+    x, _ = state
+    rngs = jax.random.split(jax.random.fold_in(rng, i), 4)
     t = jnp.full(x.shape[:1], times[i])
-    x, _ = sampler.corrector.update_fn(rng_corrector, rsde, x, t)
-    return sampler.predictor.update_fn(rng_predictor, rsde, x, t, dt)
+    update = sampler.corrector.update_fn(rngs[0], rsde, x, t)
+    x, _ = sampler_lib.constrain(constraint, rngs[2], update, t)
+    update = sampler.predictor.update_fn(rngs[1], rsde, x, t, dts[i])
+    # As in the released code, what is known is put at time t after the predictor too.
+    return sampler_lib.constrain(constraint, rngs[3], update, t)
 
-  return jax.lax.fori_loop(start, stop, step, (x, x_mean))
+  return jax.lax.fori_loop(start, stop, step, state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,13 +272,14 @@ class ODESampler:
   """Solves the probability flow ODE (Eq. 13) from T to sde.eps with adaptive steps.
 
   With `noise_removal`, one reverse diffusion step without noise at eps follows, as in the
-  released code.
+  released code. `solver` is a key of `ode.SOLVERS`.
   """
 
   sde: SDE
   rtol: float = 1e-5
   atol: float = 1e-5
   noise_removal: bool = True
+  solver: str = 'dopri5'
 
   def __call__(
     self,
@@ -298,17 +288,22 @@ class ODESampler:
     shape: tuple[int, ...],
     *,
     sharding: jax.sharding.Sharding | None = None,
-    progress: Progress | None = None,
+    constraint: Constraint | None = None,
+    observe: Observer | None = None,
   ) -> tuple[Array, int]:
-    sde, score_fn = self.sde, _as_pytree(score_fn)
-    x = _prior(sde, rng, shape, sharding)
+    if constraint is not None:
+      raise UserError('the sampler ode takes no constraint; choose another config.sampling.method')
+    sde, score_fn = self.sde, sampler_lib.as_pytree(score_fn)
+    x = sampler_lib.draw_prior(sde, rng, shape, sharding)
+    until_end = observe and (lambda fraction, x: fraction < 1 and observe(fraction, x))
     x, nfe = ode.integrate(
       ProbabilityFlow(score_fn, sde), x, sde.T, sde.eps,
-      rtol=self.rtol, atol=self.atol, progress=progress,
+      rtol=self.rtol, atol=self.atol, solver=self.solver, observe=until_end,
     )  # fmt: skip
-    if not self.noise_removal:
-      return x, nfe
-    return _remove_noise(sde, score_fn, x), nfe + 1
+    if self.noise_removal:
+      x, nfe = _remove_noise(sde, score_fn, x), nfe + 1
+    sampler_lib.show_samples(observe, x)
+    return x, nfe
 
 
 @flax.struct.dataclass
@@ -321,26 +316,6 @@ class ProbabilityFlow:
   def __call__(self, x: Array, t: Array) -> Array:
     rsde = self.sde.reverse(self.score_fn, probability_flow=True)
     return rsde.sde(x, jnp.broadcast_to(t, x.shape[:1]))[0]
-
-
-def _as_pytree(score_fn: ScoreFn) -> ScoreFn:
-  """A plain function, made into what jitted code accepts as an argument."""
-  plain = jax.tree_util.all_leaves([score_fn])
-  return jax.tree_util.Partial(score_fn) if plain else score_fn
-
-
-def _prior(sde: SDE, rng: Array, shape: tuple[int, ...], sharding) -> Array:
-  return _draw(sde, sharding)(rng, shape)
-
-
-@cache  # or every run would compile it again
-def _draw(sde: SDE, sharding) -> Callable[[Array, tuple[int, ...]], Array]:
-  return jax.jit(sde.prior_sampling, static_argnums=1, out_shardings=sharding)
-
-
-@partial(jax.jit, static_argnums=0)
-def _tweedie(sde, score_fn, x):
-  return sde.reverse(score_fn).denoise(x, jnp.full(x.shape[:1], sde.eps))
 
 
 @partial(jax.jit, static_argnums=0)

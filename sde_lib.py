@@ -61,6 +61,29 @@ class SDE(abc.ABC):
   def diffusion_coef(self, t: Array) -> Array:
     """g(t) [B]."""
 
+  def log_snr(self, t: Array) -> Array:
+    """lambda(t) = log(alpha(t) / sigma(t)) [B]: half the logarithm of the signal-to-noise ratio.
+
+    It falls as t grows; it is infinite at t = 0 if no noise is left there.
+    """
+    return jnp.log(self.alpha(t)) - jnp.log(self.sigma(t))
+
+  def time_of_log_snr(self, log_snr: Array) -> Array:
+    """The time t [B] at which `log_snr(t)` has the given value [B]: its inverse.
+
+    By default found by bisection in [0, T], to rounding; SDEs that know a formula override it.
+    """
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+      early, late = bounds
+      middle = (early + late) / 2
+      above = self.log_snr(middle) > log_snr  # then t is later
+      return jnp.where(above, middle, early), jnp.where(above, late, middle)
+
+    bounds = jnp.zeros_like(log_snr), jnp.full_like(log_snr, self.T)
+    early, late = jax.lax.fori_loop(0, 60, halve, bounds)
+    return (early + late) / 2
+
   # Continuous time.
 
   def sde(self, x: Array, t: Array) -> tuple[Array, Array]:
@@ -205,6 +228,13 @@ class VESDE(SDE):
   def sigma(self, t: Array) -> Array:
     return self.sigma_min * (self.sigma_max / self.sigma_min) ** t
 
+  def log_snr(self, t: Array) -> Array:
+    return -math.log(self.sigma_min) - t * math.log(self.sigma_max / self.sigma_min)
+
+  def time_of_log_snr(self, log_snr: Array) -> Array:
+    """t = -(lambda + log sigma_min) / log(sigma_max / sigma_min)."""
+    return -(log_snr + math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
+
   def drift_coef(self, t: Array) -> Array:
     return jnp.zeros_like(t)
 
@@ -243,6 +273,14 @@ class _LinearBeta(SDE):
     """log alpha(t) [B]: -1/2 of the integral of beta from 0 to t (Appendix C)."""
     return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
 
+  def time_of_log_alpha(self, log_alpha: Array) -> Array:
+    """The time t [B] at which `log_alpha` has the given value [B].
+
+    The root of a quadratic equation, in the form that does not subtract.
+    """
+    b, c = 0.5 * self.beta_min, -log_alpha
+    return 2 * c / (b + jnp.sqrt(b**2 + c * (self.beta_max - self.beta_min)))
+
   def alpha(self, t: Array) -> Array:
     return jnp.exp(self.log_alpha(t))
 
@@ -280,6 +318,13 @@ class VPSDE(_LinearBeta):
     # expm1 keeps the digits that 1 - exp(.) loses near t = 0.
     return jnp.sqrt(-jnp.expm1(2 * self.log_alpha(t)))
 
+  def log_snr(self, t: Array) -> Array:
+    return self.log_alpha(t) - 0.5 * jnp.log(-jnp.expm1(2 * self.log_alpha(t)))
+
+  def time_of_log_snr(self, log_snr: Array) -> Array:
+    """From alpha^2 = 1 / (1 + exp(-2 lambda)), so that log alpha = -1/2 log1p(exp(-2 lambda))."""
+    return self.time_of_log_alpha(-0.5 * jax.nn.softplus(-2 * log_snr))
+
   def diffusion_coef(self, t: Array) -> Array:
     return jnp.sqrt(self.beta(t))
 
@@ -314,6 +359,13 @@ class subVPSDE(_LinearBeta):
 
   def sigma(self, t: Array) -> Array:
     return -jnp.expm1(2 * self.log_alpha(t))
+
+  def log_snr(self, t: Array) -> Array:
+    return self.log_alpha(t) - jnp.log(-jnp.expm1(2 * self.log_alpha(t)))
+
+  def time_of_log_snr(self, log_snr: Array) -> Array:
+    """From sigma / alpha = 1 / alpha - alpha = -2 sinh(log alpha) = exp(-lambda)."""
+    return self.time_of_log_alpha(-jnp.arcsinh(0.5 * jnp.exp(-log_snr)))
 
   def diffusion_coef(self, t: Array) -> Array:
     return jnp.sqrt(-self.beta(t) * jnp.expm1(4 * self.log_alpha(t)))

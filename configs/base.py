@@ -92,10 +92,21 @@ def _default() -> ConfigDict:
   sampling.n_steps_each = 1
   sampling.noise_removal = True
   sampling.probability_flow = False
-  sampling.num_steps = 0  # of the predictor; 0 for model.num_scales
+  sampling.num_steps = 0  # times in the grid; 0 for model.num_scales
   sampling.eps = 1e-5  # last time; the released code has it in run_lib.py
-  sampling.rtol = 1e-5  # of the ODE sampler
+  sampling.grid = ''  # of the times: uniform, quadratic, log_snr or edm; empty for the method's own
+  sampling.rho = 7.0  # of the edm grid
+  sampling.order = 2  # of dpm_solver++, deis and unipc
+  sampling.eta = 0.0  # of ddim and dpm_solver++: 0 for the ODE to 1 for the SDE
+  sampling.s_churn = 0.0  # of euler and heun: noise added on the way; the rest are its limits
+  sampling.s_tmin = 0.0
+  sampling.s_tmax = float('inf')
+  sampling.s_noise = 1.0
+  sampling.ode_solver = 'dopri5'  # of the method ode
+  sampling.rtol = 1e-5
   sampling.atol = 1e-5
+  sampling.sde_rtol = 0.05  # of adaptive_sde
+  sampling.sde_atol = 1 / 256  # one level of the data's range
   sampling.uint8 = 'truncate'  # pixels to whole numbers: truncate or round
 
   config.eval = evaluation = ConfigDict()
@@ -129,6 +140,7 @@ def vp(network: str) -> ConfigDict:
   config.sampling.predictor = 'euler_maruyama'
   config.sampling.corrector = 'none'
   config.sampling.eps = 1e-3
+  config.sampling.sde_atol = 2 / 256
   return config
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sampler_lib
 import sampling
 from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS
 from sde_lib import ScoreFn, SDE, subVPSDE, VESDE, VPSDE
@@ -279,7 +280,7 @@ def sample(name: str, run: str, denoise: bool, released: bool = True):
   )
   noise = jnp.float32(file['noise'])
   with given_noise(noise) as rest, pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sampling, 'SEGMENTS', 1)  # quicker where nothing is compiled
+    patch.setattr(sampler_lib, 'SEGMENTS', 1)  # quicker where nothing is compiled
     x, nfe = sampler(KEY, score_of(name.split('_')[1]), noise.shape[1:])
   return x, nfe, len(noise) - len(rest)
 

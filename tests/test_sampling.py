@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import ode
-import sampling
+import sampler_lib
 from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS, ProbabilityFlow
 from sde_lib import SDE, subVPSDE, VESDE, VPSDE
 
@@ -230,7 +230,7 @@ def test_samples_do_not_depend_on_where_the_run_is_cut(pc, score, monkeypatch):
   key = jax.random.key(0)
   expected = pc(key, score, SMALL)[0]
   for segments in (1, 4, 1000):
-    monkeypatch.setattr(sampling, 'SEGMENTS', segments)
+    monkeypatch.setattr(sampler_lib, 'SEGMENTS', segments)
     np.testing.assert_array_equal(pc(key, score, SMALL)[0], expected)
 
 
@@ -259,7 +259,12 @@ def test_samplers_compile_once_for_all_parameters(kind, pc, score):
 def test_progress_grows_to_one(sampler, pc):
   fractions = []
   sampler = pc if sampler == 'pc' else ODESampler(pc.sde)
-  sampler(jax.random.key(0), DATA.score_fn(pc.sde), SMALL, progress=fractions.append)
+  sampler(
+    jax.random.key(0),
+    DATA.score_fn(pc.sde),
+    SMALL,
+    observe=lambda fraction, x: fractions.append(fraction),
+  )
   assert len(fractions) > 1
   assert fractions == sorted(set(fractions))
   assert fractions[0] >= 0 and fractions[-1] == 1

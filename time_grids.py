@@ -1,0 +1,84 @@
+"""Time grids: at which n times a sampler asks for the score, from sde.T down to sde.eps.
+
+Each is a function (sde, n) -> times [n], descending, in float64; n >= 2. The number of times has
+nothing to do with the number of noise scales that a model was trained with.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+import numpy as np
+
+from sde_lib import SDE
+
+Grid = Callable[[SDE, int], np.ndarray]
+
+
+def uniform(sde: SDE, n: int) -> np.ndarray:
+  """Equal steps of t, as in the released code of Song et al. 2021."""
+  return np.linspace(sde.T, sde.eps, n)
+
+
+def quadratic(sde: SDE, n: int) -> np.ndarray:
+  """Equal steps of sqrt(t) (Song et al. 2020, https://arxiv.org/abs/2010.02502, Appendix D.2)."""
+  return np.linspace(math.sqrt(sde.T), math.sqrt(sde.eps), n) ** 2
+
+
+def log_snr(sde: SDE, n: int) -> np.ndarray:
+  """Equal steps of lambda = log(alpha / sigma) (Lu et al. 2022, https://arxiv.org/abs/2206.00927).
+
+  For the VE SDE this is the uniform grid.
+  """
+  first, last = finite_log_snr(sde, np.array([sde.T, sde.eps]))
+  return _between_ends(sde, np.linspace(first, last, n))
+
+
+@dataclasses.dataclass(frozen=True)
+class Karras:
+  """Equal steps of (sigma / alpha)^(1 / rho) (https://arxiv.org/abs/2206.00364, Eq. 5)."""
+
+  rho: float = 7.0
+
+  def __call__(self, sde: SDE, n: int) -> np.ndarray:
+    first, last = np.exp(-finite_log_snr(sde, np.array([sde.T, sde.eps])) / self.rho)
+    return _between_ends(sde, -self.rho * np.log(np.linspace(first, last, n)))
+
+
+GRIDS: dict[str, Callable[[float], Grid]] = {
+  'uniform': lambda rho: uniform,
+  'quadratic': lambda rho: quadratic,
+  'log_snr': lambda rho: log_snr,
+  'edm': Karras,
+}
+
+
+def in_float64(f: Callable[[Array], Array], v: np.ndarray) -> np.ndarray:
+  """f(v), computed now and in float64: differences of neighbouring times lose digits."""
+  with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+    return np.array(f(jnp.asarray(v, jnp.float64)))
+
+
+def finite_log_snr(sde: SDE, times: np.ndarray) -> np.ndarray:
+  """sde.log_snr(times), in float64.
+
+  Raises:
+    ValueError: if it is infinite.
+  """
+  lam = in_float64(sde.log_snr, times)
+  if not np.isfinite(lam).all():
+    raise ValueError(
+      f'{type(sde).__name__} has no noise left at eps = {sde.eps}, or no signal at T, where this '
+      'sampler or time grid needs both; choose eps > 0'
+    )
+  return lam
+
+
+def _between_ends(sde: SDE, lam: np.ndarray) -> np.ndarray:
+  """The times of the log-SNRs `lam`, which lie between those of T and eps."""
+  times = in_float64(sde.time_of_log_snr, lam)
+  times[0], times[-1] = sde.T, sde.eps
+  return times
