@@ -267,13 +267,14 @@ def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
 
 def _sampler(config: FrozenConfigDict, sde: SDE) -> Sampler:
   choice = config.sampling
-  sde = dataclasses.replace(sde, N=choice.num_steps or config.model.num_scales, eps=choice.eps)
+  sde = dataclasses.replace(sde, eps=choice.eps)
   if choice.method == 'ode':
     return sampling.ODESampler(
       sde, choice.rtol, choice.atol, choice.noise_removal, choice.ode_solver
     )
   if choice.method == 'adaptive_sde':
     return AdaptiveSDESampler(sde, choice.sde_rtol, choice.sde_atol, choice.noise_removal)
+  sde = dataclasses.replace(sde, N=choice.num_steps or sde.N)
   if choice.method == 'pc':
     return _pc_sampler(config, sde)
   make, grid = _SOLVERS[choice.method]

@@ -26,6 +26,9 @@ from sampler_lib import Coefficients, Memory, Update
 from sde_lib import SDE
 from time_grids import finite_log_snr, in_float64
 
+GAUSS_LEGENDRE = np.polynomial.legendre.leggauss(24)
+
+
 # Multistep solvers: x' = keep x + sum_j weights_j D_j + noise z, over the last values of D.
 
 
@@ -103,13 +106,13 @@ class DEIS:
 
   def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
     path = Path.of(sde, times)
+    u, w = _quadrature(path.h[:, None])
+    lam = path.lam[:-1, None] + u
+    t, ds = in_float64(sde.time_of_log_snr, lam), -w * np.exp(-lam)
     weights = np.zeros((len(path.h), self.order))
-    for i, h in enumerate(path.h):
+    for i in range(len(path.h)):
       nodes = times[max(0, i + 1 - self.order) : i + 1][::-1]
-      u, w = _quadrature(h)
-      lam = path.lam[i] + u
-      basis = _lagrange(nodes, in_float64(sde.time_of_log_snr, lam))
-      weights[i, : len(nodes)] = path.alpha[i + 1] * basis @ (-w * np.exp(-lam))
+      weights[i, : len(nodes)] = path.alpha[i + 1] * _lagrange(nodes, t[i]) @ ds[i]
     keep = path.alpha[1:] / path.alpha[:-1]
     at_start = {'alpha': path.alpha[:-1], 'sigma': path.sigma[:-1]}
     return {'keep': keep, 'weights': weights, **at_start}
@@ -317,9 +320,9 @@ def _data_weights(nodes: np.ndarray, h: float) -> np.ndarray:
   return _lagrange(nodes, u / h) @ (w * np.exp(u - h))
 
 
-def _quadrature(h: float) -> tuple[np.ndarray, np.ndarray]:
+def _quadrature(h: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Gauss-Legendre nodes and weights for integrals from 0 to h, to rounding for exp(u), u < 20."""
-  nodes, weights = np.polynomial.legendre.leggauss(24)
+  nodes, weights = GAUSS_LEGENDRE
   return h * (nodes + 1) / 2, h * weights / 2
 
 

@@ -25,7 +25,9 @@ def uniform(sde: SDE, n: int) -> np.ndarray:
 
 def quadratic(sde: SDE, n: int) -> np.ndarray:
   """Equal steps of sqrt(t) (Song et al. 2020, https://arxiv.org/abs/2010.02502, Appendix D.2)."""
-  return np.linspace(math.sqrt(sde.T), math.sqrt(sde.eps), n) ** 2
+  times = np.linspace(math.sqrt(sde.T), math.sqrt(sde.eps), n) ** 2
+  times[-1] = sde.eps  # not only to rounding
+  return times
 
 
 def log_snr(sde: SDE, n: int) -> np.ndarray:

@@ -100,7 +100,7 @@ def _default() -> ConfigDict:
   sampling.eta = 0.0  # of ddim and dpm_solver++: 0 for the ODE to 1 for the SDE
   sampling.s_churn = 0.0  # of euler and heun: noise added on the way; the rest are its limits
   sampling.s_tmin = 0.0
-  sampling.s_tmax = float('inf')
+  sampling.s_tmax = 1e9
   sampling.s_noise = 1.0
   sampling.ode_solver = 'dopri5'  # of the method ode
   sampling.rtol = 1e-5

@@ -12,6 +12,8 @@ import pytest
 
 from sde_lib import expand, SDE
 
+FOUR = 4.0
+
 
 @flax.struct.dataclass
 class Mixture:
@@ -81,3 +83,32 @@ def given_noise(arrays: Iterable[Array]) -> Iterator[list[Array]]:
   with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
     patch.setattr(jax.random, 'normal', normal)
     yield rest
+
+
+def check_moments(x: Array, data: Mixture, bias: float) -> None:
+  """Mean, covariance and weight of the first mode, with biases relative to their natural scales.
+
+  These are the standard deviation for means, the largest variance for covariances, 1 for weights.
+  On top of the bias come FOUR standard errors of the Monte-Carlo estimate.
+  """
+  x = np.asarray(x, np.float64)
+  cov, root = data.cov(), np.sqrt(len(x))
+  away = x - data.mean()
+  np.testing.assert_array_less(
+    np.abs(away.mean(0)), FOUR * away.std(0) / root + bias * np.sqrt(cov.max())
+  )
+  products = away[:, :, None] * away[:, None]
+  error = np.abs(products.mean(0) - cov)
+  np.testing.assert_array_less(error, FOUR * products.std(0) / root + bias * cov.max())
+  if len(data.weights) > 1:
+    share = first_mode(data, x)
+    error = np.abs(share.mean() - np.asarray(data.weights)[0])
+    assert error <= FOUR * share.std() / root + bias
+
+
+def first_mode(data: Mixture, x: np.ndarray) -> np.ndarray:
+  """p(k = 0 | x_0 = x) [B]."""
+  weights, means, stds = (np.asarray(v, np.float64) for v in (data.weights, data.means, data.stds))
+  squares = np.square(x[:, None] - means).sum(-1)
+  log_odds = np.log(weights) - x.shape[1] * np.log(stds) - squares / 2 / stds**2
+  return 1 / (1 + np.exp(log_odds[:, 1] - log_odds[:, 0]))
