@@ -403,8 +403,14 @@ def inpaint(name: str, run: str, denoise: bool) -> tuple[jax.Array, int]:
   sde, file = setting(name)
   _, predictor, corrector = run.split('__')
   chosen = ReleasedEulerMaruyama() if predictor == 'euler_maruyama' else PREDICTORS[predictor]()
+
+  def prior_sampling(self, rng, shape):  # the released code begins with clean data where known
+    prior = SDE.prior_sampling(self, rng, shape)
+    return file['data'] * file['mask'] + prior * (1 - file['mask'])
+
+  sde = altered(as_released(sde), prior_sampling=prior_sampling)
   sampler = PCSampler(
-    as_released(sde), chosen, CORRECTORS[corrector](float(file['snr']), 1), False, denoise
+    sde, chosen, CORRECTORS[corrector](float(file['snr']), 1), noise_removal=denoise
   )
   data = dataclasses.replace(DATA, means=jnp.stack([file['M1c'], file['M2c']]).astype(jnp.float32))
   score_fn = compiled(data.score_fn(SDES[name.split('_')[1]]()))
@@ -424,8 +430,7 @@ def test_inpainting(name, run):
   """
   file = golden(name)
   x, draws = inpaint(name, run, denoise=False)
-  # The released VE chain loses two digits in sigma_i^2 - sigma_{i-1}^2.
-  close(x, file[f'{run}__denoise0'], 3e-4 if name == 'control_ve' else 1e-4)
+  close(x, file[f'{run}__denoise0'], 1e-4)
   assert draws == file[f'{run}__denoise0__noises_used']
   if run.split('__')[1] == 'none':
     return
@@ -433,8 +438,9 @@ def test_inpainting(name, run):
   known = np.broadcast_to(file['mask'] == 1, x.shape)
   theirs = file[f'{run}__denoise1']
   np.testing.assert_allclose(denoised[known], theirs[known], atol=1e-5)
-  np.testing.assert_allclose(x[~known], theirs[~known], atol=5e-4)
-  assert np.abs(denoised - x)[~known].max() > 1e-3
+  np.testing.assert_allclose(x[~known], theirs[~known], atol=1e-4)
+  if not (name == 'control_ve' and 'ancestral' in run):  # whose last step adds no noise
+    assert np.abs(denoised - x)[~known].max() > 1e-3
 
 
 def test_every_difference_is_met():
