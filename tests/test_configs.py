@@ -149,6 +149,36 @@ def test_values_that_do_not_go_together_are_told():
     build_lib.build(config)
 
 
+@pytest.mark.parametrize('sde', ['ve', 'vp', 'subvp'])
+@pytest.mark.parametrize('method', build_lib._CHOICES['sampling.method'])
+def test_every_sampling_method_can_be_built(sde, method):
+  config = config_of(sde, 'digits')
+  config.sampling.method = method
+  config.sampling.num_steps = 30
+  sampler = build_lib.build(config).sampler
+  assert sampler.sde.eps == config.sampling.eps
+  # Methods that choose their own steps keep the chain that the model was trained with.
+  assert (config.model.num_scales if method in ('ode', 'adaptive_sde') else 30) == sampler.sde.N
+
+
+@pytest.mark.parametrize(
+  ('fields', 'said'),
+  [
+    ({'method': 'heunn'}, 'did you mean .heun.'),
+    ({'grid': 'log_snt'}, 'did you mean .log_snr.'),
+    ({'grid': 'log_snr'}, 'takes the steps of the chain'),
+    ({'method': 'unipc', 'order': 5}, 'order of unipc must be one of'),
+    ({'method': 'ddim', 'eta': 2.0}, 'eta must be from 0'),
+    ({'method': 'ode', 'ode_solver': 'dopri'}, 'did you mean .dopri5.'),
+  ],
+)
+def test_samplers_that_cannot_be_are_told(fields, said):
+  config = config_of('vp', 'digits')
+  config.sampling.update(fields)
+  with pytest.raises(UserError, match=said):
+    build_lib.build(config)
+
+
 def test_an_unknown_variant_lists_those_that_exist():
   with pytest.raises(UserError, match=r"'ncsnp'.*allowed: ddpm, ncsnpp, .*did you mean 'ncsnpp'"):
     base.variant('ncsnp', importlib.import_module('configs.ve.cifar10').VARIANTS, 'cifar10.py')

@@ -1,5 +1,6 @@
 """What holds for all samplers: counts, cuts, observers, constraints, devices. Adaptive steps."""
 
+from collections.abc import Callable
 import dataclasses
 import os
 from pathlib import Path
@@ -8,6 +9,7 @@ import sys
 
 from analytic import check_moments, Mixture
 import flax
+import flax.linen as nn
 import jax
 from jax import Array
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ import adaptive_sde
 from adaptive_sde import AdaptiveSDESampler
 from errors import UserError
 from exponential_integrators import DPMSolver, DPMSolver2S, EDM, UniPC
+from models import score
 import sampler_lib
 from sampler_lib import GridSampler
 from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS
@@ -154,6 +157,43 @@ def test_samples_do_not_depend_on_the_number_of_devices():
     check=False, timeout=300,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
+
+
+class Listening(nn.Module):
+  """A network that notes what it is told of t."""
+
+  tell: Callable[[Array], None]
+
+  def __call__(self, x, cond, train):
+    jax.debug.callback(self.tell, cond[0])
+    return x
+
+
+@pytest.mark.parametrize('solver', ['pc', UniPC(2)])
+@pytest.mark.parametrize(
+  ('sde', 'conditioning', 'output'),
+  [
+    (VESDE(N=10, eps=1e-5), score.noise_label, 'scaled_score'),
+    (VPSDE(N=10, eps=1e-3, beta_max=5.0), score.chain_time, 'noise'),
+  ],
+)
+def test_models_of_few_noise_scales_take_many_steps(sde, conditioning, output, solver):
+  """Twice the steps of the training chain: VE asks for the nearest label, twice for each of them;
+  VP for times in between, as its positional features allow.
+  """
+  heard = []
+  model = score.ScoreModel(Listening(heard.append), sde, conditioning, output, False, True)
+  sde = dataclasses.replace(sde, N=2 * sde.N)
+  sampler = GridSampler(sde, solver)
+  if solver == 'pc':
+    sampler = PCSampler(sde, PREDICTORS['reverse_diffusion'](), CORRECTORS['none'](0.1, 1))
+  x, nfe = sampler(KEY, model.bind({}), SMALL)
+  jax.effects_barrier()
+  assert np.isfinite(x).all() and nfe == len(heard) == 20
+  if output == 'noise':
+    np.testing.assert_allclose(np.sort(heard), np.linspace(9 * sde.eps, 9, 20), atol=1e-5)
+  else:
+    np.testing.assert_array_equal(np.sort(heard), np.repeat(np.arange(10), 2))
 
 
 # Adaptive steps.

@@ -99,6 +99,25 @@ def test_float32_keeps_its_digits_near_zero(sde):
 
 
 @every_sde
+def test_log_snr_and_its_inverse(sde):
+  """Both ways, by formula and by bisection, in float32; lambda(t) itself changes by 1e-6 there."""
+  t = jnp.concatenate([TIMES, jnp.array([1e-4, 1e-5])])
+  lam = sde.log_snr(t)
+  exact = [np.asarray(jax.vmap(f)(t), np.float64) for f in (sde.alpha, sde.sigma)]
+  np.testing.assert_allclose(lam, np.log(exact[0] / exact[1]), rtol=2e-6, atol=2e-6)
+  for inverse in (sde.time_of_log_snr, lambda lam: SDE.time_of_log_snr(sde, lam)):
+    np.testing.assert_allclose(inverse(lam), t, rtol=2e-6, atol=3e-7)
+    np.testing.assert_allclose(sde.log_snr(inverse(lam)), lam, rtol=3e-6, atol=3e-6)
+  assert (np.diff(lam) > 0).all()  # and t falls
+
+
+def test_log_snr_of_a_constant_beta():
+  """Where the quadratic equation for t is linear."""
+  sde = VPSDE(beta_min=5.0, beta_max=5.0)
+  np.testing.assert_allclose(sde.time_of_log_snr(sde.log_snr(TIMES)), TIMES, rtol=1e-5)
+
+
+@every_sde
 @every_shape
 def test_prior_logp_is_that_of_the_prior(sde, shape):
   """The density of N(0, prior_std^2 I), and of what prior_sampling draws."""
