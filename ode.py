@@ -85,6 +85,8 @@ def _start(solver, drift, x, s0, s1, sign, rtol, atol):
   next_s, controller_state = controller.init(
     term, s0, s1, x, None, None, solver.func, solver.error_order(term)
   )
+  # Its second evaluation may lie beyond s1, where the drift need not exist.
+  next_s = jnp.where(jnp.isfinite(next_s), next_s, s0 + 0.01 * (s1 - s0))
   return {
     's': s0,
     'next_s': jnp.minimum(next_s, s1),
@@ -106,6 +108,7 @@ def _segment(solver, drift, carry, s1, sign, rtol, atol):
     x, error, _, solver_state, _ = solver.step(
       term, c['s'], c['next_s'], c['x'], None, c['solver'], c['jump']
     )
+    error = jax.tree.map(lambda e: jnp.where(jnp.isnan(e), jnp.inf, e), error)  # a shorter step
     keep, s, next_s, jump, controller_state, _ = controller.adapt_step_size(
       c['s'], c['next_s'], c['x'], x, None, error, solver.error_order(term), c['controller']
     )

@@ -325,6 +325,16 @@ def test_ode_forwards_then_backwards_is_the_identity(t0, t1):
   np.testing.assert_allclose(back, START, atol=1e-4)
 
 
+@pytest.mark.parametrize('sde', SDES[1:], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize('std', [1.0, 1.01])
+def test_ode_begins_where_the_drift_all_but_vanishes(sde, std):
+  """As it does for VP at t = T. A first step that long would leave [0, T], where nothing is."""
+  score_fn = gaussian(jnp.zeros(2), std).score_fn(sde)
+  x, nfe = ODESampler(sde, 1e-3, 1e-3)(jax.random.key(0), score_fn, (2000, 2))
+  check_moments(x, gaussian(jnp.zeros(2), std), bias=0.02)
+  assert nfe < 100
+
+
 @pytest.mark.parametrize('solver', ode.SOLVERS)
 @pytest.mark.parametrize('tolerance', [1e-2, 1e-4])
 def test_ode_counts_its_evaluations(solver, tolerance):
