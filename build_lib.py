@@ -4,12 +4,13 @@ Data parallelism is `jax.jit` over a mesh of all devices of all processes, with 
 and the state replicated; the mathematics does not know of it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import json
 from typing import Any
 
 from etils import epath
+import flax.linen as nn
 import jax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
@@ -23,9 +24,10 @@ from errors import unknown, UserError
 import exponential_integrators as fast
 import losses
 from losses import Objective
-from models import ncsnpp, score
+from models import ncsn, ncsnpp, score
 from models.ddpm import DDPM
 from models.layers import ACTIVATIONS
+from models.normalization import NORMALIZATIONS
 from models.score import ScoreModel
 import ode
 from sampler_lib import GridSampler, Sampler, Solver
@@ -120,7 +122,7 @@ def build(config: ConfigDict) -> Setup:
       random_flip=config.data.random_flip,
       uniform_dequantization=config.data.uniform_dequantization,
     ),
-    tx=losses.optimizer(
+    tx=_OPTIMIZERS[optim.optimizer](
       lr=optim.lr,
       beta1=optim.beta1,
       eps=optim.eps,
@@ -156,17 +158,72 @@ _SOLVERS: dict[str, tuple[Callable[[Any], Solver], str]] = {
   'heun': (lambda choice: _edm(choice, 2), 'edm'),
 }
 
+
+def _unet_fields(model: FrozenConfigDict) -> dict[str, Any]:
+  return {
+    'nf': model.nf,
+    'ch_mult': tuple(model.ch_mult),
+    'num_res_blocks': model.num_res_blocks,
+    'attn_resolutions': tuple(model.attn_resolutions),
+    'nonlinearity': model.nonlinearity,
+    'dropout': model.dropout,
+    'conditional': model.conditional,
+    'resamp_with_conv': model.resamp_with_conv,
+    'dtype': model.dtype,
+  }
+
+
+def _ncsnpp(model: FrozenConfigDict) -> nn.Module:
+  return ncsnpp.NCSNpp(
+    **_unet_fields(model),
+    resblock_type=model.resblock_type,
+    embedding_type=model.embedding_type,
+    fourier_scale=model.fourier_scale,
+    fir_kernel=tuple(model.fir_kernel) if model.fir else None,
+    progressive=model.progressive,
+    progressive_input=model.progressive_input,
+    progressive_combine=model.progressive_combine,
+    skip_rescale=model.skip_rescale,
+    init_scale=model.init_scale,
+  )
+
+
+def _refinenet(model: FrozenConfigDict) -> nn.Module:
+  return ncsn.RefineNet(
+    nf=model.nf,
+    stages=ncsn.STAGES[model.name],
+    nonlinearity=model.nonlinearity,
+    normalization=model.normalization,
+    interpolation=model.interpolation,
+    num_classes=model.num_scales if model.name == 'ncsn' else None,
+    dtype=model.dtype,
+  )
+
+
+_OPTIMIZERS = {'Adam': losses.adam}
+
+# By name: how to make a network, and the normalisations that it can have.
+_NETWORKS: dict[str, tuple[Callable[[FrozenConfigDict], nn.Module], Iterable[str]]] = {
+  'ncsnpp': (_ncsnpp, ('GroupNorm',)),
+  'ddpm': (lambda model: DDPM(**_unet_fields(model)), ('GroupNorm',)),
+  'ncsn': (_refinenet, ('InstanceNorm++',)),
+  'ncsnv2_64': (_refinenet, NORMALIZATIONS),
+  'ncsnv2_128': (_refinenet, NORMALIZATIONS),
+  'ncsnv2_256': (_refinenet, NORMALIZATIONS),
+}
+
 _CHOICES = {
   'training.sde': _SDES,
-  'model.name': ('ncsnpp', 'ddpm'),
+  'model.name': _NETWORKS,
   'model.nonlinearity': ACTIVATIONS,
   'model.resblock_type': ncsnpp.RESBLOCK_TYPES,
   'model.embedding_type': ncsnpp.EMBEDDING_TYPES,
   'model.progressive': ncsnpp.PROGRESSIVE,
   'model.progressive_input': ncsnpp.PROGRESSIVE_INPUT,
   'model.progressive_combine': ncsnpp.COMBINE_METHODS,
+  'model.interpolation': ncsn.INTERPOLATIONS,
   'model.dtype': ('float32', 'bfloat16'),
-  'optim.optimizer': ('Adam',),
+  'optim.optimizer': _OPTIMIZERS,
   'sampling.method': ('pc', 'ode', 'adaptive_sde', *_SOLVERS),
   'sampling.predictor': sampling.PREDICTORS,
   'sampling.corrector': sampling.CORRECTORS,
@@ -196,7 +253,7 @@ def _check(config: FrozenConfigDict) -> None:
     if value is not None and value not in allowed:
       raise unknown(f'config.{name}', value, allowed)
   for name in _POSITIVE:
-    if not _field(config, name) > 0:
+    if _field(config, name) is not None and not _field(config, name) > 0:
       raise UserError(f'config.{name} must be positive; got {_field(config, name)}')
   devices = jax.device_count()
   for name in ('training.batch_size', 'training.snapshot_samples', 'eval.batch_size'):
@@ -210,11 +267,20 @@ def _check(config: FrozenConfigDict) -> None:
       f'config.eval.num_samples = {config.eval.num_samples}, where less than a batch, must be a '
       f'multiple of the number of devices, {devices}'
     )
-  shrink = 2 ** (len(config.model.ch_mult) - 1)
-  if config.data.image_size % shrink:
+  halvings = _halvings(config.model)
+  if config.data.image_size % 2**halvings:
     raise UserError(
-      f'config.data.image_size = {config.data.image_size} must be a multiple of {shrink}: the '
-      f'network halves it {len(config.model.ch_mult) - 1} times (config.model.ch_mult)'
+      f'config.data.image_size = {config.data.image_size} must be a multiple of {2**halvings}: '
+      f'the network ({config.model.name}) halves it {halvings} times'
+    )
+  _, normalizations = _NETWORKS[config.model.name]
+  if config.model.normalization not in normalizations:
+    what = f'config.model.normalization of {config.model.name}:'
+    raise unknown(what, config.model.normalization, normalizations)
+  if config.model.name == 'ncsn' and config.training.continuous:
+    raise UserError(
+      'config.model.name = ncsn knows only the noise scales of a chain: set '
+      'config.training.continuous = False'
     )
   if config.training.likelihood_weighting and not config.training.continuous:
     raise UserError('config.training.likelihood_weighting needs config.training.continuous')
@@ -222,38 +288,14 @@ def _check(config: FrozenConfigDict) -> None:
     raise UserError('config.model.scale_by_sigma is for config.training.sde = vesde')
 
 
-def _network(config: FrozenConfigDict) -> ncsnpp.NCSNpp:
-  model = config.model
-  shared = {
-    'nf': model.nf,
-    'ch_mult': tuple(model.ch_mult),
-    'num_res_blocks': model.num_res_blocks,
-    'attn_resolutions': tuple(model.attn_resolutions),
-    'nonlinearity': model.nonlinearity,
-    'dropout': model.dropout,
-    'conditional': model.conditional,
-    'resamp_with_conv': model.resamp_with_conv,
-    'dtype': model.dtype,
-  }
-  if model.name == 'ddpm':
-    return DDPM(**shared)
-  return ncsnpp.NCSNpp(
-    **shared,
-    resblock_type=model.resblock_type,
-    embedding_type=model.embedding_type,
-    fourier_scale=model.fourier_scale,
-    fir_kernel=tuple(model.fir_kernel) if model.fir else None,
-    progressive=model.progressive,
-    progressive_input=model.progressive_input,
-    progressive_combine=model.progressive_combine,
-    skip_rescale=model.skip_rescale,
-    init_scale=model.init_scale,
-  )
+def _halvings(model: FrozenConfigDict) -> int:
+  return ncsn.halvings(model.name) if model.name in ncsn.STAGES else len(model.ch_mult) - 1
 
 
 def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
-  net, continuous = _network(config), config.training.continuous
-  fourier = net.embedding_type == 'fourier'
+  make, _ = _NETWORKS[config.model.name]
+  continuous = config.training.continuous
+  fourier = config.model.name == 'ncsnpp' and config.model.embedding_type == 'fourier'
   if config.training.sde == 'vesde':
     label = score.noise_time if continuous else score.noise_label
     conditioning = score.log_sigma if fourier else label
@@ -262,7 +304,7 @@ def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
     time_step = score.scaled_time if continuous else score.chain_time
     conditioning = score.log_scaled_time if fourier else time_step
     output = 'noise'
-  return ScoreModel(net, sde, conditioning, output, continuous, config.data.centered)
+  return ScoreModel(make(config.model), sde, conditioning, output, continuous, config.data.centered)
 
 
 def _sampler(config: FrozenConfigDict, sde: SDE) -> Sampler:

@@ -92,7 +92,7 @@ def preprocess(rng: Array, images: Array, centered: bool, flip: bool, dequantize
   return 2 * x - 1 if centered else x
 
 
-def optimizer(
+def adam(
   *, lr: float, beta1: float, eps: float, weight_decay: float, warmup: int, grad_clip: float
 ) -> optax.GradientTransformation:
   """Adam as in the released code.

@@ -1,17 +1,23 @@
-"""What the configs have in common: defaults, the three SDEs' settings, and a table of networks.
+"""What the configs have in common: defaults, and tables of SDEs, networks and datasets.
 
-A config file picks an SDE, a network and a dataset. Values are those of the released code
-(https://github.com/yang-song/score_sde) unless a comment says otherwise; fields with a comment
-are not in it.
+A config file is a table of variants, each a network and what it changes. Values are those of the
+released code (https://github.com/yang-song/score_sde) unless a comment says otherwise; fields with
+a comment are not in it. `python -m configs` lists them all.
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from errors import unknown
 
+Changes = dict[str, Any]  # dotted fields, and the values to set
+Variants = dict[str, tuple[str, Changes]]  # by name: a network, and what it changes
+
 # What `model` holds beside the noise scales: the fields of each network.
 _UNET = {'nf': 128, 'ch_mult': (1, 2, 2, 2), 'attn_resolutions': (16,), 'nonlinearity': 'swish'}
 _UNET |= {'resamp_with_conv': True, 'conditional': True, 'dropout': 0.1}
+_UNET |= {'normalization': 'GroupNorm'}
 _NCSNPP = _UNET | {
   'name': 'ncsnpp',
   'num_res_blocks': 4,
@@ -26,11 +32,57 @@ _NCSNPP = _UNET | {
   'skip_rescale': True,
   'init_scale': 0.0,
 }
+_DDPM = _UNET | {'name': 'ddpm', 'num_res_blocks': 2}
+_PYRAMIDS = {'progressive': 'output_skip', 'progressive_input': 'input_skip', 'dropout': 0.0}
+_REFINENET = {'nf': 128, 'nonlinearity': 'elu', 'normalization': 'InstanceNorm++'}
+_REFINENET |= {'interpolation': 'bilinear'}
 NETWORKS = {
-  'ddpm': _UNET | {'name': 'ddpm', 'num_res_blocks': 2},
+  'ddpm': _DDPM,
+  'ddpm_256': _DDPM | {'ch_mult': (1, 1, 2, 2, 4, 4), 'dropout': 0.0},
   'ddpmpp': _NCSNPP | {'fir': False, 'progressive_input': 'none'},
   'ncsnpp': _NCSNPP,
+  'ncsnpp_256': _NCSNPP | _PYRAMIDS | {'num_res_blocks': 2, 'ch_mult': (1, 1, 2, 2, 2, 2, 2)},
+  'ncsnpp_1024': _NCSNPP
+  | _PYRAMIDS
+  | {'nf': 16, 'num_res_blocks': 1, 'ch_mult': (1, 2, 4, 8, 16, 32, 32, 32)},
+  'ncsn': _REFINENET | {'name': 'ncsn'},
+  'ncsnv2_64': _REFINENET | {'name': 'ncsnv2_64'},
+  'ncsnv2_128': _REFINENET | {'name': 'ncsnv2_128'},
+  'ncsnv2_256': _REFINENET | {'name': 'ncsnv2_256'},
 }
+
+_ANNEALED = ('ncsn', 'ncsnv2_64', 'ncsnv2_128', 'ncsnv2_256')
+
+_LARGE = {
+  'data.image_size': 256,
+  'training.n_iters': 2_400_001,
+  'training.snapshot_freq_for_preemption': 5000,
+  'eval.batch_size': 512,
+  'eval.begin_ckpt': 50,
+  'eval.end_ckpt': 96,
+  'eval.enable_sampling': True,
+}
+_HUGE = {
+  'data.image_size': 1024,
+  'training.n_iters': 2_400_001,
+  'training.snapshot_freq_for_preemption': 5000,
+  'eval.end_ckpt': 96,
+}
+_CELEBA = {'data.dataset': 'CELEBA', 'data.image_size': 64, 'eval.enable_sampling': True}
+_LSUN = _LARGE | {'data.dataset': 'LSUN'}
+DATASETS: dict[str, Changes] = {
+  'cifar10': {'eval.begin_ckpt': 9},
+  'celeba': _CELEBA,
+  'bedroom': _LSUN | {'data.category': 'bedroom'},
+  'church': _LSUN | {'data.category': 'church_outdoor'},
+  'celebahq_256': _LARGE | {'data.dataset': 'CelebAHQ'},
+  'celebahq': _HUGE | {'data.dataset': 'CelebAHQ'},
+  'ffhq_256': _LARGE | {'data.dataset': 'FFHQ'},
+  'ffhq': _HUGE | {'data.dataset': 'FFHQ'},
+}
+
+# What goes with a network for 256x256 pixels.
+_RUN_256 = {'training.batch_size': 64, 'sampling.snr': 0.075}
 
 
 def _default() -> ConfigDict:
@@ -123,9 +175,17 @@ def ve(network: str) -> ConfigDict:
   """The settings of the VE SDE, with a network from `NETWORKS`."""
   config = _default()
   config.model.update(NETWORKS[network])
-  config.model.scale_by_sigma = True
-  if network == 'ncsnpp':
+  config.model.scale_by_sigma = network != 'ncsn'
+  if network.startswith('ncsnpp'):
     config.model.embedding_type = 'fourier'
+  if network in _ANNEALED:
+    # Trained on a chain, and sampled by annealed Langevin dynamics alone.
+    config.training.continuous = False
+    config.optim.lr = 1e-3 if network == 'ncsn' else 1e-4
+    config.optim.warmup = 0
+    config.optim.grad_clip = -1.0
+    config.sampling.predictor = 'none'
+    config.sampling.corrector = 'ald'
   return config
 
 
@@ -151,18 +211,79 @@ def subvp(network: str) -> ConfigDict:
   return config
 
 
-def variant(name: str, variants: dict[str, dict], where: str) -> dict:
-  """The entry `name` of a config file's table of variants; `where` names the file in the error."""
-  if name not in variants:
-    raise unknown(f'variant of {where}', name, variants)
-  return variants[name]
+SDES = {'ve': ve, 'vp': vp, 'subvp': subvp}
 
 
-def cifar10(config: ConfigDict, changes: dict) -> ConfigDict:
-  """CIFAR-10, 32x32; `changes` are dotted fields to set."""
-  config.eval.begin_ckpt = 9
-  config.update_from_flattened_dict(changes)
+def released(sde: str, dataset: str, variant: str, variants: Variants) -> ConfigDict:
+  """The config of the entry `variant` of a table, on a dataset from `DATASETS`.
+
+  Raises:
+    UserError: if there is no such entry.
+  """
+  if variant not in variants:
+    raise unknown(f'variant ({sde}, {dataset})', variant, variants)
+  network, changes = variants[variant]
+  config = SDES[sde](network)
+  config.update_from_flattened_dict(DATASETS[dataset] | changes)
   return config
+
+
+def ncsnpp_256(sigma_max: float) -> Variants:
+  """NCSN++ on images of 256x256 pixels, under the VE SDE."""
+  changes = _RUN_256 | {'model.num_scales': 2000, 'model.sigma_max': sigma_max}
+  return {'ncsnpp_continuous': ('ncsnpp_256', changes)}
+
+
+def ddpm_256() -> Variants:
+  """DDPM on images of 256x256 pixels, under the VP SDE."""
+  changes = _RUN_256 | {
+    'model.sigma_max': 378.0,  # which the VP SDE does not read
+    'training.continuous': False,
+    'optim.lr': 2e-5,
+    'sampling.predictor': 'ancestral_sampling',
+  }
+  return {'ddpm': ('ddpm_256', changes)}
+
+
+def ncsnpp_1024(reduce_mean: bool) -> Variants:
+  """NCSN++ on images of 1024x1024 pixels, under the VE SDE."""
+  changes = {
+    'model.num_scales': 2000,
+    'model.sigma_max': 1348.0,
+    'model.ema_rate': 0.9999,
+    'training.batch_size': 8,
+    'training.reduce_mean': reduce_mean,
+    'sampling.snr': 0.15,
+  }
+  return {'ncsnpp_continuous': ('ncsnpp_1024', changes)}
+
+
+def ncsn(num_scales: int, sigma_max: float, snr: float) -> Variants:
+  """NCSN, with some of the techniques of NCSNv2 by their numbers there, and NCSNv2 itself.
+
+  The arguments are what techniques 1 (sigma_max), 2 (number of scales) and 4 (step size) choose;
+  technique 5 is the moving average of the parameters (https://arxiv.org/abs/2006.09011).
+  """
+  first = {
+    'model.num_scales': 10,
+    'model.sigma_max': 1.0,
+    'sampling.n_steps_each': 100,
+    'sampling.snr': 0.316,
+  }
+  improved = {
+    'model.num_scales': num_scales,
+    'model.sigma_max': sigma_max,
+    'sampling.n_steps_each': 5,
+    'sampling.snr': snr,
+  }
+  no_average = {'model.ema_rate': 0.0}
+  return {
+    'ncsn': ('ncsn', first | no_average),
+    'ncsn_5': ('ncsn', first),
+    'ncsn_124': ('ncsn', improved | no_average),
+    'ncsn_1245': ('ncsn', improved),
+    'ncsnv2': ('ncsnv2_64', improved),
+  }
 
 
 def digits(config: ConfigDict) -> ConfigDict:

@@ -6,14 +6,13 @@ from configs import base
 
 _DEEP = {'model.num_res_blocks': 8, 'training.n_iters': 950_001}
 VARIANTS = {
-  'ddpmpp_continuous': {},
-  'ddpmpp_deep_continuous': _DEEP,
-  'ncsnpp_continuous': {},
-  'ncsnpp_deep_continuous': _DEEP,
-  'ddpm_continuous': {},
+  'ddpmpp_continuous': ('ddpmpp', {}),
+  'ddpmpp_deep_continuous': ('ddpmpp', _DEEP),
+  'ncsnpp_continuous': ('ncsnpp', {}),
+  'ncsnpp_deep_continuous': ('ncsnpp', _DEEP),
+  'ddpm_continuous': ('ddpm', {}),
 }
 
 
 def get_config(variant: str = 'ddpmpp_continuous') -> ConfigDict:
-  changes = base.variant(variant, VARIANTS, 'configs/subvp/cifar10.py')
-  return base.cifar10(base.subvp(variant.split('_', maxsplit=1)[0]), changes)
+  return base.released('subvp', 'cifar10', variant, VARIANTS)

@@ -5,13 +5,13 @@ from ml_collections import ConfigDict
 from configs import base
 
 VARIANTS = {
-  'ncsnpp_continuous': {},
-  'ncsnpp_deep_continuous': {'model.num_res_blocks': 8, 'training.n_iters': 950_001},
-  'ncsnpp': {'training.continuous': False, 'model.embedding_type': 'positional'},
-  'ddpm': {'training.continuous': False},
+  'ncsnpp_continuous': ('ncsnpp', {}),
+  'ncsnpp_deep_continuous': ('ncsnpp', {'model.num_res_blocks': 8, 'training.n_iters': 950_001}),
+  'ncsnpp': ('ncsnpp', {'training.continuous': False, 'model.embedding_type': 'positional'}),
+  'ddpm': ('ddpm', {'training.continuous': False}),
+  **base.ncsn(num_scales=232, sigma_max=50.0, snr=0.176),
 }
 
 
 def get_config(variant: str = 'ncsnpp_continuous') -> ConfigDict:
-  changes = base.variant(variant, VARIANTS, 'configs/ve/cifar10.py')
-  return base.cifar10(base.ve(variant.split('_', maxsplit=1)[0]), changes)
+  return base.released('ve', 'cifar10', variant, VARIANTS)

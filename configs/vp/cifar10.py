@@ -7,18 +7,17 @@ from configs import base
 _DEEP = {'model.num_res_blocks': 8, 'training.n_iters': 950_001}
 _ANCESTRAL = {'training.continuous': False, 'sampling.predictor': 'ancestral_sampling'}
 VARIANTS = {
-  'ddpmpp_continuous': {},
-  'ddpmpp_deep_continuous': _DEEP,
-  'ddpmpp': _ANCESTRAL,
-  'ncsnpp_continuous': {},
-  'ncsnpp_deep_continuous': _DEEP,
-  'ncsnpp': {'training.continuous': False, 'sampling.predictor': 'reverse_diffusion'},
-  'ddpm_continuous': {},
-  'ddpm': _ANCESTRAL,
-  'ddpm_unconditional': _ANCESTRAL | {'model.conditional': False},
+  'ddpmpp_continuous': ('ddpmpp', {}),
+  'ddpmpp_deep_continuous': ('ddpmpp', _DEEP),
+  'ddpmpp': ('ddpmpp', _ANCESTRAL),
+  'ncsnpp_continuous': ('ncsnpp', {}),
+  'ncsnpp_deep_continuous': ('ncsnpp', _DEEP),
+  'ncsnpp': ('ncsnpp', _ANCESTRAL | {'sampling.predictor': 'reverse_diffusion'}),
+  'ddpm_continuous': ('ddpm', {}),
+  'ddpm': ('ddpm', _ANCESTRAL),
+  'ddpm_unconditional': ('ddpm', _ANCESTRAL | {'model.conditional': False}),
 }
 
 
 def get_config(variant: str = 'ddpmpp_continuous') -> ConfigDict:
-  changes = base.variant(variant, VARIANTS, 'configs/vp/cifar10.py')
-  return base.cifar10(base.vp(variant.split('_', maxsplit=1)[0]), changes)
+  return base.released('vp', 'cifar10', variant, VARIANTS)

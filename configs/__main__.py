@@ -1,0 +1,52 @@
+"""`python -m configs` prints a table of every config and variant, with its number of parameters."""
+
+from collections.abc import Iterator
+from functools import cache
+import importlib
+import inspect
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+import build_lib
+
+
+def all_configs() -> Iterator[tuple[str, ConfigDict]]:
+  """Each config here, with its name as --config takes it: configs/ve/cifar10.py:ncsnpp."""
+  here = Path(__file__).parent
+  for path in sorted(here.glob('*/*.py')):
+    name = path.relative_to(here.parent)
+    module = importlib.import_module('.'.join(name.with_suffix('').parts))
+    if not inspect.signature(module.get_config).parameters:
+      yield str(name), module.get_config()
+    else:
+      for variant in module.VARIANTS:
+        yield f'{name}:{variant}', module.get_config(variant)
+
+
+@cache  # most variants share a network
+def parameters(net: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
+  """The numbers of parameters and of arrays of a network, which is not initialised."""
+  shapes = jax.eval_shape(
+    lambda: net.init(jax.random.key(0), jnp.zeros(shape), jnp.ones(shape[:1]), False)
+  )
+  leaves = jax.tree.leaves(shapes)
+  return sum(leaf.size for leaf in leaves), len(leaves)
+
+
+def table() -> str:
+  """The table, in Markdown."""
+  rows = ['| config | network | image | parameters | arrays |', '|---|---|---|---|---|']
+  for name, config in all_configs():
+    setup = build_lib.build(config)
+    size, leaves = parameters(setup.model.net, (1, *setup.data_shape))
+    pixels = config.data.image_size
+    rows.append(f'| `{name}` | {config.model.name} | {pixels}x{pixels} | {size:,} | {leaves} |')
+  return '\n'.join(rows)
+
+
+if __name__ == '__main__':
+  print(table())
