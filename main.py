@@ -4,6 +4,7 @@
   python main.py --config configs/ve/cifar10.py:ncsnpp_deep_continuous --mode train
   python main.py --config configs/ve/cifar10.py --mode eval --config.eval.enable_sampling
   python main.py --config configs/vp/digits.py --mode train --config.training.n_iters=2000
+  python main.py --config configs/ve/cifar10.py --mode import --checkpoint checkpoint_26
 
 Any field of a config can be set as --config.section.field=value.
 """
@@ -22,11 +23,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from errors import unknown, UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, [:variant] of it.')
-_MODE = flags.DEFINE_enum('mode', None, ['train', 'eval'], 'What to do.')
+_MODE = flags.DEFINE_enum('mode', None, ['train', 'eval', 'import'], 'What to do.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; runs/<config>[-<variant>].')
 _EVAL_FOLDER = flags.DEFINE_string('eval_folder', 'eval', 'Folder of an evaluation in workdir.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Join the processes of a pod or SLURM job.')
-_FLAGS = (_CONFIG, _MODE, _WORKDIR, _EVAL_FOLDER, _DISTRIBUTED)
+_CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Released checkpoint to import.')
+_FLAGS = (_CONFIG, _MODE, _WORKDIR, _EVAL_FOLDER, _DISTRIBUTED, _CHECKPOINT)
 
 
 def default_workdir(path: str, variant: str) -> str:
@@ -70,6 +72,8 @@ def parse(argv: Sequence[str]) -> tuple[str, str]:
     raise UserError(
       f'--mode is missing; allowed: {", ".join(flags.FLAGS["mode"].parser.enum_values)}'
     )
+  if (_MODE.value == 'import') != bool(_CHECKPOINT.value):
+    raise UserError('--mode import and --checkpoint FILE go together')
   return path, variant
 
 
@@ -97,8 +101,10 @@ def main(argv: Sequence[str]) -> None:
   with logging_redirect_tqdm():
     if _MODE.value == 'train':
       run_lib.train(_CONFIG.value, workdir)
-    else:
+    elif _MODE.value == 'eval':
       run_lib.evaluate(_CONFIG.value, workdir, _EVAL_FOLDER.value)
+    else:
+      run_lib.import_released(_CONFIG.value, workdir, _CHECKPOINT.value)
 
 
 if __name__ == '__main__':

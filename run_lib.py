@@ -1,4 +1,4 @@
-"""Training and evaluation of a config in a workdir.
+"""Training, evaluation and import of checkpoints, of a config in a workdir.
 
 A workdir holds `config.json`, `checkpoints/` and `checkpoints-meta/`, `metrics.jsonl` and
 `tensorboard/`, `samples/iter_<step>/sample.png`, and in `eval/` what evaluation made. Both can
@@ -29,6 +29,7 @@ from errors import UserError
 import losses
 from losses import Metrics, TrainState
 from progress import Bar, Stop, TrainLog
+import released_checkpoints
 
 logger = logging.getLogger('score_sde')
 
@@ -117,6 +118,28 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
         logger.info('samples are in %s', _samples_folder(out, step) / 'samples.png')
       reports.append(report)
   return reports
+
+
+def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
+  """Makes a workdir of a checkpoint of the released JAX or PyTorch code.
+
+  The result is a checkpoint like any other: `evaluate` evaluates it, `train` goes on from it.
+
+  Raises:
+    UserError: for a mistake in the config, a file that does not fit it, or a workdir in use.
+  """
+  setup, root = build(config), epath.Path(workdir)
+  if checkpoints_lib.exist(root):
+    raise UserError(f'{root} holds checkpoints already; choose another --workdir')
+  like = _like(setup)  # says so if the config does not make a network
+  state = released_checkpoints.load(
+    checkpoint, setup.model, (1, *setup.data_shape), setup.tx, setup.config.model.ema_rate
+  )
+  state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, like))
+  _open(root, setup, ())
+  with Checkpoints(root) as checkpoints:
+    checkpoints.save(state, keep=True)
+  logger.info('imported %s, of step %d, to %s', checkpoint, int(state.step), root / 'checkpoints')
 
 
 def draw(

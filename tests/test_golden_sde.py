@@ -12,6 +12,7 @@ import pathlib
 import re
 from typing import ClassVar
 
+import agreement
 from analytic import given_noise, Mixture
 import flax
 import jax
@@ -77,12 +78,7 @@ def difference(name: str, key: str) -> str | None:
 
 def close(ours, theirs, rtol: float, *terms) -> None:
   """Equal to `rtol` of the largest entry of each example, or of the terms of a difference."""
-  ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-  assert ours.shape == theirs.shape
-  axes = tuple(range(1, theirs.ndim))
-  scale = np.max([np.abs(v).max(axes, keepdims=True) for v in (theirs, *terms)], axis=0)
-  error = np.abs(ours - theirs) / np.maximum(scale, 1e-30)
-  assert error.max() <= rtol
+  assert agreement.error(ours, theirs, *terms, quantity='values') <= rtol
 
 
 def altered(sde: SDE, **methods) -> SDE:
@@ -368,6 +364,7 @@ def test_ode_solutions(name, key):
   tolerance = float(key.split('_')[1].removeprefix('tol'))
   x = solve(name.removesuffix('_f64'), tolerance, key.endswith('denoise1'))
   exact = golden(f'{name.removesuffix("_f64")}_f64')[key.replace('0.001', '1e-05')]
+  agreement.error(x, golden(name)[key], quantity=f'solutions, tolerance {tolerance:g}')
   np.testing.assert_allclose(x, golden(name)[key], rtol=0, atol=10 * tolerance)
   np.testing.assert_allclose(x, exact, rtol=0, atol=10 * tolerance)
 
