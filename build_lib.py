@@ -37,7 +37,7 @@ from time_grids import GRIDS
 
 # What the keys of a run are for. A key is a function of seed, purpose and step: nothing random is
 # stored. The order is part of every run's result.
-PURPOSES = ('init', 'train', 'eval', 'snapshot', 'sample')
+PURPOSES = ('init', 'train', 'eval', 'snapshot', 'sample', 'bpd')
 
 # What a checkpoint depends on, which must not change when its run goes on or is evaluated; and
 # what samples depend on beside it, which must not change within an eval folder.
@@ -230,6 +230,7 @@ _CHOICES = {
   'sampling.grid': ('', *GRIDS),
   'sampling.ode_solver': ode.SOLVERS,
   'sampling.uint8': ('truncate', 'round'),
+  'eval.bpd_dataset': ('train', 'test'),
 }
 _POSITIVE = (
   'data.image_size', 'data.num_channels', 'model.nf', 'model.num_res_blocks', 'training.batch_size',
@@ -237,7 +238,7 @@ _POSITIVE = (
   'training.snapshot_freq', 'training.snapshot_freq_for_preemption', 'training.snapshot_samples',
   'training.eps', 'optim.lr', 'sampling.n_steps_each', 'sampling.snr', 'sampling.eps',
   'sampling.rtol', 'sampling.atol', 'sampling.sde_rtol', 'sampling.sde_atol', 'sampling.rho',
-  'eval.batch_size', 'eval.num_samples',
+  'eval.batch_size', 'eval.num_samples', 'eval.bpd_repeats',
 )  # fmt: skip
 
 

@@ -7,14 +7,17 @@ interrupted; where it is cut does not change the result.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import diffrax
 import jax
 from jax import Array
 import jax.numpy as jnp
+import numpy as np
 
-Drift = Callable[[Array, Array], Array]  # (x, t []) -> dx/dt, like x; a pytree of its arrays
-Observer = Callable[[float, Array], None]  # told the fraction that is done, and x there
+State = Any  # x, an array or a tree of arrays
+Drift = Callable[[State, Array], State]  # (x, t []) -> dx/dt, like x; a pytree of its arrays
+Observer = Callable[[float, State], None]  # told the fraction that is done, and x there
 
 SEGMENT = 10
 MAX_STEPS = 10_000
@@ -27,7 +30,7 @@ SOLVERS = {
 
 def integrate(
   drift: Drift,
-  x: Array,
+  x: State,
   t0: float,
   t1: float,
   *,
@@ -35,7 +38,7 @@ def integrate(
   atol: float = 1e-5,
   solver: str = 'dopri5',
   observe: Observer | None = None,
-) -> tuple[Array, int]:
+) -> tuple[State, int]:
   """Solves dx/dt = drift(x, t) from t0 to t1, forwards or backwards in time.
 
   The step size keeps the root mean square over all of x of error / (atol + rtol |x|) below one.
@@ -48,7 +51,7 @@ def integrate(
     FloatingPointError: if the solver needs more than `MAX_STEPS` steps, or x is not finite.
   """
   sign = 1.0 if t1 > t0 else -1.0  # the solver's own time s = sign t always grows
-  s0, s1 = sign * jnp.float32(t0), sign * jnp.float32(t1)
+  s0, s1 = np.float32(sign * t0), np.float32(sign * t1)
   carry = _start(solver, drift, x, s0, s1, sign, rtol, atol)
   while True:
     carry = _segment(solver, drift, carry, s1, sign, rtol, atol)
@@ -74,7 +77,11 @@ def _evaluations(solver: str, steps: int) -> int:
 
 
 def _pieces(drift: Drift, sign: Array, rtol: Array, atol: Array):
-  term = diffrax.ODETerm(lambda s, x, args: sign * drift(x, sign * s))
+
+  def forwards(s, x, args):
+    return jax.tree.map(lambda dx: sign * dx, drift(x, sign * s))
+
+  term = diffrax.ODETerm(forwards)
   return term, diffrax.PIDController(rtol=rtol, atol=atol)
 
 

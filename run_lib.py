@@ -5,17 +5,13 @@ A workdir holds `config.json`, `checkpoints/` and `checkpoints-meta/`, `metrics.
 be stopped at any moment and started again, with the same final result.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 import logging
-import math
-import time
-from typing import Any
 
 from etils import epath
 import jax
 from jax import Array
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, FrozenConfigDict
 import numpy as np
@@ -26,15 +22,14 @@ import checkpoints as checkpoints_lib
 from checkpoints import Checkpoints
 import datasets
 from errors import UserError
+import eval_lib
+from eval_lib import Report
 import losses
 from losses import Metrics, TrainState
 from progress import Bar, Stop, TrainLog
 import released_checkpoints
 
 logger = logging.getLogger('score_sde')
-
-Report = dict[str, Any]
-LossSum = Callable[[Any, Array, Array, Array], Array]
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -53,7 +48,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     step = int(state.step)
     if step and (step % training.snapshot_freq == 0 or step >= training.n_iters):
       _draw_snapshot(setup, root, state, stop)  # the run may have been stopped while it drew
-    loss_sum = _compile_loss_sum(setup)
+    loss_sum = eval_lib.compile_loss_sum(setup)
     eval_batches = _eval_batches(setup, held_out, step // training.eval_freq)
     log_choices = {'n_iters': training.n_iters, 'log_freq': training.log_freq}
     log_choices |= {'step': step, 'batch_size': training.batch_size}
@@ -82,6 +77,7 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   """Evaluates the checkpoints `eval.begin_ckpt` to `eval.end_ckpt`, or the newest before those.
 
   With `eval.enable_loss`, the loss over the held-out images, each counted once. With
+  `eval.enable_bpd`, their bits per dimension, or those of the training images. With
   `eval.enable_sampling`, `eval.num_samples` samples in `<eval_folder>/step_<step>/`: a grid
   `samples.png`, and `samples_<round>.npz` with uint8 [N, H, W, C]. What is there already is not
   made again.
@@ -99,7 +95,7 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   check_unchanged(root / 'config.json', setup.config, FIXED_IN_RUN)
   _open(out, setup, FIXED_IN_EVAL)
   held_out = _load(setup, 'test') if wanted.enable_loss else None
-  loss_sum = _compile_loss_sum(setup)
+  loss_sum = eval_lib.compile_loss_sum(setup)
   reports = []
   with Checkpoints(root) as checkpoints:
     for step in _steps_to_evaluate(setup.config, checkpoints.steps()):
@@ -107,15 +103,19 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
       path = out / f'report_{step}.json'
       report = artifacts.read_json(path) if path.exists() else {'step': step}
       if held_out is not None and 'loss' not in report:
-        report |= _evaluate_loss(setup, loss_sum, held_out, params)
+        report |= eval_lib.evaluate_loss(setup, loss_sum, held_out, params)
+        artifacts.write_json(path, report)
+      if wanted.enable_bpd and not eval_lib.has_bpd(setup, report):
+        folder = eval_lib.samples_folder(out, step)
+        report |= eval_lib.evaluate_bpd(setup, _load(setup, wanted.bpd_dataset), params, folder)
         artifacts.write_json(path, report)
       if wanted.enable_sampling and report.get('samples') != wanted.num_samples:
-        report |= _evaluate_samples(setup, params, step, _samples_folder(out, step))
+        report |= eval_lib.evaluate_samples(setup, params, step, eval_lib.samples_folder(out, step))
         artifacts.write_json(path, report)
       values = ', '.join(f'{name} {value:.6g}' for name, value in report.items())
       logger.info('%s; report in %s', values, path)
       if wanted.enable_sampling:
-        logger.info('samples are in %s', _samples_folder(out, step) / 'samples.png')
+        logger.info('samples are in %s', eval_lib.samples_folder(out, step) / 'samples.png')
       reports.append(report)
   return reports
 
@@ -142,27 +142,6 @@ def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
   logger.info('imported %s, of step %d, to %s', checkpoint, int(state.step), root / 'checkpoints')
 
 
-def draw(
-  setup: Setup,
-  params: Any,
-  rng: Array,
-  n: int,
-  progress: Callable[[float], None] | None = None,
-) -> tuple[np.ndarray, int]:
-  """Draws n images, uint8 [n, H, W, C], the same on every process; n suits the devices.
-
-  Returns:
-    The images, and the number of score evaluations that each took.
-  """
-  score_fn, shape = setup.model.bind(params), (n, *setup.data_shape)
-  observe = progress and (lambda fraction, x: progress(fraction))
-  x, nfe = setup.sampler(rng, score_fn, shape, sharding=setup.batch, observe=observe)
-  x = multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else np.asarray(x)
-  x = (x + 1) / 2 if setup.config.data.centered else x
-  half = 0.5 if setup.config.sampling.uint8 == 'round' else 0.0
-  return np.clip(255 * x + half, 0, 255).astype(np.uint8), nfe
-
-
 def _load(setup: Setup, split: str) -> datasets.ImageSource:
   data = setup.config.data
   return datasets.load(
@@ -174,10 +153,6 @@ def _load(setup: Setup, split: str) -> datasets.ImageSource:
     data_dir=data.tfds_dir,
     category=data.category,
   )
-
-
-def _processes() -> dict[str, int]:
-  return {'process_index': jax.process_index(), 'process_count': jax.process_count()}
 
 
 def _open(folder: epath.Path, setup: Setup, fixed: tuple[str, ...]) -> None:
@@ -227,7 +202,7 @@ def _updates(
   """Trains to the end; yields state, step and metrics after every call of the device."""
   training, step = setup.config.training, int(state.step)
   batches = datasets.train_batches(
-    source, training.batch_size, seed=setup.config.seed, start=step, **_processes()
+    source, training.batch_size, seed=setup.config.seed, start=step, **eval_lib.processes()
   )
   update = partial(
     losses.train_step,
@@ -273,7 +248,7 @@ def _eval_batches(
 ) -> Iterator[tuple[Array, Array, Array]]:
   """Batches of held-out images on the devices without end, each with a mask and a key."""
   size, seed = setup.config.training.batch_size, setup.config.seed
-  batches = datasets.train_batches(held_out, size, seed=seed, start=start, **_processes())
+  batches = datasets.train_batches(held_out, size, seed=seed, start=start, **eval_lib.processes())
   for i, batch in enumerate(batches, start):
     everyone = np.ones(len(batch['image']), np.float32)
     yield setup.put(batch['image']), setup.put(everyone), setup.key('eval', i)
@@ -295,14 +270,11 @@ def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop
 
     try:
       rng = setup.key('snapshot', step)
-      images, _ = draw(setup, state.ema_params, rng, training.snapshot_samples, progress)
+      images, _ = eval_lib.draw(setup, state.ema_params, rng, training.snapshot_samples, progress)
     except InterruptedError:
       return
   artifacts.write_grid(path, images)
   logger.info('step %d: samples are in %s', step, path)
-
-
-# Evaluation.
 
 
 def _steps_to_evaluate(config: FrozenConfigDict, steps: list[int]) -> list[int]:
@@ -319,68 +291,3 @@ def _steps_to_evaluate(config: FrozenConfigDict, steps: list[int]) -> list[int]:
     )
   logger.warning('no %s yet; evaluating the newest, of step %d', there, steps[-1])
   return steps[-1:]
-
-
-def _compile_loss_sum(setup: Setup) -> LossSum:
-  """(params, images, mask, key) -> the sum [] of the losses of the images that the mask marks."""
-
-  def loss_sum(params: Any, images: Array, mask: Array, rng: Array) -> Array:
-    each = losses.eval_step(params, images, rng, model=setup.model, objective=setup.objective)
-    return (each * mask).sum()
-
-  return jax.jit(loss_sum, out_shardings=setup.replicated)
-
-
-def _evaluate_loss(
-  setup: Setup, loss_sum: LossSum, held_out: datasets.ImageSource, params: Any
-) -> Report:
-  total, began = 0.0, time.monotonic()
-  size = setup.config.eval.batch_size
-  with Bar('loss', len(held_out), unit='images') as bar:
-    for i, batch in enumerate(datasets.eval_batches(held_out, size, **_processes())):
-      images, mask = setup.put(batch['image']), setup.put(batch['mask'])
-      total += float(loss_sum(params, images, mask, setup.key('eval', i)))
-      bar.update(min((i + 1) * size, len(held_out)))
-  seconds = time.monotonic() - began
-  return {'loss': total / len(held_out), 'loss_images': len(held_out), 'loss_seconds': seconds}
-
-
-def _samples_folder(out: epath.Path, step: int) -> epath.Path:
-  return out / f'step_{step}'
-
-
-def _evaluate_samples(setup: Setup, params: Any, step: int, folder: epath.Path) -> Report:
-  """Samples in rounds of one batch, each a file; a round that is there is not drawn again."""
-  wanted, began, nfes = setup.config.eval, time.monotonic(), []
-  # The last round is as large as the others, so that samples do not depend on their number.
-  size = min(wanted.batch_size, wanted.num_samples)
-  rounds = math.ceil(wanted.num_samples / size)
-  grid = None
-  with Bar('sample', wanted.num_samples, unit='samples') as bar:
-    for i in range(rounds):
-      done, path = i * size, folder / f'samples_{i}.npz'
-      n = min(size, wanted.num_samples - done)
-      kept = _read_round(path, n)
-      if kept is None:
-        rng = jax.random.fold_in(setup.key('sample', step), i)
-        images, nfe = draw(setup, params, rng, size, lambda f, d=done, n=n: bar.update(d + f * n))
-        kept = images[:n], nfe
-        artifacts.write_npz(path, samples=images[:n], nfe=np.int64(nfe))
-      nfes.append(kept[1])
-      grid = kept[0][:100] if grid is None else grid
-      bar.update(done + n)
-  artifacts.write_grid(folder / 'samples.png', grid)
-  seconds = time.monotonic() - began
-  return {'samples': wanted.num_samples, 'nfe': float(np.mean(nfes)), 'sample_seconds': seconds}
-
-
-def _read_round(path: epath.Path, n: int) -> tuple[np.ndarray, int] | None:
-  """The images [n, H, W, C] and nfe of a round that was drawn before, or None."""
-  if not path.exists():
-    return None
-  try:
-    with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
-      images, nfe = arrays['samples'], int(arrays['nfe'])
-  except Exception as error:  # zipfile, zlib and NumPy raise many kinds
-    raise UserError(f'{path} is damaged ({error}); move it away, and it is drawn again') from None
-  return (images, nfe) if len(images) == n else None

@@ -166,6 +166,9 @@ def _default() -> ConfigDict:
   evaluation.end_ckpt = 26
   evaluation.batch_size = 1024
   evaluation.enable_loss = True
+  evaluation.enable_bpd = False
+  evaluation.bpd_dataset = 'test'
+  evaluation.bpd_repeats = 5  # of the dequantisation; the released code has it in run_lib.py
   evaluation.enable_sampling = False
   evaluation.num_samples = 50_000
   return config

@@ -12,6 +12,7 @@ import build_lib
 from configs import base
 import datasets
 from errors import UserError
+import eval_lib
 import losses
 from losses import Objective
 import run_lib
@@ -141,7 +142,7 @@ def test_pixels_become_whole_numbers(how, expected, centered):
 
   setup = tiny_setup(sampling__uint8=how, data__centered=centered)
   setup = dataclasses.replace(setup, sampler=constant)
-  images, nfe = run_lib.draw(setup, {}, jax.random.key(0), 4)
+  images, nfe = eval_lib.draw(setup, {}, jax.random.key(0), 4)
   assert images.shape == (4, 8, 8, 1) and images.dtype == np.uint8 and nfe == 7
   assert [int(image.max()) for image in images] == [0, 255, expected, expected]
 

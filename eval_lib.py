@@ -1,0 +1,174 @@
+"""What an evaluation measures of a checkpoint: loss, bits per dimension, samples.
+
+Each function returns its part of the report. What takes long is done in rounds, each of which is a
+file, so that an evaluation that is stopped and started again repeats at most one.
+"""
+
+from collections.abc import Callable
+import math
+import time
+from typing import Any
+
+from etils import epath
+import jax
+from jax import Array
+from jax.experimental import multihost_utils
+import numpy as np
+
+import artifacts
+from build_lib import Setup
+import datasets
+from errors import UserError
+from likelihood import bits_per_dim, Likelihood
+import losses
+from progress import Bar
+
+Report = dict[str, Any]
+LossSum = Callable[[Any, Array, Array, Array], Array]
+
+
+def processes() -> dict[str, int]:
+  return {'process_index': jax.process_index(), 'process_count': jax.process_count()}
+
+
+def draw(
+  setup: Setup,
+  params: Any,
+  rng: Array,
+  n: int,
+  progress: Callable[[float], None] | None = None,
+) -> tuple[np.ndarray, int]:
+  """Draws n images, uint8 [n, H, W, C], the same on every process; n suits the devices.
+
+  Returns:
+    The images, and the number of score evaluations that each took.
+  """
+  score_fn, shape = setup.model.bind(params), (n, *setup.data_shape)
+  observe = progress and (lambda fraction, x: progress(fraction))
+  x, nfe = setup.sampler(rng, score_fn, shape, sharding=setup.batch, observe=observe)
+  x = _gather(x)
+  x = (x + 1) / 2 if setup.config.data.centered else x
+  half = 0.5 if setup.config.sampling.uint8 == 'round' else 0.0
+  return np.clip(255 * x + half, 0, 255).astype(np.uint8), nfe
+
+
+def _gather(x: Array) -> np.ndarray:
+  """The global array, on every process."""
+  return (
+    multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else np.asarray(x)
+  )
+
+
+def compile_loss_sum(setup: Setup) -> LossSum:
+  """(params, images, mask, key) -> the sum [] of the losses of the images that the mask marks."""
+
+  def loss_sum(params: Any, images: Array, mask: Array, rng: Array) -> Array:
+    each = losses.eval_step(params, images, rng, model=setup.model, objective=setup.objective)
+    return (each * mask).sum()
+
+  return jax.jit(loss_sum, out_shardings=setup.replicated)
+
+
+def evaluate_loss(
+  setup: Setup, loss_sum: LossSum, held_out: datasets.ImageSource, params: Any
+) -> Report:
+  total, began = 0.0, time.monotonic()
+  size = setup.config.eval.batch_size
+  with Bar('loss', len(held_out), unit='images') as bar:
+    for i, batch in enumerate(datasets.eval_batches(held_out, size, **processes())):
+      images, mask = setup.put(batch['image']), setup.put(batch['mask'])
+      total += float(loss_sum(params, images, mask, setup.key('eval', i)))
+      bar.update(min((i + 1) * size, len(held_out)))
+  seconds = time.monotonic() - began
+  return {'loss': total / len(held_out), 'loss_images': len(held_out), 'loss_seconds': seconds}
+
+
+def has_bpd(setup: Setup, report: Report) -> bool:
+  """Whether a report holds the bits per dimension that the config asks for."""
+  wanted = setup.config.eval
+  there = report.get('bpd_dataset'), report.get('bpd_repeats')
+  return there == (wanted.bpd_dataset, wanted.bpd_repeats)
+
+
+def evaluate_bpd(
+  setup: Setup, source: datasets.ImageSource, params: Any, folder: epath.Path
+) -> Report:
+  """Bits per dimension of uniformly dequantised images (Sec. 4.3), each counted once per repeat.
+
+  Every repeat has its own dequantisation and probe; the standard error is that of the mean over
+  images of what the repeats give on average.
+  """
+  wanted, began, n_images = setup.config.eval, time.monotonic(), len(source)
+  size, repeats = wanted.batch_size, wanted.bpd_repeats
+  rounds, score_fn = math.ceil(n_images / size), setup.model.bind(params)
+  likelihood, values, nfes = Likelihood(setup.model.sde), np.zeros((repeats, n_images)), []
+  dequantize = jax.jit(losses.preprocess, static_argnums=(2, 3, 4), out_shardings=setup.batch)
+  with Bar('bits/dim', repeats * n_images, unit='images') as bar:
+    for repeat in range(repeats):
+      batches = datasets.eval_batches(source, size, **processes())
+      for i, batch in enumerate(batches):
+        k, done = repeat * rounds + i, i * size
+        n = min(size, n_images - done)
+        path = folder / f'bpd_{wanted.bpd_dataset}_{k}.npz'
+        kept = _read_round(path, 'bpd', n)
+        if kept is None:
+          rng_data, rng_probe = jax.random.split(setup.key('bpd', k))
+          x0 = dequantize(rng_data, setup.put(batch['image']), setup.model.centered, False, True)
+          logp, _, nfe = likelihood(rng_probe, score_fn, x0)
+          bits = bits_per_dim(logp, math.prod(setup.data_shape), setup.model.centered)
+          kept = _gather(bits)[:n], nfe
+          artifacts.write_npz(path, bpd=kept[0], nfe=np.int64(nfe))
+        values[repeat, done : done + n] = kept[0]
+        nfes.append(kept[1])
+        bar.update(repeat * n_images + done + n)
+  of_images = values.mean(0)
+  return {
+    'bpd': float(of_images.mean()),
+    'bpd_std_error': float(of_images.std(ddof=1) / math.sqrt(n_images)),
+    'bpd_dataset': wanted.bpd_dataset,
+    'bpd_images': n_images,
+    'bpd_repeats': repeats,
+    'bpd_nfe': float(np.mean(nfes)),
+    'bpd_seconds': time.monotonic() - began,
+  }
+
+
+def samples_folder(out: epath.Path, step: int) -> epath.Path:
+  return out / f'step_{step}'
+
+
+def evaluate_samples(setup: Setup, params: Any, step: int, folder: epath.Path) -> Report:
+  """Samples in rounds of one batch, each a file; a round that is there is not drawn again."""
+  wanted, began, nfes = setup.config.eval, time.monotonic(), []
+  # The last round is as large as the others, so that samples do not depend on their number.
+  size = min(wanted.batch_size, wanted.num_samples)
+  rounds = math.ceil(wanted.num_samples / size)
+  grid = None
+  with Bar('sample', wanted.num_samples, unit='samples') as bar:
+    for i in range(rounds):
+      done, path = i * size, folder / f'samples_{i}.npz'
+      n = min(size, wanted.num_samples - done)
+      kept = _read_round(path, 'samples', n)
+      if kept is None:
+        rng = jax.random.fold_in(setup.key('sample', step), i)
+        images, nfe = draw(setup, params, rng, size, lambda f, d=done, n=n: bar.update(d + f * n))
+        kept = images[:n], nfe
+        artifacts.write_npz(path, samples=images[:n], nfe=np.int64(nfe))
+      nfes.append(kept[1])
+      grid = kept[0][:100] if grid is None else grid
+      bar.update(done + n)
+  artifacts.write_grid(folder / 'samples.png', grid)
+  seconds = time.monotonic() - began
+  return {'samples': wanted.num_samples, 'nfe': float(np.mean(nfes)), 'sample_seconds': seconds}
+
+
+def _read_round(path: epath.Path, name: str, n: int) -> tuple[np.ndarray, int] | None:
+  """The array `name` [n, ...] and nfe of a round that is there already, or None."""
+  if not path.exists():
+    return None
+  try:
+    with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
+      values, nfe = arrays[name], int(arrays['nfe'])
+  except Exception as error:  # zipfile, zlib and NumPy raise many kinds
+    raise UserError(f'{path} is damaged ({error}); move it away, and it is made again') from None
+  return (values, nfe) if len(values) == n else None
