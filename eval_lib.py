@@ -86,8 +86,7 @@ def evaluate_loss(
 def has_bpd(setup: Setup, report: Report) -> bool:
   """Whether a report holds the bits per dimension that the config asks for."""
   wanted = setup.config.eval
-  there = report.get('bpd_dataset'), report.get('bpd_repeats')
-  return there == (wanted.bpd_dataset, wanted.bpd_repeats)
+  return report.get(f'bpd_{wanted.bpd_dataset}_repeats') == wanted.bpd_repeats
 
 
 def evaluate_bpd(
@@ -121,15 +120,14 @@ def evaluate_bpd(
         values[repeat, done : done + n] = kept[0]
         nfes.append(kept[1])
         bar.update(repeat * n_images + done + n)
-  of_images = values.mean(0)
+  of_images, name = values.mean(0), f'bpd_{wanted.bpd_dataset}'
   return {
-    'bpd': float(of_images.mean()),
-    'bpd_std_error': float(of_images.std(ddof=1) / math.sqrt(n_images)),
-    'bpd_dataset': wanted.bpd_dataset,
-    'bpd_images': n_images,
-    'bpd_repeats': repeats,
-    'bpd_nfe': float(np.mean(nfes)),
-    'bpd_seconds': time.monotonic() - began,
+    name: float(of_images.mean()),
+    f'{name}_std_error': float(of_images.std(ddof=1) / math.sqrt(n_images)),
+    f'{name}_images': n_images,
+    f'{name}_repeats': repeats,
+    f'{name}_nfe': float(np.mean(nfes)),
+    f'{name}_seconds': time.monotonic() - began,
   }
 
 

@@ -73,7 +73,6 @@ def _pc(predictor: str, corrector: str = 'none') -> Steps:
 FIXED = {
   'pc euler_maruyama': _pc('euler_maruyama'),
   'pc reverse_diffusion': _pc('reverse_diffusion'),
-  'pc ancestral_sampling': _pc('ancestral_sampling'),
   'pc reverse_diffusion + langevin': _pc('reverse_diffusion', 'langevin'),
   'ddim': _grid(DDIM(), 'log_snr'),
   'ddim eta=1': _grid(DDIM(1.0), 'log_snr'),

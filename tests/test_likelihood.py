@@ -1,15 +1,21 @@
 """Likelihoods and encodings, where the density and the flow are known exactly."""
 
+import dataclasses
 import math
 
 import agreement
 from analytic import gaussian, Mixture
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_golden_sde import DATA, golden, numbers
 
+import build_lib
+from configs import base
+import datasets
+import eval_lib
 import likelihood
 from likelihood import bits_per_dim, decode, draw_probes, encode, interpolate, Likelihood
 from sde_lib import SDE, subVPSDE, VESDE, VPSDE
@@ -150,3 +156,59 @@ def test_golden(name, key, monkeypatch):
     bits = bits_per_dim(logp, 4, centered == ['centered1'])
     agreement.error(bits[:, None], file[key][:, None], quantity=f'bits/dim, {tolerance:g}')
     np.testing.assert_allclose(bits, file[key], atol=50 * tolerance)
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownModel:
+  """A model of scaled images that are N(0, 0.5^2)."""
+
+  sde: SDE
+  centered: bool
+
+  def bind(self, params):
+    return gaussian(jnp.zeros((8, 8, 1)), 0.5).score_fn(self.sde)
+
+
+@pytest.mark.parametrize('centered', [False, True])
+def test_evaluation_counts_every_image_once_per_repeat(centered, tmp_path):
+  """Ten images in batches of four; what is lost is made again, and the rest kept."""
+  config = base.digits(base.vp('ddpmpp'))
+  config.eval.update(enable_bpd=True, bpd_repeats=2, batch_size=4)
+  setup = build_lib.build(config)
+  setup = dataclasses.replace(setup, model=KnownModel(setup.model.sde, centered))
+  source = datasets.load('digits', 'test', image_size=8, num_channels=1)
+  images = source.gather(np.arange(10))
+  few = FewImages(images)
+  report = eval_lib.evaluate_bpd(setup, few, {}, epath.Path(tmp_path))
+  assert (report['bpd_test_images'], report['bpd_test_repeats']) == (10, 2)
+  assert eval_lib.has_bpd(setup, report)
+  # A level is so narrow that the density at its middle is the mean over it.
+  x = (images.reshape(10, -1) + 0.5) / 256
+  x = 2 * x - 1 if centered else x
+  log2 = (-0.5 * (x / 0.5) ** 2 - 0.5 * math.log(2 * math.pi * 0.25)) / math.log(2)
+  exact = -log2.mean(-1) + (7 if centered else 8)
+  assert report['bpd_test'] == pytest.approx(exact.mean(), abs=0.01)
+  assert report['bpd_test_std_error'] == pytest.approx(exact.std(ddof=1) / 10**0.5, rel=0.05)
+
+  rounds = sorted(tmp_path.glob('bpd_test_*.npz'))
+  assert len(rounds) == 6
+  stamps = [path.stat().st_mtime_ns for path in rounds]
+  rounds[2].unlink()
+  again = eval_lib.evaluate_bpd(setup, few, {}, epath.Path(tmp_path))
+  kept = [path.stat().st_mtime_ns == stamp for path, stamp in zip(rounds, stamps, strict=True)]
+  assert kept == [True, True, False, True, True, True]
+  timeless = [name for name in report if not name.endswith('seconds')]
+  assert [again[name] for name in timeless] == [report[name] for name in timeless]
+
+
+@dataclasses.dataclass(frozen=True)
+class FewImages:
+  """An image source [N, 8, 8, 1] in memory."""
+
+  images: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.images)
+
+  def gather(self, indices: np.ndarray) -> np.ndarray:
+    return self.images[indices]
