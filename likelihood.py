@@ -34,7 +34,9 @@ class Likelihood:
   exact trace, one pullback for each dimension.
 
   The whole batch takes the same adaptive steps, whose error is bounded in the root mean square;
-  so a value depends on the rest of its batch, within the tolerance.
+  so a value depends on the rest of its batch, within the tolerance. Steps of its own for each image
+  would mostly make that smaller, but in float32 not zero, and the slowest image may take half as
+  many evaluations again as the batch does.
 
   Attributes:
     sde: the forward SDE.
@@ -132,7 +134,7 @@ def interpolate(z0: Array, z1: Array, weight: Array) -> Array:
   """Spherical interpolation between latents z0 and z1 [B, ...], with weight [B] of z1.
 
   Latents are almost Gaussian, of almost the same norm; between them on a straight line there are
-  none. Scaling latents by less than one is the paper's temperature (Appendix D.5).
+  none. Scaling latents by less than one lowers the paper's temperature (Appendix D.4, Fig. 6).
   """
   flat0, flat1 = (z.reshape(z.shape[0], -1) for z in (z0, z1))
   norms = jnp.linalg.norm(flat0, axis=-1) * jnp.linalg.norm(flat1, axis=-1)
