@@ -93,6 +93,22 @@ def test_a_rademacher_probe_is_exact_for_an_isotropic_gaussian():
   np.testing.assert_allclose(probed, exact, atol=1e-4)
 
 
+def test_estimated_likelihoods_average_to_the_exact_one():
+  """Of one image [2, 2, 1] with 400 probes, or 400 times four, whose variance is a quarter."""
+  sde, n = SDES[1], 400
+  image = jnp.array([0.1, 0.3, -0.2, 0.1]).reshape(2, 2, 1)
+  score_fn = DATA.score_fn(sde)
+  exact, *_ = Likelihood(sde, probe='exact')(KEY, score_fn, image[None])
+  variances = []
+  for n_probes in (1, 4):
+    measure = Likelihood(sde, probe='gaussian', n_probes=n_probes)
+    logp, *_ = measure(KEY, score_fn, jnp.broadcast_to(image, (n, *image.shape)))
+    assert abs(logp.mean() - exact[0]) < 4 * logp.std() / math.sqrt(n)
+    variances.append(logp.var())
+  # The relative standard error of a ratio of variances from 400 draws is about 10 %.
+  assert variances[0] / variances[1] == pytest.approx(4, rel=0.4)
+
+
 def test_splitting_the_batch_changes_nothing_beyond_the_tolerance():
   sde = SDES[1]
   x = 0.4 * jax.random.normal(KEY, (6, 2))
