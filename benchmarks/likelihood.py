@@ -1,0 +1,168 @@
+"""What a likelihood costs: this code, and the scheme of the released code, on a reduced NCSN++.
+
+The released scheme evaluates the network twice for each evaluation of the ODE, once for the drift
+and once inside the gradient that gives the divergence, and solves the ODE with SciPy's RK45 on the
+host, in float64. Here one evaluation and its pullback give both, and the solver runs on the device.
+Both get the same probe, tolerance and weights and are timed in turns, so that ratios mean
+something on any machine; the first runs compile and are not timed.
+
+Two ratios matter. That of one evaluation is what the shared pass saves. That of whole solutions
+depends on the backend: XLA:CPU runs convolutions inside a compiled loop far slower than outside,
+which on a CPU costs more than the shared pass saves.
+
+  python -m benchmarks.likelihood [--batch N] [--json PATH]
+"""
+
+import argparse
+from collections.abc import Callable
+import json
+import math
+from pathlib import Path
+import statistics
+import time
+from typing import Any
+
+import jax
+from jax import Array
+from jax.flatten_util import ravel_pytree
+import jax.numpy as jnp
+import numpy as np
+from scipy import integrate
+
+import build_lib
+from configs.ve.cifar10 import get_config
+from likelihood import bits_per_dim, draw_probes, Likelihood, VolumeChange
+from sampling import ProbabilityFlow
+from sde_lib import SDE
+
+REDUCED = {
+  'data.image_size': 16,
+  'model.nf': 16,
+  'model.ch_mult': (1, 2),
+  'model.num_res_blocks': 1,
+  'model.attn_resolutions': (8,),
+}
+TOLERANCE = 1e-3  # of both solvers
+WEIGHTS = 0.02  # standard deviation of what is added to initial weights, whose output is zero
+EVALUATIONS, SOLUTIONS = 21, 2  # timed; the median counts
+
+
+@jax.jit
+def drift_alone(flow: ProbabilityFlow, x: Array, t: Array) -> Array:
+  """The drift [B, ...]."""
+  return flow(x, t)
+
+
+@jax.jit
+def divergence_alone(flow: ProbabilityFlow, probe: Array, x: Array, t: Array) -> Array:
+  """The estimated divergence [B], by the gradient of an inner product."""
+  gradient = jax.grad(lambda x: (flow(x, t) * probe).sum())(x)
+  return (gradient * probe).reshape(len(x), -1).sum(-1)
+
+
+def evaluate_released(
+  flow: ProbabilityFlow, probe: Array, x: Array, t: Array
+) -> tuple[np.ndarray, np.ndarray]:
+  """Both on the host, the second asked for once the first is there."""
+  return np.asarray(drift_alone(flow, x, t)), np.asarray(divergence_alone(flow, probe, x, t))
+
+
+@jax.jit
+def both(change: VolumeChange, x: Array, t: Array) -> tuple[Array, Array]:
+  """Drift and divergence by one evaluation and its pullback."""
+  return change((x, jnp.zeros(len(x))), t)
+
+
+def solve_released(
+  sde: SDE, flow: ProbabilityFlow, probe: Array, x0: Array
+) -> tuple[np.ndarray, int]:
+  """log p(x0) [B], and the evaluations of the ODE, with SciPy's solver on the host."""
+  size = x0.size
+
+  def change(t: float, state: np.ndarray) -> np.ndarray:
+    x, t = jnp.asarray(state[:size].reshape(x0.shape), jnp.float32), jnp.float32(t)
+    parts = evaluate_released(flow, probe, x, t)
+    return np.concatenate([np.ravel(part) for part in parts]).astype(np.float64)
+
+  start = np.concatenate([np.ravel(x0), np.zeros(len(x0))])
+  solution = integrate.solve_ivp(
+    change, (sde.eps, sde.T), start, method='RK45', rtol=TOLERANCE, atol=TOLERANCE
+  )
+  z = jnp.asarray(solution.y[:size, -1].reshape(x0.shape), jnp.float32)
+  return np.asarray(sde.prior_logp(z)) + solution.y[size:, -1], solution.nfev
+
+
+def timed(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[float, Any]]:
+  """The median time of each run and its value; in turns, after one round that compiles."""
+  times, values = {name: [] for name in runs}, {}
+  for _ in range(repeats + 1):
+    for name, run in runs.items():
+      began = time.perf_counter()
+      values[name] = jax.block_until_ready(run())
+      times[name].append(time.perf_counter() - began)
+  return {name: (statistics.median(times[name][1:]), values[name]) for name in runs}
+
+
+def measure(batch: int) -> dict[str, dict[str, float]]:
+  """For both schemes: evaluations, bits per dimension, and seconds per image."""
+  config = get_config()
+  config.update_from_flattened_dict(REDUCED)
+  setup = build_lib.build(config)
+  rng_init, rng_weights, rng_data, rng_probe = jax.random.split(jax.random.key(0), 4)
+  params = jax.jit(setup.model.init, static_argnums=1)(rng_init, (1, *setup.data_shape))
+  flat, tree = ravel_pytree(params)
+  params = tree(flat + WEIGHTS * jax.random.normal(rng_weights, flat.shape))
+  sde, score_fn = setup.model.sde, setup.model.bind(params)
+  x0 = jax.random.uniform(rng_data, (batch, *setup.data_shape))
+  probes = draw_probes(rng_probe, x0, 'rademacher', 1)
+  flow = ProbabilityFlow(score_fn, sde)
+  change, ours = VolumeChange(flow, probes), Likelihood(sde, TOLERANCE, TOLERANCE)
+  t = jnp.float32(0.5)
+  evaluate = {
+    'released': lambda: evaluate_released(flow, probes[0], x0, t),
+    'here': lambda: both(change, x0, t),
+  }
+  solve = {
+    'released': lambda: solve_released(sde, flow, probes[0], x0),
+    'here': lambda: ours(rng_probe, score_fn, x0)[::2],
+  }
+  evaluations, results = timed(evaluate, EVALUATIONS), {}
+  for name, (seconds, (logp, nfe)) in timed(solve, SOLUTIONS).items():
+    results[name] = {
+      'nfe': int(nfe),
+      'bpd': float(bits_per_dim(logp, math.prod(setup.data_shape), False).mean()),
+      'evaluation': evaluations[name][0] / batch,
+      'solution / nfe': seconds / batch / int(nfe),
+      'solution': seconds / batch,
+    }
+  return results
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+  """What `measure` returns, as text, with the ratios of times."""
+  rows = [f'{"":38}{"released":>10}{"here":>10}{"ratio":>10}']
+  old, new = results['released'], results['here']
+  for key, what in (('nfe', 'evaluations'), ('bpd', 'bits/dim')):
+    rows.append(f'{what:38}{old[key]:10.4g}{new[key]:10.4g}')
+  for key, what in (
+    ('evaluation', 'one evaluation, ms per image'),
+    ('solution / nfe', 'solution / evaluations, ms per image'),
+    ('solution', 'solution, ms per image'),
+  ):
+    rows.append(f'{what:38}{1e3 * old[key]:10.2f}{1e3 * new[key]:10.2f}{old[key] / new[key]:10.2f}')
+  return '\n'.join(rows)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--batch', type=int, default=4, help='images (4)')
+  parser.add_argument('--json', metavar='PATH', help='write the numbers')
+  args = parser.parse_args()
+  results = measure(args.batch)
+  print(table(results))
+  if args.json:
+    Path(args.json).write_text(json.dumps(results, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  main()
