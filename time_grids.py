@@ -61,7 +61,7 @@ GRIDS: dict[str, Callable[[float], Grid]] = {
 def in_float64(f: Callable[[Array], Array], v: np.ndarray) -> np.ndarray:
   """f(v), computed now and in float64: differences of neighbouring times lose digits."""
   with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-    return np.array(f(jnp.asarray(v, jnp.float64)))
+    return np.array(jax.jit(f)(jnp.asarray(v, jnp.float64)))
 
 
 def finite_log_snr(sde: SDE, times: np.ndarray) -> np.ndarray:
