@@ -56,6 +56,13 @@ class Score:
     return (expand(share / variance, away) * away).sum(1)
 
 
+TWO_MODES = Mixture(
+  weights=jnp.array([0.3, 0.7]),
+  means=jnp.array([[1.0, 0.5], [-0.6, -0.4]]),
+  stds=jnp.array([0.35, 0.25]),
+)
+
+
 def gaussian(mean: Array, std: float) -> Mixture:
   """A single Gaussian N(mean, std^2 I)."""
   return Mixture(jnp.ones(1), jnp.asarray(mean)[None], jnp.asarray([std]))

@@ -3,7 +3,8 @@
 from pathlib import Path
 import re
 
-from analytic import check_moments, Mixture
+from analytic import check_moments
+from analytic import TWO_MODES as DATA
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +15,6 @@ from sampler_lib import GridSampler
 from sde_lib import SDE
 
 DOCS = Path(__file__).parent.parent / 'docs'
-DATA = Mixture(
-  weights=jnp.array([0.3, 0.7]),
-  means=jnp.array([[1.0, 0.5], [-0.6, -0.4]]),
-  stds=jnp.array([0.35, 0.25]),
-)
 KEY = jax.random.key(0)
 
 

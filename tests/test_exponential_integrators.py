@@ -7,7 +7,8 @@ x_t = m_t + s_t / s_T (x_T - m_T), with mean m_t and standard deviation s_t of p
 from collections.abc import Callable
 import dataclasses
 
-from analytic import check_moments, Mixture
+from analytic import check_moments
+from analytic import TWO_MODES as DATA
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,11 +22,6 @@ from time_grids import GRIDS
 
 SDES = [VESDE(sigma_max=20.0, eps=1e-3), VPSDE(eps=1e-2), subVPSDE(eps=1e-2)]
 every_sde = pytest.mark.parametrize('sde', SDES, ids=lambda s: type(s).__name__)
-DATA = Mixture(
-  weights=jnp.array([0.3, 0.7]),
-  means=jnp.array([[1.0, 0.5], [-0.6, -0.4]]),
-  stds=jnp.array([0.35, 0.25]),
-)
 KEY = jax.random.key(0)
 SMALL = (3, 2)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import subprocess
 import sys
 
-from analytic import check_moments, Mixture
+from analytic import check_moments
+from analytic import TWO_MODES as DATA
 import flax
 import flax.linen as nn
 import jax
@@ -26,11 +27,6 @@ from sampler_lib import GridSampler
 from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS
 from sde_lib import SDE, subVPSDE, VESDE, VPSDE
 
-DATA = Mixture(
-  weights=jnp.array([0.3, 0.7]),
-  means=jnp.array([[1.0, 0.5], [-0.6, -0.4]]),
-  stds=jnp.array([0.35, 0.25]),
-)
 KEY = jax.random.key(0)
 SMALL = (3, 2)
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import dataclasses
 import itertools
 
-from analytic import check_moments, gaussian, given_noise, Mixture, moments
+from analytic import check_moments, gaussian, given_noise, moments
+from analytic import TWO_MODES as DATA
 import flax
 import jax
 from jax import Array
@@ -23,11 +24,6 @@ from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS, ProbabilityF
 from sde_lib import SDE, subVPSDE, VESDE, VPSDE
 import time_grids
 
-DATA = Mixture(
-  weights=jnp.array([0.3, 0.7]),
-  means=jnp.array([[1.0, 0.5], [-0.6, -0.4]]),
-  stds=jnp.array([0.35, 0.25]),
-)
 SHAPE = (4000, 2)
 SDES = [VESDE(sigma_max=20.0, eps=1e-5), VPSDE(eps=1e-3), subVPSDE(eps=1e-3)]
 every_sde = pytest.mark.parametrize('sde', SDES, ids=lambda s: type(s).__name__)
