@@ -131,7 +131,7 @@ def evaluate_bpd(
   }
 
 
-def samples_folder(out: epath.Path, step: int) -> epath.Path:
+def step_folder(out: epath.Path, step: int) -> epath.Path:
   return out / f'step_{step}'
 
 

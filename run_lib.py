@@ -106,16 +106,16 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
         report |= eval_lib.evaluate_loss(setup, loss_sum, held_out, params)
         artifacts.write_json(path, report)
       if wanted.enable_bpd and not eval_lib.has_bpd(setup, report):
-        folder = eval_lib.samples_folder(out, step)
+        folder = eval_lib.step_folder(out, step)
         report |= eval_lib.evaluate_bpd(setup, _load(setup, wanted.bpd_dataset), params, folder)
         artifacts.write_json(path, report)
       if wanted.enable_sampling and report.get('samples') != wanted.num_samples:
-        report |= eval_lib.evaluate_samples(setup, params, step, eval_lib.samples_folder(out, step))
+        report |= eval_lib.evaluate_samples(setup, params, step, eval_lib.step_folder(out, step))
         artifacts.write_json(path, report)
       values = ', '.join(f'{name} {value:.6g}' for name, value in report.items())
       logger.info('%s; report in %s', values, path)
       if wanted.enable_sampling:
-        logger.info('samples are in %s', eval_lib.samples_folder(out, step) / 'samples.png')
+        logger.info('samples are in %s', eval_lib.step_folder(out, step) / 'samples.png')
       reports.append(report)
   return reports
 

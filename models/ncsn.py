@@ -193,7 +193,7 @@ class RefineNet(nn.Module):
       if self.num_classes:
         labels = jnp.round(cond).astype(jnp.int32)
         return ConditionalInstanceNorm2dPlus(self.num_classes)(h, labels)
-      return NORMALIZATIONS[self.normalization]()(h)
+      return NORMALIZATIONS[self.normalization](h)
 
     def normalize_refined(h: Array) -> Array:
       return normalize(h) if self.num_classes else h

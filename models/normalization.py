@@ -10,6 +10,8 @@ import flax.linen as nn
 from jax import Array
 import jax.numpy as jnp
 
+from models.layers import group_norm
+
 EPSILON = 1e-5
 
 
@@ -84,9 +86,10 @@ class VarianceNorm2d(nn.Module):
     return (scale * h * _inverse_std(h, (1, 2))).astype(x.dtype)
 
 
-NORMALIZATIONS: dict[str, Callable[[], nn.Module]] = {
-  'InstanceNorm': InstanceNorm2d,
-  'InstanceNorm++': InstanceNorm2dPlus,
-  'VarianceNorm': VarianceNorm2d,
-  'GroupNorm': nn.GroupNorm,
+# By name, to be called inside a compact module.
+NORMALIZATIONS: dict[str, Callable[[Array], Array]] = {
+  'InstanceNorm': lambda x: InstanceNorm2d()(x),
+  'InstanceNorm++': lambda x: InstanceNorm2dPlus()(x),
+  'VarianceNorm': lambda x: VarianceNorm2d()(x),
+  'GroupNorm': lambda x: group_norm(x, min_group_size=1),
 }

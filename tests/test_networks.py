@@ -1,5 +1,6 @@
 """Identities that the networks keep, whatever their parameters."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +75,20 @@ def test_every_refinenet_makes_what_it_is_given(name, normalization):
   names = set(shapes[1]['params'])
   assert sum('ConvMeanPool_0' in block for block in shapes[1]['params'].values()) == halvings(name)
   assert ('ConditionalInstanceNorm2dPlus_0' in names) == (name == 'ncsn')
+
+
+@pytest.mark.parametrize('normalization', sorted(NORMALIZATIONS))
+def test_normalizations_keep_the_dtype(normalization):
+  """What follows would compute in float32 otherwise."""
+
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return NORMALIZATIONS[normalization](x)
+
+  half = IMAGES.astype(jnp.bfloat16)
+  y = jax.eval_shape(lambda: Net().init_with_output(jax.random.key(0), half)[0])
+  assert y.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize('classes', [None, 3])
