@@ -15,9 +15,9 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from models import layers
+from models import layers, normalization
 from models.layers import Activation
-from models.normalization import ConditionalInstanceNorm2dPlus, NORMALIZATIONS
+from models.normalization import ConditionalInstanceNorm2dPlus
 
 Layer = Callable[[Array], Array]
 
@@ -193,7 +193,7 @@ class RefineNet(nn.Module):
       if self.num_classes:
         labels = jnp.round(cond).astype(jnp.int32)
         return ConditionalInstanceNorm2dPlus(self.num_classes)(h, labels)
-      return NORMALIZATIONS[self.normalization](h)
+      return normalization.normalize(h, self.normalization)
 
     def normalize_refined(h: Array) -> Array:
       return normalize(h) if self.num_classes else h

@@ -4,8 +4,6 @@ Mean and variance are taken in float32, whatever the dtype of the images. Names 
 parameters are those of the released code, there with three leading axes of size one.
 """
 
-from collections.abc import Callable
-
 import flax.linen as nn
 from jax import Array
 import jax.numpy as jnp
@@ -86,10 +84,14 @@ class VarianceNorm2d(nn.Module):
     return (scale * h * _inverse_std(h, (1, 2))).astype(x.dtype)
 
 
-# By name, to be called inside a compact module.
-NORMALIZATIONS: dict[str, Callable[[Array], Array]] = {
-  'InstanceNorm': lambda x: InstanceNorm2d()(x),
-  'InstanceNorm++': lambda x: InstanceNorm2dPlus()(x),
-  'VarianceNorm': lambda x: VarianceNorm2d()(x),
-  'GroupNorm': lambda x: group_norm(x, min_group_size=1),
+_NORMALIZATIONS: dict[str, type[nn.Module]] = {
+  'InstanceNorm': InstanceNorm2d,
+  'InstanceNorm++': InstanceNorm2dPlus,
+  'VarianceNorm': VarianceNorm2d,
 }
+NORMALIZATIONS = (*_NORMALIZATIONS, 'GroupNorm')
+
+
+def normalize(x: Array, name: str) -> Array:
+  """Applies one of `NORMALIZATIONS`; call it inside a compact module."""
+  return group_norm(x, min_group_size=1) if name == 'GroupNorm' else _NORMALIZATIONS[name]()(x)

@@ -12,6 +12,7 @@ from models.normalization import (
   InstanceNorm2d,
   InstanceNorm2dPlus,
   NORMALIZATIONS,
+  normalize,
   VarianceNorm2d,
 )
 from models.wideresnet import WideResnet
@@ -84,7 +85,7 @@ def test_normalizations_keep_the_dtype(normalization):
   class Net(nn.Module):
     @nn.compact
     def __call__(self, x):
-      return NORMALIZATIONS[normalization](x)
+      return normalize(x, normalization)
 
   half = IMAGES.astype(jnp.bfloat16)
   y = jax.eval_shape(lambda: Net().init_with_output(jax.random.key(0), half)[0])
