@@ -6,6 +6,7 @@ and the state replicated; the mathematics does not know of it.
 
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
+from functools import partial
 import json
 from typing import Any
 
@@ -87,9 +88,9 @@ class Setup:
     make = jax.jit(_key, out_shardings=self.replicated)  # a put can't reach other processes
     return make(self.config.seed, PURPOSES.index(purpose), step)
 
-  def put(self, rows: np.ndarray) -> Array:
-    """This process's rows of a batch, as part of the global batch on the devices."""
-    return jax.make_array_from_process_local_data(self.batch, rows)
+  def put(self, rows: Any) -> Any:
+    """This process's rows of a batch, a tree of arrays, as part of the global batch on devices."""
+    return jax.tree.map(partial(jax.make_array_from_process_local_data, self.batch), rows)
 
 
 def _key(seed: int, purpose: int, step: int) -> Array:
@@ -121,6 +122,7 @@ def build(config: ConfigDict) -> Setup:
       likelihood_weighting=training.likelihood_weighting,
       random_flip=config.data.random_flip,
       uniform_dequantization=config.data.uniform_dequantization,
+      label_dropout=training.label_dropout,
     ),
     tx=_OPTIMIZERS[optim.optimizer](
       lr=optim.lr,
@@ -170,6 +172,7 @@ def _unet_fields(model: FrozenConfigDict) -> dict[str, Any]:
     'conditional': model.conditional,
     'resamp_with_conv': model.resamp_with_conv,
     'dtype': model.dtype,
+    'num_classes': model.num_classes,
   }
 
 
@@ -285,6 +288,16 @@ def _check(config: FrozenConfigDict) -> None:
     )
   if config.training.likelihood_weighting and not config.training.continuous:
     raise UserError('config.training.likelihood_weighting needs config.training.continuous')
+  if config.model.num_classes and not config.model.get('conditional'):
+    raise UserError(
+      f'config.model.num_classes = {config.model.num_classes} needs a network with an embedding of '
+      'the time: config.model.name = ncsnpp or ddpm, with config.model.conditional'
+    )
+  if config.model.num_classes < 0 or not 0 <= config.training.label_dropout <= 1:
+    raise UserError(
+      'config.model.num_classes must be at least 0, and config.training.label_dropout from 0 to 1; '
+      f'got {config.model.num_classes} and {config.training.label_dropout}'
+    )
   if config.model.scale_by_sigma and config.training.sde != 'vesde':
     raise UserError('config.model.scale_by_sigma is for config.training.sde = vesde')
 
@@ -305,7 +318,8 @@ def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
     time_step = score.scaled_time if continuous else score.chain_time
     conditioning = score.log_scaled_time if fourier else time_step
     output = 'noise'
-  return ScoreModel(make(config.model), sde, conditioning, output, continuous, config.data.centered)
+  net, num_classes = make(config.model), config.model.num_classes
+  return ScoreModel(net, sde, conditioning, output, continuous, config.data.centered, num_classes)
 
 
 def _sampler(config: FrozenConfigDict, sde: SDE) -> Sampler:

@@ -3,11 +3,12 @@
     source = load('CIFAR10', 'train', image_size=32, num_channels=3)
     for batch in train_batches(source, 128, seed=42, start=step):
       batch['image']   # uint8 [128, 32, 32, 3]
+      batch['label']   # int32 [128], where the source has classes
 
 Images stay uint8 here; flips, dequantisation and scaling happen on the device.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import io
@@ -21,29 +22,49 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from errors import unknown, UserError
+import geometry
+import image_folder
 from prepare_tfds import parse_example, prepared_builder, tfrecord_spans
 
 logger = logging.getLogger('score_sde')
 
+Batch = dict[str, np.ndarray]
+
 _MEMORY_LIMIT = 4 * 2**30  # bytes; a larger set is decoded anew each time
 _DIGITS = Path(__file__).parent / 'assets' / 'digits.npz'
-_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm')
 
 
 class ImageSource:
-  """`source[i]` is image i, uint8 [image_size, image_size, num_channels]; `gather` takes many.
+  """`source[i]` is image i, uint8 [image_size, image_size, num_channels]; `batch` takes many.
 
   Decoded images are kept in memory if all of them fit under 4 GiB.
+
+  Attributes:
+    shape: of an image.
+    class_names: of the classes, in the order of their labels; empty where there are no labels.
   """
 
-  def __init__(self, shape: tuple[int, int, int], length: int, read: Callable[[int], np.ndarray]):
-    """`read(i)` decodes image i into an array of `shape`; it is called from several threads."""
+  def __init__(
+    self,
+    shape: tuple[int, int, int],
+    length: int,
+    read: Callable[[int], tuple[np.ndarray, int]],
+    class_names: Sequence[str] = (),
+  ):
+    """`read(i)` decodes image i, of `shape`, and its label; it is called from several threads."""
     self.shape = shape
+    self.class_names = tuple(class_names)
     self._length = length
     self._read = read
     fits = length * int(np.prod(shape)) <= _MEMORY_LIMIT
     self._images = np.empty((length, *shape), np.uint8) if fits else None
+    self._labels = np.zeros(length if fits else 0, np.int32)
     self._decoded = np.zeros(length, bool)
+
+  @property
+  def num_classes(self) -> int:
+    """How many classes there are; 0 where there are no labels."""
+    return len(self.class_names)
 
   def __len__(self) -> int:
     return self._length
@@ -55,122 +76,68 @@ class ImageSource:
 
   def gather(self, indices: np.ndarray) -> np.ndarray:
     """Images of `indices` [n], each in [0, len): uint8 [n, *shape]."""
+    return self.batch(indices)['image']
+
+  def batch(self, indices: np.ndarray) -> Batch:
+    """`gather` as 'image', and the labels as 'label', int32 [n], where there are any.
+
+    A label counts from 0; it is negative where a dataset with classes does not tell it.
+    """
     if self._images is None:
-      return np.stack([self._read(int(i)) for i in indices])
-    # Two threads may decode the same image: they write the same bytes, then the mark.
-    for i in indices[~self._decoded[indices]]:
-      self._images[i] = self._read(int(i))
-      self._decoded[i] = True
-    return self._images[indices]
-
-
-# Geometry: an image of any size -> one of [size, size]. Pillow's filters are antialiased, as those
-# of the released code are, and leave an image alone that has the size already.
-
-
-def _crop(image: Image.Image, size: int) -> Image.Image:
-  """The central square of side `size`, or of the short side where that is less."""
-  size = min(size, *image.size)
-  left, top = (image.width - size) // 2, (image.height - size) // 2
-  return image.crop((left, top, left + size, top + size))
-
-
-def _stretch(image: Image.Image, size: int) -> Image.Image:
-  return image.resize((size, size), Image.Resampling.BILINEAR)
-
-
-def _short_side_then_crop(image: Image.Image, size: int) -> Image.Image:
-  ratio = size / min(image.size)
-  shape = round(image.width * ratio), round(image.height * ratio)
-  return _crop(image.resize(shape, Image.Resampling.BILINEAR), size)
-
-
-def _celeba(image: Image.Image, size: int) -> Image.Image:
-  return _stretch(_crop(image, 140), size)  # 140: the face without most of the background
-
-
-def _lsun(image: Image.Image, size: int) -> Image.Image:
-  if size == 128:
-    return _short_side_then_crop(image, size)
-  return _crop(image, min(image.size)).resize((size, size), Image.Resampling.BICUBIC)
-
-
-def _stored(image: Image.Image, size: int) -> Image.Image:
-  if image.size != (size, size):
-    raise UserError(
-      f'the records hold {image.height}x{image.width} images and config.data.image_size is {size}; '
-      'set it to that, or name the files of the other resolution in --config.data.path'
-    )
-  return image
-
-
-def _convert(image: Image.Image, num_channels: int) -> Image.Image:
-  """8-bit grey or RGB. 16-bit values keep their high byte; what is transparent becomes white."""
-  if image.mode[0] in 'IF':
-    values = np.asarray(image)
-    if values.dtype.kind == 'f' or values.min() < 0 or values.max() > 65535:
-      raise ValueError(f'pixels of Pillow mode {image.mode} are neither 8-bit nor 16-bit')
-    image = Image.fromarray((values >> 8).astype(np.uint8))
-  if image.has_transparency_data:
-    image = image.convert('RGBA')
-    image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-  return image.convert('L' if num_channels == 1 else 'RGB')
+      read = [self._read(int(i)) for i in indices]
+      images = np.stack([image for image, _ in read])
+      labels = np.array([label for _, label in read], np.int32)
+    else:
+      # Two threads may decode the same image: they write the same bytes, then the mark.
+      for i in indices[~self._decoded[indices]]:
+        self._images[i], self._labels[i] = self._read(int(i))
+        self._decoded[i] = True
+      images, labels = self._images[indices], self._labels[indices]
+    return {'image': images} | ({'label': labels} if self.num_classes else {})
 
 
 @dataclasses.dataclass(frozen=True)
 class _Records:
-  """`read(i)` opens image i, in any size and mode; `where(i)` names it in an error message."""
+  """`read(i)` opens image i, in any size and mode, and tells its label, 0 where there are none.
+
+  `where(i)` names the image in an error message.
+  """
 
   length: int
-  read: Callable[[int], Image.Image]
+  read: Callable[[int], tuple[Image.Image, int]]
   where: Callable[[int], str]
   fit: Callable[[Image.Image, int], Image.Image]
+  class_names: Sequence[str] = ()
 
 
 def _digits(split: str, _: str) -> _Records:
   with np.load(_DIGITS) as file:
-    images = file['images'][:1500] if split == 'train' else file['images'][1500:]
+    part = slice(1500) if split == 'train' else slice(1500, None)
+    images, labels = file['images'][part], file['labels'][part]
   return _Records(
-    len(images), lambda i: Image.fromarray(images[i]), lambda i: f'digits {split} {i}', _stretch
+    len(images),
+    lambda i: (Image.fromarray(images[i]), labels[i]),
+    lambda i: f'digits {split} {i}',
+    geometry.stretch,
+    [str(digit) for digit in range(10)],
   )
 
 
 def _folder(split: str, path: str) -> _Records:
-  """Images below `path`; where it has train/ and test/ (or validation/, val/), of the split."""
-  root = Path(path).expanduser()
-  if not path or not os.path.isdir(root):
-    raise UserError(f'--config.data.path={path!r} is not a folder; name the one with the images')
-  held_out = [root / n for n in ('test', 'validation', 'val') if os.path.isdir(root / n)]
-  if os.path.isdir(root / 'train') and held_out:
-    root = root / 'train' if split == 'train' else held_out[0]
-  elif split == 'test':
-    logger.warning('%s has no train/ and test/ subfolders: testing on the training images.', path)
-
-  def fail(error: OSError) -> None:
-    raise UserError(f'cannot list {error.filename} ({error.strerror})') from error
-
-  files, visited = [], set()
-  for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
-    if (real := os.path.realpath(folder)) in visited:  # a link back to a folder above
-      folders.clear()
-    else:
-      visited.add(real)
-      shown = (n for n in names if n.lower().endswith(_SUFFIXES) and not n.startswith('.'))
-      files += [Path(folder, name) for name in shown]
-  if not files:
-    raise UserError(f'no images in {root}; files that end in {" ".join(_SUFFIXES)} are looked for')
-  files.sort(key=lambda file: file.as_posix())  # the same order on every machine
+  files, labels, class_names = image_folder.find(path, split)
   return _Records(
     len(files),
-    lambda i: ImageOps.exif_transpose(Image.open(files[i])),
+    lambda i: (ImageOps.exif_transpose(Image.open(files[i])), labels[i]),
     lambda i: str(files[i]),
-    _short_side_then_crop,
+    geometry.short_side_then_crop,
+    class_names,
   )
 
 
 def _tfds(name: str, split: str, path: str, data_dir: str, held_out: str, fit: Any) -> _Records:
   """A TFDS dataset. `held_out` names its evaluation split; '' picks test or validation."""
   from tensorflow_datasets.core.decode import DeserializeMethod
+  from tensorflow_datasets.core.features import ClassLabel
   from tensorflow_datasets.core.features import Image as ImageFeature
 
   also = [*_LOCAL, *(own for own, _, _, _ in _TFDS)]
@@ -197,10 +164,17 @@ def _tfds(name: str, split: str, path: str, data_dir: str, held_out: str, fit: A
       f'cannot read TFDS dataset {name!r} ({error}); delete {builder.data_dir} and prepare it again'
     ) from error
 
-  def read(i: int) -> Image.Image:
-    return Image.open(io.BytesIO(parse_example(records[i])['image'].bytes_list.value[0]))
+  class_names = ()
+  if 'label' in info.features and isinstance(info.features['label'], ClassLabel):
+    class_names = info.features['label'].names
 
-  return _Records(length, read, lambda i: f'TFDS dataset {name}, split {split}, image {i}', fit)
+  def read(i: int) -> tuple[Image.Image, int]:
+    features = parse_example(records[i])
+    image = Image.open(io.BytesIO(features['image'].bytes_list.value[0]))
+    return image, features['label'].int64_list.value[0] if class_names else 0
+
+  where = f'TFDS dataset {name}, split {split}, image'
+  return _Records(length, read, lambda i: f'{where} {i}', fit, class_names)
 
 
 def _tfrecords(split: str, path: str) -> _Records:
@@ -217,26 +191,26 @@ def _tfrecords(split: str, path: str) -> _Records:
     logger.warning('TFRecord files have no test split: testing on the training images.')
   spans = [(file, offset, size) for file in files for offset, size in tfrecord_spans(file)]
 
-  def read(i: int) -> Image.Image:
+  def read(i: int) -> tuple[Image.Image, int]:
     file, offset, size = spans[i]
     with open(file, 'rb') as stream:
       stream.seek(offset)
       features = parse_example(stream.read(size))
     shape = features['shape'].int64_list.value
     data = np.frombuffer(features['data'].bytes_list.value[0], np.uint8)
-    return Image.fromarray(data.reshape(shape).transpose(1, 2, 0).squeeze())
+    return Image.fromarray(data.reshape(shape).transpose(1, 2, 0).squeeze()), 0
 
-  return _Records(len(spans), read, lambda i: f'{spans[i][0]}, byte {spans[i][1]}', _stored)
+  return _Records(len(spans), read, lambda i: f'{spans[i][0]}, byte {spans[i][1]}', geometry.stored)
 
 
 _LOCAL = {'digits': _digits, 'folder': _folder, 'FFHQ': _tfrecords, 'CelebAHQ': _tfrecords}
 _TFDS = (  # name in a config, name in TFDS, evaluation split, geometry
-  ('CIFAR10', 'cifar10', 'test', _stretch),
-  ('MNIST', 'mnist', 'test', _stretch),
-  ('FashionMNIST', 'fashion_mnist', 'test', _stretch),
-  ('SVHN', 'svhn_cropped', 'test', _stretch),
-  ('CELEBA', 'celeb_a', 'validation', _celeba),
-  ('LSUN', 'lsun', 'validation', _lsun),
+  ('CIFAR10', 'cifar10', 'test', geometry.stretch),
+  ('MNIST', 'mnist', 'test', geometry.stretch),
+  ('FashionMNIST', 'fashion_mnist', 'test', geometry.stretch),
+  ('SVHN', 'svhn_cropped', 'test', geometry.stretch),
+  ('CELEBA', 'celeb_a', 'validation', geometry.celeba),
+  ('LSUN', 'lsun', 'validation', geometry.lsun),
 )
 
 
@@ -281,11 +255,12 @@ def load(
     raise UserError(f'dataset {name!r} has no images in split {split}')
   shape = (image_size, image_size, num_channels)
 
-  def read(i: int) -> np.ndarray:
+  def read(i: int) -> tuple[np.ndarray, int]:
     try:
-      with records.read(i) as image:
-        pixels = _convert(image, num_channels)
-      return np.asarray(records.fit(pixels, image_size)).reshape(shape)
+      image, label = records.read(i)
+      with image:
+        pixels = geometry.convert(image, num_channels)
+      return np.asarray(records.fit(pixels, image_size)).reshape(shape), int(label)
     except UserError as error:
       raise UserError(f'{records.where(i)}: {error}') from error
     except Exception as error:  # Pillow, protobuf and array_record each have a dozen
@@ -294,7 +269,7 @@ def load(
       ) from error
 
   read(0)  # a wrong path or image_size shows now, not in the first training step
-  return ImageSource(shape, records.length, read)
+  return ImageSource(shape, records.length, read, records.class_names)
 
 
 def _open(name: str, split: str, path: str, data_dir: str, category: str) -> _Records:
@@ -310,7 +285,7 @@ def _open(name: str, split: str, path: str, data_dir: str, category: str) -> _Re
           raise UserError("LSUN needs a category; set config.data.category, such as 'bedroom'")
       full = f'{tfds_name}/{config}' if config else tfds_name
       return _tfds(full, split, path, data_dir, held_out, fit)
-  return _tfds(name, split, path, data_dir, '', _short_side_then_crop)
+  return _tfds(name, split, path, data_dir, '', geometry.short_side_then_crop)
 
 
 @functools.lru_cache(maxsize=4)
@@ -328,7 +303,7 @@ def train_batches(
   start: int = 0,
   process_index: int = 0,
   process_count: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[Batch]:
   """Endless batches from number `start` on, each epoch in a new random order.
 
   The epochs follow each other in one stream of images; global batch k is its elements
@@ -343,7 +318,8 @@ def train_batches(
     process_count: P.
 
   Returns:
-    An iterator of {'image': uint8 [B / P, H, W, C]}, prefetched by threads; it has a `close()`.
+    An iterator of {'image': uint8 [B / P, H, W, C]}, and with it 'label': int32 [B / P] if the
+    source has labels, prefetched by threads; it has a `close()`.
 
   Raises:
     UserError: a bad size or seed; from the iterator, an image that can't be read.
@@ -352,32 +328,31 @@ def train_batches(
   if seed < 0 or start < 0:
     raise UserError(f'seed is {seed} and start is {start}; both must be at least 0')
 
-  def batch(k: int) -> dict[str, np.ndarray]:
+  def batch(k: int) -> Batch:
     epoch, within = np.divmod(k * batch_size + rows, len(source))
     indices = np.empty_like(within)
     for e in np.unique(epoch):
       indices[epoch == e] = _order(seed, int(e), len(source))[within[epoch == e]]
-    return {'image': source.gather(indices)}
+    return source.batch(indices)
 
   return _prefetch(batch, start, sys.maxsize // batch_size)
 
 
 def eval_batches(
   source: ImageSource, batch_size: int, *, process_index: int = 0, process_count: int = 1
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[Batch]:
   """Every image once, in order; the last batch is filled up with the last image, masked out.
 
   The arguments and errors are those of `train_batches`. All processes get as many batches.
 
   Returns:
-    An iterator of {'image': uint8 [B / P, H, W, C], 'mask': bool [B / P]}, False where filled up.
+    An iterator of what `train_batches` gives, with 'mask': bool [B / P], False where filled up.
   """
   rows = _rows(batch_size, process_index, process_count)
 
-  def batch(k: int) -> dict[str, np.ndarray]:
+  def batch(k: int) -> Batch:
     indices = k * batch_size + rows
-    image = source.gather(np.minimum(indices, len(source) - 1))
-    return {'image': image, 'mask': indices < len(source)}
+    return source.batch(np.minimum(indices, len(source) - 1)) | {'mask': indices < len(source)}
 
   return _prefetch(batch, 0, -(-len(source) // batch_size))
 

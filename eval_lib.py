@@ -24,7 +24,7 @@ import losses
 from progress import Bar
 
 Report = dict[str, Any]
-LossSum = Callable[[Any, Array, Array, Array], Array]
+LossSum = Callable[[Any, losses.Batch, Array], Array]
 
 
 def processes() -> dict[str, int]:
@@ -37,19 +37,30 @@ def draw(
   rng: Array,
   n: int,
   progress: Callable[[float], None] | None = None,
+  labels: np.ndarray | None = None,
 ) -> tuple[np.ndarray, int]:
   """Draws n images, uint8 [n, H, W, C], the same on every process; n suits the devices.
+
+  Of a label-conditional model they belong to the classes `labels`, int32 [n].
 
   Returns:
     The images, and the number of score evaluations that each took.
   """
-  score_fn, shape = setup.model.bind(params), (n, *setup.data_shape)
+  if labels is not None:
+    labels = jax.make_array_from_callback((n,), setup.batch, labels.__getitem__)
+  score_fn, shape = setup.model.bind(params, labels=labels), (n, *setup.data_shape)
   observe = progress and (lambda fraction, x: progress(fraction))
   x, nfe = setup.sampler(rng, score_fn, shape, sharding=setup.batch, observe=observe)
   x = _gather(x)
   x = (x + 1) / 2 if setup.config.data.centered else x
   half = 0.5 if setup.config.sampling.uint8 == 'round' else 0.0
   return np.clip(255 * x + half, 0, 255).astype(np.uint8), nfe
+
+
+def classes_in_turn(setup: Setup, start: int, n: int) -> np.ndarray | None:
+  """Labels 0, 1, 2, ... int32 [n] for samples `start` to `start` + n, or None without classes."""
+  classes = setup.model.num_classes
+  return np.arange(start, start + n, dtype=np.int32) % classes if classes else None
 
 
 def _gather(x: Array) -> np.ndarray:
@@ -60,11 +71,11 @@ def _gather(x: Array) -> np.ndarray:
 
 
 def compile_loss_sum(setup: Setup) -> LossSum:
-  """(params, images, mask, key) -> the sum [] of the losses of the images that the mask marks."""
+  """(params, batch, key) -> the sum [] of the losses of the images that its 'mask' marks."""
 
-  def loss_sum(params: Any, images: Array, mask: Array, rng: Array) -> Array:
-    each = losses.eval_step(params, images, rng, model=setup.model, objective=setup.objective)
-    return (each * mask).sum()
+  def loss_sum(params: Any, batch: losses.Batch, rng: Array) -> Array:
+    each = losses.eval_step(params, batch, rng, model=setup.model, objective=setup.objective)
+    return (each * batch['mask']).sum()
 
   return jax.jit(loss_sum, out_shardings=setup.replicated)
 
@@ -76,8 +87,7 @@ def evaluate_loss(
   size = setup.config.eval.batch_size
   with Bar('loss', len(held_out), unit='images') as bar:
     for i, batch in enumerate(datasets.eval_batches(held_out, size, **processes())):
-      images, mask = setup.put(batch['image']), setup.put(batch['mask'])
-      total += float(loss_sum(params, images, mask, setup.key('eval', i)))
+      total += float(loss_sum(params, setup.put(batch), setup.key('eval', i)))
       bar.update(min((i + 1) * size, len(held_out)))
   seconds = time.monotonic() - began
   return {'loss': total / len(held_out), 'loss_images': len(held_out), 'loss_seconds': seconds}
@@ -99,7 +109,7 @@ def evaluate_bpd(
   """
   wanted, began, n_images = setup.config.eval, time.monotonic(), len(source)
   size, repeats = wanted.batch_size, wanted.bpd_repeats
-  rounds, score_fn = math.ceil(n_images / size), setup.model.bind(params)
+  rounds = math.ceil(n_images / size)
   likelihood, values, nfes = Likelihood(setup.model.sde), np.zeros((repeats, n_images)), []
   dequantize = jax.jit(losses.preprocess, static_argnums=(2, 3, 4), out_shardings=setup.batch)
   with Bar('bits/dim', repeats * n_images, unit='images') as bar:
@@ -113,6 +123,8 @@ def evaluate_bpd(
         if kept is None:
           rng_data, rng_probe = jax.random.split(setup.key('bpd', k))
           x0 = dequantize(rng_data, setup.put(batch['image']), setup.model.centered, False, True)
+          labels = setup.put(batch['label']) if setup.model.num_classes else None
+          score_fn = setup.model.bind(params, labels=labels)
           logp, _, nfe = likelihood(rng_probe, score_fn, x0)
           bits = bits_per_dim(logp, math.prod(setup.data_shape), setup.model.centered)
           kept = _gather(bits)[:n], nfe
@@ -149,9 +161,12 @@ def evaluate_samples(setup: Setup, params: Any, step: int, folder: epath.Path) -
       kept = _read_round(path, 'samples', n)
       if kept is None:
         rng = jax.random.fold_in(setup.key('sample', step), i)
-        images, nfe = draw(setup, params, rng, size, lambda f, d=done, n=n: bar.update(d + f * n))
+        labels = classes_in_turn(setup, done, size)
+        show = lambda f, d=done, n=n: bar.update(d + f * n)  # noqa: E731
+        images, nfe = draw(setup, params, rng, size, show, labels)
         kept = images[:n], nfe
-        artifacts.write_npz(path, samples=images[:n], nfe=np.int64(nfe))
+        extra = {} if labels is None else {'labels': labels[:n]}
+        artifacts.write_npz(path, samples=images[:n], nfe=np.int64(nfe), **extra)
       nfes.append(kept[1])
       grid = kept[0][:100] if grid is None else grid
       bar.update(done + n)

@@ -18,6 +18,7 @@ from models.score import ScoreModel
 from sde_lib import expand, ScoreFn, SDE
 
 Metrics = dict[str, Array]
+Batch = dict[str, Array]  # 'image', uint8 [B, H, W, C]; 'label', int32 [B], where there are labels
 
 
 @flax.struct.dataclass
@@ -40,6 +41,7 @@ class Objective:
     likelihood_weighting: weigh times by g(t)^2, for likelihood, not by std^2, for samples.
     random_flip: mirror every other training image.
     uniform_dequantization: spread the 256 levels of a pixel over [0, 1).
+    label_dropout: the share of training labels that the null label replaces.
   """
 
   continuous: bool = True
@@ -47,6 +49,7 @@ class Objective:
   likelihood_weighting: bool = False
   random_flip: bool = False
   uniform_dequantization: bool = False
+  label_dropout: float = 0.0
 
 
 def sample_times(rng: Array, sde: SDE, n: int, continuous: bool) -> Array:
@@ -92,6 +95,15 @@ def preprocess(rng: Array, images: Array, centered: bool, flip: bool, dequantize
   return 2 * x - 1 if centered else x
 
 
+def drop_labels(rng: Array, labels: Array, share: float, null: int) -> Array:
+  """Labels [B] of which each is replaced by the null label with probability `share`.
+
+  A network that is trained so knows the score of every class and that of all together, which is
+  what classifier-free guidance needs (Algorithm 1 of https://arxiv.org/abs/2207.12598).
+  """
+  return jnp.where(jax.random.bernoulli(rng, share, labels.shape), null, labels)
+
+
 def adam(
   *, lr: float, beta1: float, eps: float, weight_decay: float, warmup: int, grad_clip: float
 ) -> optax.GradientTransformation:
@@ -116,7 +128,7 @@ def init_state(
 
 def train_step(
   state: TrainState,
-  images: Array,
+  batch: Batch,
   rng: Array,
   *,
   model: ScoreModel,
@@ -125,19 +137,28 @@ def train_step(
   ema_rate: float,
   ema_warmup: bool = False,
 ) -> tuple[TrainState, Metrics]:
-  """One optimiser step on uint8 images [B, H, W, C]; random only in (rng, state.step).
+  """One optimiser step on a batch of images; random only in (rng, state.step).
 
   The loss is the mean over the whole batch, wherever its parts lie. With `ema_warmup` the rate of
   the moving average grows as (1 + n) / (10 + n) up to `ema_rate`.
   """
-  rng_data, rng_t, rng_z, rng_dropout = jax.random.split(jax.random.fold_in(rng, state.step), 4)
+  rng_step = jax.random.fold_in(rng, state.step)
+  rng_data, rng_t, rng_z, rng_dropout = jax.random.split(rng_step, 4)
+  labels = None
+  if model.num_classes:
+    rng_labels = jax.random.fold_in(rng_step, 4)  # a fifth key; the four are what they always were
+    labels = drop_labels(rng_labels, batch['label'], objective.label_dropout, model.num_classes)
   x0 = preprocess(
-    rng_data, images, model.centered, objective.random_flip, objective.uniform_dequantization
+    rng_data,
+    batch['image'],
+    model.centered,
+    objective.random_flip,
+    objective.uniform_dequantization,
   )
   t = sample_times(rng_t, model.sde, x0.shape[0], objective.continuous)
   z = jax.random.normal(rng_z, x0.shape)
   return optimize(
-    state, x0, t, z, rng_dropout,
+    state, x0, t, z, rng_dropout, labels,
     model=model, objective=objective, tx=tx, ema_rate=ema_rate, ema_warmup=ema_warmup,
   )  # fmt: skip
 
@@ -148,6 +169,7 @@ def optimize(
   t: Array,
   z: Array,
   rng_dropout: Array,
+  labels: Array | None = None,
   *,
   model: ScoreModel,
   objective: Objective,
@@ -155,10 +177,10 @@ def optimize(
   ema_rate: float,
   ema_warmup: bool = False,
 ) -> tuple[TrainState, Metrics]:
-  """The step of `train_step` once its data x0 [B, ...], times t [B] and noise z are drawn."""
+  """The step of `train_step` once data x0 [B, ...], times t [B], noise z and labels are drawn."""
 
   def loss_fn(params: Any) -> Array:
-    score_fn = model.bind(params, rng_dropout)
+    score_fn = model.bind(params, rng_dropout, labels)
     return dsm_loss(model.sde, score_fn, x0, t, z, objective).mean()
 
   loss, grads = jax.value_and_grad(loss_fn)(state.params)
@@ -171,11 +193,12 @@ def optimize(
 
 
 def eval_step(
-  params: Any, images: Array, rng: Array, *, model: ScoreModel, objective: Objective
+  params: Any, batch: Batch, rng: Array, *, model: ScoreModel, objective: Objective
 ) -> Array:
-  """The loss of each of the uint8 images [B, H, W, C] at random times, without dropout or flips."""
+  """The loss of each image of a batch [B] at random times, without dropout or flips."""
   rng_data, rng_t, rng_z = jax.random.split(rng, 3)
-  x0 = preprocess(rng_data, images, model.centered, False, objective.uniform_dequantization)
+  x0 = preprocess(rng_data, batch['image'], model.centered, False, objective.uniform_dequantization)
   t = sample_times(rng_t, model.sde, x0.shape[0], objective.continuous)
   z = jax.random.normal(rng_z, x0.shape)
-  return dsm_loss(model.sde, model.bind(params), x0, t, z, objective)
+  labels = batch['label'] if model.num_classes else None
+  return dsm_loss(model.sde, model.bind(params, labels=labels), x0, t, z, objective)

@@ -25,7 +25,7 @@ from errors import UserError
 import eval_lib
 from eval_lib import Report
 import losses
-from losses import Metrics, TrainState
+from losses import Batch, Metrics, TrainState
 from progress import Bar, Stop, TrainLog
 import released_checkpoints
 
@@ -143,8 +143,13 @@ def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
 
 
 def _load(setup: Setup, split: str) -> datasets.ImageSource:
-  data = setup.config.data
-  return datasets.load(
+  """The images of a split.
+
+  Raises:
+    UserError: if they cannot be read, or have other classes than a label-conditional model.
+  """
+  data, num_classes = setup.config.data, setup.model.num_classes
+  source = datasets.load(
     data.dataset,
     split,
     image_size=data.image_size,
@@ -153,6 +158,12 @@ def _load(setup: Setup, split: str) -> datasets.ImageSource:
     data_dir=data.tfds_dir,
     category=data.category,
   )
+  if num_classes and num_classes != source.num_classes:
+    raise UserError(
+      f'config.model.num_classes is {num_classes}, and dataset {data.dataset!r} has '
+      f'{source.num_classes or "no"} classes; set it to that, or to 0 for a model without labels'
+    )
+  return source
 
 
 def _open(folder: epath.Path, setup: Setup, fixed: tuple[str, ...]) -> None:
@@ -213,8 +224,8 @@ def _updates(
     ema_warmup=setup.config.model.ema_warmup,
   )
 
-  def scan(state: TrainState, images: Array, rng: Array) -> tuple[TrainState, Metrics]:
-    return jax.lax.scan(lambda s, batch: update(s, batch, rng), state, images)
+  def scan(state: TrainState, batches: Batch, rng: Array) -> tuple[TrainState, Metrics]:
+    return jax.lax.scan(lambda s, batch: update(s, batch, rng), state, batches)
 
   choices = {'out_shardings': (setup.replicated, setup.replicated), 'donate_argnums': 0}
   one_step, many_steps = jax.jit(update, **choices), jax.jit(scan, **choices)
@@ -222,12 +233,12 @@ def _updates(
   rng, n = setup.key('train'), setup.steps_per_call
   while step < training.n_iters:
     if n > 1 and _steps_to_event(step, training) >= n:
-      images = np.stack([next(batches)['image'] for _ in range(n)])
-      images = jax.make_array_from_process_local_data(stacked, images)
-      state, measured = many_steps(state, images, rng)
+      many = jax.tree.map(lambda *rows: np.stack(rows), *(next(batches) for _ in range(n)))
+      many = jax.tree.map(partial(jax.make_array_from_process_local_data, stacked), many)
+      state, measured = many_steps(state, many, rng)
       step += n
     else:
-      state, measured = one_step(state, setup.put(next(batches)['image']), rng)
+      state, measured = one_step(state, setup.put(next(batches)), rng)
       step += 1
     yield state, step, measured
 
@@ -245,13 +256,13 @@ def _steps_to_event(step: int, training: FrozenConfigDict) -> int:
 
 def _eval_batches(
   setup: Setup, held_out: datasets.ImageSource, start: int
-) -> Iterator[tuple[Array, Array, Array]]:
+) -> Iterator[tuple[Batch, Array]]:
   """Batches of held-out images on the devices without end, each with a mask and a key."""
   size, seed = setup.config.training.batch_size, setup.config.seed
   batches = datasets.train_batches(held_out, size, seed=seed, start=start, **eval_lib.processes())
   for i, batch in enumerate(batches, start):
-    everyone = np.ones(len(batch['image']), np.float32)
-    yield setup.put(batch['image']), setup.put(everyone), setup.key('eval', i)
+    everyone = np.ones(len(batch['image']), bool)
+    yield setup.put(batch | {'mask': everyone}), setup.key('eval', i)
 
 
 def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop) -> None:
@@ -270,7 +281,9 @@ def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop
 
     try:
       rng = setup.key('snapshot', step)
-      images, _ = eval_lib.draw(setup, state.ema_params, rng, training.snapshot_samples, progress)
+      n = training.snapshot_samples
+      labels = eval_lib.classes_in_turn(setup, 0, n)
+      images, _ = eval_lib.draw(setup, state.ema_params, rng, n, progress, labels)
     except InterruptedError:
       return
   artifacts.write_grid(path, images)

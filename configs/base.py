@@ -109,6 +109,7 @@ def _default() -> ConfigDict:
   model.scale_by_sigma = False
   model.ema_rate = 0.999
   model.ema_warmup = False  # let the rate grow as (1 + n) / (10 + n), for short runs
+  model.num_classes = 0  # of the labels that the network takes; 0 for none
   model.dtype = 'float32'  # of the network's arithmetic: float32 or bfloat16
 
   config.training = training = ConfigDict()
@@ -117,6 +118,7 @@ def _default() -> ConfigDict:
   training.reduce_mean = False
   training.likelihood_weighting = False
   training.eps = 1e-5  # smallest time; the released code has it in losses.py
+  training.label_dropout = 0.1  # share of the labels that a label-conditional model is not told
   training.batch_size = 128
   training.n_iters = 1_300_001
   training.n_jitted_steps = 5

@@ -14,6 +14,7 @@ def DDPM(
   conditional: bool = True,
   resamp_with_conv: bool = True,
   dtype: str = 'float32',
+  num_classes: int = 0,
 ) -> NCSNpp:
   """DDPM's U-Net: NCSN++ without its improvements, and 32 groups in every GroupNorm."""
   return NCSNpp(
@@ -32,4 +33,5 @@ def DDPM(
     init_scale=0.0,
     min_group_size=1,
     dtype=dtype,
+    num_classes=num_classes,
   )

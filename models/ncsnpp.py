@@ -20,6 +20,7 @@ EMBEDDING_TYPES = ('fourier', 'positional')
 PROGRESSIVE = ('none', 'output_skip', 'residual')
 PROGRESSIVE_INPUT = ('none', 'input_skip', 'residual')
 COMBINE_METHODS = ('sum', 'cat')
+LABEL_STD = 0.2  # of the vectors of labels before training; about that of what they are added to
 
 
 def _add(x: Array, h: Array, skip_rescale: bool) -> Array:
@@ -109,11 +110,15 @@ class Combine(nn.Module):
 
 
 class NCSNpp(nn.Module):
-  """The network, (x [B, H, W, C], cond [B]) -> [B, H, W, C] in float32.
+  """The network, (x [B, H, W, C], cond [B], labels [B]) -> [B, H, W, C] in float32.
 
   `cond` is what the embedding takes: log sigma or log time for Fourier features, a time step for
   the positional embedding; it is not read if not `conditional`. H and W are divisible by
   2^(len(ch_mult) - 1). Attention stands wherever the height is in `attn_resolutions`.
+
+  With `num_classes`, which needs `conditional`, a learned vector of each label, from 0 on, is added
+  to the embedding of `cond`. The null label, num_classes, stands for an image of any class; so do
+  negative labels, and None for the whole batch.
   """
 
   nf: int
@@ -135,9 +140,10 @@ class NCSNpp(nn.Module):
   init_scale: float = 0.0
   min_group_size: int = 4
   dtype: str = 'float32'
+  num_classes: int = 0
 
   @nn.compact
-  def __call__(self, x: Array, cond: Array, train: bool) -> Array:
+  def __call__(self, x: Array, cond: Array, train: bool, labels: Array | None = None) -> Array:
     act = layers.ACTIVATIONS[self.nonlinearity]
     channels, levels = x.shape[-1], len(self.ch_mult)
     x = x.astype(self.dtype)
@@ -150,6 +156,12 @@ class NCSNpp(nn.Module):
         temb = layers.positional_embedding(cond, self.nf)
       temb = dense(temb.astype(self.dtype), self.nf * 4)
       temb = dense(act(temb), self.nf * 4)
+      if self.num_classes:
+        null = jnp.full(x.shape[:1], self.num_classes)
+        labels = null if labels is None else jnp.where(labels < 0, null, labels)
+        init = nn.initializers.normal(LABEL_STD)
+        rows = nn.Embed(self.num_classes + 1, self.nf * 4, embedding_init=init, dtype=temb.dtype)
+        temb += rows(labels)
 
     def resblock(h: Array, features: int, direction: str = '') -> Array:
       shared = {

@@ -62,6 +62,9 @@ OUTPUTS: dict[str, Callable[[Array, Array], Array]] = {
 class ScoreModel:
   """score(x, t), from a network whose `net.apply` takes (x in [-1, 1], conditioning, train).
 
+  A label-conditional one, with `num_classes`, takes labels [B] or None after these. Its null label
+  num_classes, or None, makes it the score of all classes together.
+
   Attributes:
     net: the network.
     sde: the SDE that it was trained with; its N is the number of training noise scales.
@@ -70,6 +73,7 @@ class ScoreModel:
     continuous: trained at all times, or at those of the chain; the latter take their noise scale
       from the chain.
     centered: data lie in [-1, 1] already, not in [0, 1].
+    num_classes: of the labels that the network takes; 0 if it takes none.
   """
 
   net: nn.Module
@@ -78,15 +82,29 @@ class ScoreModel:
   output: str
   continuous: bool
   centered: bool
+  num_classes: int = 0
 
   def init(self, rng: Array, shape: tuple[int, ...]) -> Params:
     """Draws parameters for data of `shape` [B, ...]."""
     variables = self.net.init(rng, jnp.zeros(shape), jnp.ones(shape[:1]), False)
     return variables['params']
 
-  def bind(self, params: Params, dropout_rng: Array | None = None) -> 'ModelScore':
-    """The score function at `params`, with dropout if `dropout_rng` is given."""
-    return ModelScore(params, dropout_rng, self)
+  def bind(
+    self, params: Params, dropout_rng: Array | None = None, labels: Array | None = None
+  ) -> 'ModelScore':
+    """The score function at `params`: grad_x log p_t(x), or grad_x log p_t(x | y) with labels.
+
+    Args:
+      params: of the network.
+      dropout_rng: of dropout; None for no dropout.
+      labels: y, int32 [B], one for each row of the x that the score is then evaluated at.
+
+    Raises:
+      ValueError: if there are labels, and the network takes none.
+    """
+    if labels is not None and not self.num_classes:
+      raise ValueError('this score model takes no labels: its num_classes is 0')
+    return ModelScore(params, dropout_rng, labels, self)
 
 
 @flax.struct.dataclass
@@ -98,6 +116,7 @@ class ModelScore:
 
   params: Params
   dropout_rng: Array | None
+  labels: Array | None
   model: ScoreModel = flax.struct.field(pytree_node=False)
 
   def __call__(self, x: Array, t: Array) -> Array:
@@ -108,6 +127,7 @@ class ModelScore:
       x if model.centered else 2 * x - 1,
       cond,
       train,
+      *([self.labels] if model.num_classes else []),
       rngs={'dropout': self.dropout_rng} if train else None,
     )
     std = (

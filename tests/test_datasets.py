@@ -18,13 +18,14 @@ import pytest
 import datasets
 from datasets import eval_batches, ImageSource, load, train_batches
 from errors import UserError
+import geometry
 import prepare_tfds
 
 
 def numbered(n, read=None):
   """n images of 2x2 pixels; image i is filled with i."""
   fill = lambda i: np.full((2, 2, 1), i, np.uint8)  # noqa: E731
-  return ImageSource((2, 2, 1), n, read or fill)
+  return ImageSource((2, 2, 1), n, lambda i: ((read or fill)(i), 0))
 
 
 def take(batches, n):
@@ -158,7 +159,7 @@ def test_import_is_cheap_and_leaving_does_not_hang():
 
 
 @pytest.mark.parametrize('fit', [
-  datasets._stretch, datasets._short_side_then_crop, datasets._lsun, datasets._stored,
+  geometry.stretch, geometry.short_side_then_crop, geometry.lsun, geometry.stored,
 ])  # fmt: skip
 @pytest.mark.parametrize('size', [32, 128])
 def test_an_image_of_the_right_size_is_left_alone(fit, size):
@@ -168,19 +169,19 @@ def test_an_image_of_the_right_size_is_left_alone(fit, size):
 
 def test_celeba_takes_the_central_140_pixels():
   image = noise(218, 178, 3)
-  got = datasets._celeba(Image.fromarray(image), 140)
+  got = geometry.celeba(Image.fromarray(image), 140)
   np.testing.assert_array_equal(np.asarray(got), image[39:179, 19:159])
-  assert datasets._celeba(Image.fromarray(image), 64).size == (64, 64)
+  assert geometry.celeba(Image.fromarray(image), 64).size == (64, 64)
 
 
 def test_lsun_crops_after_resizing_at_128_and_before_it_elsewhere():
   image = Image.fromarray(noise(300, 257, 3))
   small = image.resize((128, round(300 * 128 / 257)), Image.Resampling.BILINEAR)
   at_128 = np.asarray(small)[10 : 10 + 128]
-  np.testing.assert_array_equal(np.asarray(datasets._lsun(image, 128)), at_128)
+  np.testing.assert_array_equal(np.asarray(geometry.lsun(image, 128)), at_128)
   square = Image.fromarray(np.asarray(image)[21 : 21 + 257])
   at_256 = np.asarray(square.resize((256, 256), Image.Resampling.BICUBIC))
-  np.testing.assert_array_equal(np.asarray(datasets._lsun(image, 256)), at_256)
+  np.testing.assert_array_equal(np.asarray(geometry.lsun(image, 256)), at_256)
 
 
 def test_shrinking_averages(tmp_path):

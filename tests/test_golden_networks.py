@@ -43,6 +43,8 @@ def load(case: str) -> dict[str, np.ndarray]:
 def config_of(arrays: dict[str, np.ndarray]) -> ConfigDict:
   """The config here of a released configuration, which is stored with the arrays as JSON."""
   released = ConfigDict(json.loads(str(arrays['config'])))
+  if 'num_classes' in released.model:
+    del released.model.num_classes  # noise scales of NCSN there, classes of images here
   make = {'vesde': base.ve, 'vpsde': base.vp}[released.training.sde]
   config = make(released.model.name)
   for section in config:
