@@ -4,13 +4,11 @@ Data parallelism is `jax.jit` over a mesh of all devices of all processes, with 
 and the state replicated; the mathematics does not know of it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 import dataclasses
 from functools import partial
-import json
 from typing import Any
 
-from etils import epath
 import flax.linen as nn
 import jax
 from jax import Array
@@ -20,16 +18,17 @@ import numpy as np
 import optax
 
 from adaptive_sde import AdaptiveSDESampler
-import artifacts
 from errors import unknown, UserError
 import exponential_integrators as fast
 import losses
 from losses import Objective
 from models import ncsn, ncsnpp, score
+from models.classifier import Classifier
 from models.ddpm import DDPM
 from models.layers import ACTIVATIONS
 from models.normalization import NORMALIZATIONS
 from models.score import ScoreModel
+from models.wideresnet import WideResnet
 import ode
 from sampler_lib import GridSampler, Sampler, Solver
 import sampling
@@ -38,19 +37,10 @@ from time_grids import GRIDS
 
 # What the keys of a run are for. A key is a function of seed, purpose and step: nothing random is
 # stored. The order is part of every run's result.
-PURPOSES = ('init', 'train', 'eval', 'snapshot', 'sample', 'bpd')
-
-# What a checkpoint depends on, which must not change when its run goes on or is evaluated; and
-# what samples depend on beside it, which must not change within an eval folder.
-FIXED_IN_RUN = (
-  'model', 'training.sde', 'training.continuous', 'data.image_size', 'data.num_channels',
-  'data.centered',
+PURPOSES = (
+  'init', 'train', 'eval', 'snapshot', 'sample', 'bpd',
+  'classifier_init', 'classifier_train', 'classifier_eval', 'classifier_report',
 )  # fmt: skip
-FIXED_IN_EVAL = (
-  *FIXED_IN_RUN, 'training.reduce_mean', 'training.likelihood_weighting', 'training.eps',
-  'data.dataset', 'data.uniform_dequantization', 'sampling', 'eval.batch_size', 'seed',
-)  # fmt: skip
-_FREE = ('model.dropout', 'model.ema_rate', 'model.ema_warmup', 'model.dtype')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +52,7 @@ class Setup:
     model: the score model, with its SDE.
     objective: the training loss.
     tx: the optimiser.
+    classifier: p_t(y | x) of noisy images, and how that is trained: `classifier_tx`.
     sampler: draws samples.
     batch: sharding of a batch [B, ...].
     replicated: sharding of the training state.
@@ -72,6 +63,8 @@ class Setup:
   model: ScoreModel
   objective: Objective
   tx: optax.GradientTransformation
+  classifier: Classifier
+  classifier_tx: optax.GradientTransformation
   sampler: Sampler
   batch: NamedSharding
   replicated: NamedSharding
@@ -105,7 +98,7 @@ def build(config: ConfigDict) -> Setup:
   """
   config = FrozenConfigDict(config)
   _check(config)
-  training, optim = config.training, config.optim
+  training = config.training
   try:
     sde = _SDES[training.sde](config.model, training.eps)
     model = _score_model(config, sde)
@@ -124,14 +117,9 @@ def build(config: ConfigDict) -> Setup:
       uniform_dequantization=config.data.uniform_dequantization,
       label_dropout=training.label_dropout,
     ),
-    tx=_OPTIMIZERS[optim.optimizer](
-      lr=optim.lr,
-      beta1=optim.beta1,
-      eps=optim.eps,
-      weight_decay=optim.weight_decay,
-      warmup=optim.warmup,
-      grad_clip=optim.grad_clip,
-    ),
+    tx=_optimizer(config.optim, config.optim),
+    classifier=_classifier(config, sde),
+    classifier_tx=_optimizer(config.optim, config.classifier),
     sampler=sampler,
     batch=NamedSharding(mesh, PartitionSpec('data')),
     replicated=NamedSharding(mesh, PartitionSpec()),
@@ -241,7 +229,8 @@ _POSITIVE = (
   'training.snapshot_freq', 'training.snapshot_freq_for_preemption', 'training.snapshot_samples',
   'training.eps', 'optim.lr', 'sampling.n_steps_each', 'sampling.snr', 'sampling.eps',
   'sampling.rtol', 'sampling.atol', 'sampling.sde_rtol', 'sampling.sde_atol', 'sampling.rho',
-  'eval.batch_size', 'eval.num_samples', 'eval.bpd_repeats',
+  'eval.batch_size', 'eval.num_samples', 'eval.bpd_repeats', 'classifier.blocks_per_group',
+  'classifier.channel_multiplier', 'classifier.batch_size', 'classifier.n_iters', 'classifier.lr',
 )  # fmt: skip
 
 
@@ -259,13 +248,9 @@ def _check(config: FrozenConfigDict) -> None:
   for name in _POSITIVE:
     if _field(config, name) is not None and not _field(config, name) > 0:
       raise UserError(f'config.{name} must be positive; got {_field(config, name)}')
-  devices = jax.device_count()
   for name in ('training.batch_size', 'training.snapshot_samples', 'eval.batch_size'):
-    if _field(config, name) % devices:
-      raise UserError(
-        f'config.{name} = {_field(config, name)} must be a multiple of the number of devices, '
-        f'{devices}'
-      )
+    check_shared(config, name)
+  devices = jax.device_count()
   if config.eval.num_samples < config.eval.batch_size and config.eval.num_samples % devices:
     raise UserError(
       f'config.eval.num_samples = {config.eval.num_samples}, where less than a batch, must be a '
@@ -302,6 +287,15 @@ def _check(config: FrozenConfigDict) -> None:
     raise UserError('config.model.scale_by_sigma is for config.training.sde = vesde')
 
 
+def check_shared(config: FrozenConfigDict, name: str) -> None:
+  """Raises UserError unless the devices can share a batch of the size that a field holds."""
+  if _field(config, name) % jax.device_count():
+    raise UserError(
+      f'config.{name} = {_field(config, name)} must be a multiple of the number of devices, '
+      f'{jax.device_count()}'
+    )
+
+
 def _halvings(model: FrozenConfigDict) -> int:
   return ncsn.halvings(model.name) if model.name in ncsn.STAGES else len(model.ch_mult) - 1
 
@@ -320,6 +314,29 @@ def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
     output = 'noise'
   net, num_classes = make(config.model), config.model.num_classes
   return ScoreModel(net, sde, conditioning, output, continuous, config.data.centered, num_classes)
+
+
+def _classifier(config: FrozenConfigDict, sde: SDE) -> Classifier:
+  classifier = config.classifier
+  net = WideResnet(
+    classifier.num_classes,
+    classifier.blocks_per_group,
+    classifier.channel_multiplier,
+    config.model.dtype,
+  )
+  return Classifier(net, sde, config.data.centered)
+
+
+def _optimizer(optim: FrozenConfigDict, own: FrozenConfigDict) -> optax.GradientTransformation:
+  """The optimiser of a config, with the learning rate and decay of a section of its `own`."""
+  return _OPTIMIZERS[optim.optimizer](
+    lr=own.lr,
+    beta1=optim.beta1,
+    eps=optim.eps,
+    weight_decay=own.weight_decay,
+    warmup=own.warmup,
+    grad_clip=optim.grad_clip,
+  )
 
 
 def _sampler(config: FrozenConfigDict, sde: SDE) -> Sampler:
@@ -358,36 +375,3 @@ def _pc_sampler(config: FrozenConfigDict, sde: SDE) -> sampling.PCSampler:
 
 def _edm(choice: FrozenConfigDict, order: int) -> Solver:
   return fast.EDM(order, choice.s_churn, choice.s_tmin, choice.s_tmax, choice.s_noise)
-
-
-def check_unchanged(path: epath.Path, config: FrozenConfigDict, fixed: tuple[str, ...]) -> None:
-  """Compares a config with the one saved at `path`, if any, in the fields or sections `fixed`.
-
-  Raises:
-    UserError: if they differ; it names the fields.
-  """
-  if not path.exists():
-    return
-  # Through JSON, so that tuples are lists on both sides.
-  old, new = artifacts.read_json(path), json.loads(json.dumps(config.to_dict()))
-  old, new = dict(_flatten(old)), dict(_flatten(new))
-  changes = [
-    f'config.{name}: {old.get(name)!r} there, {new.get(name)!r} now'
-    for name in sorted(old.keys() | new.keys())
-    if old.get(name) != new.get(name)
-    and name not in _FREE
-    and any(name == f or name.startswith(f + '.') for f in fixed)
-  ]
-  if changes:
-    raise UserError(
-      f'{path.parent} was made with another config: {"; ".join(changes)}. Give back these values, '
-      'or choose another folder'
-    )
-
-
-def _flatten(tree: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      yield from _flatten(value, f'{prefix}{name}.')
-    else:
-      yield prefix + name, value

@@ -79,10 +79,7 @@ class ImageSource:
     return self.batch(indices)['image']
 
   def batch(self, indices: np.ndarray) -> Batch:
-    """`gather` as 'image', and the labels as 'label', int32 [n], where there are any.
-
-    A label counts from 0; it is negative where a dataset with classes does not tell it.
-    """
+    """`gather` as 'image', and the labels as 'label', int32 [n] from 0 on, where there are any."""
     if self._images is None:
       read = [self._read(int(i)) for i in indices]
       images = np.stack([image for image, _ in read])
@@ -268,8 +265,9 @@ def load(
         f'{records.where(i)} cannot be read as an image ({error}); replace or remove it'
       ) from error
 
-  read(0)  # a wrong path or image_size shows now, not in the first training step
-  return ImageSource(shape, records.length, read, records.class_names)
+  _, label = read(0)  # a wrong path or image_size shows now, not in the first training step
+  # TFDS has -1 for every image of a split whose labels are secret.
+  return ImageSource(shape, records.length, read, records.class_names if label >= 0 else ())
 
 
 def _open(name: str, split: str, path: str, data_dir: str, category: str) -> _Records:

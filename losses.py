@@ -5,6 +5,7 @@ of DDPM (Eq. 3) is one formula: they differ in the times that they draw and in t
 alpha, std that perturbs the data, not in what they minimise.
 """
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -14,7 +15,8 @@ from jax import Array
 import jax.numpy as jnp
 import optax
 
-from models.score import ScoreModel
+from models.classifier import Classifier
+from models.score import Params, ScoreModel
 from sde_lib import expand, ScoreFn, SDE
 
 Metrics = dict[str, Array]
@@ -26,8 +28,8 @@ class TrainState:
   """All that changes during training. There is no random key: those come from seed and step."""
 
   step: Array  # optimiser steps taken, int32 []
-  params: Any
-  ema_params: Any
+  params: Params
+  ema_params: Params
   opt_state: Any
 
 
@@ -118,7 +120,10 @@ def adam(
 
 
 def init_state(
-  rng: Array, model: ScoreModel, tx: optax.GradientTransformation, shape: tuple[int, ...]
+  rng: Array,
+  model: ScoreModel | Classifier,
+  tx: optax.GradientTransformation,
+  shape: tuple[int, ...],
 ) -> TrainState:
   """The state before the first step, for data of `shape` [B, ...]."""
   params = model.init(rng, shape)
@@ -139,8 +144,7 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
   """One optimiser step on a batch of images; random only in (rng, state.step).
 
-  The loss is the mean over the whole batch, wherever its parts lie. With `ema_warmup` the rate of
-  the moving average grows as (1 + n) / (10 + n) up to `ema_rate`.
+  The loss is the mean over the whole batch, wherever its parts lie.
   """
   rng_step = jax.random.fold_in(rng, state.step)
   rng_data, rng_t, rng_z, rng_dropout = jax.random.split(rng_step, 4)
@@ -179,21 +183,41 @@ def optimize(
 ) -> tuple[TrainState, Metrics]:
   """The step of `train_step` once data x0 [B, ...], times t [B], noise z and labels are drawn."""
 
-  def loss_fn(params: Any) -> Array:
+  def loss_fn(params: Params) -> tuple[Array, Metrics]:
     score_fn = model.bind(params, rng_dropout, labels)
-    return dsm_loss(model.sde, score_fn, x0, t, z, objective).mean()
+    return dsm_loss(model.sde, score_fn, x0, t, z, objective).mean(), {}
 
-  loss, grads = jax.value_and_grad(loss_fn)(state.params)
+  return apply_gradients(state, loss_fn, tx, ema_rate, ema_warmup)
+
+
+def apply_gradients(
+  state: TrainState,
+  loss_fn: Callable[[Params], tuple[Array, Metrics]],
+  tx: optax.GradientTransformation,
+  ema_rate: float,
+  ema_warmup: bool,
+) -> tuple[TrainState, Metrics]:
+  """A step of the optimiser down the loss, and one of the moving average of the parameters.
+
+  Args:
+    state: before the step.
+    loss_fn: parameters -> the loss [], and what else to report of it.
+    tx: the optimiser.
+    ema_rate: what the moving average keeps of itself.
+    ema_warmup: let that grow with the number n of steps taken, as (1 + n) / (10 + n), up to
+      `ema_rate`.
+  """
+  (loss, measured), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   rate = jnp.minimum(ema_rate, (1 + state.step) / (10 + state.step)) if ema_warmup else ema_rate
   ema_params = optax.incremental_update(params, state.ema_params, 1 - rate)
-  metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
+  metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads), **measured}
   return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
 
 def eval_step(
-  params: Any, batch: Batch, rng: Array, *, model: ScoreModel, objective: Objective
+  params: Params, batch: Batch, rng: Array, *, model: ScoreModel, objective: Objective
 ) -> Array:
   """The loss of each image of a batch [B] at random times, without dropout or flips."""
   rng_data, rng_t, rng_z = jax.random.split(rng, 3)

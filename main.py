@@ -4,6 +4,7 @@
   python main.py --config configs/ve/cifar10.py:ncsnpp_deep_continuous --mode train
   python main.py --config configs/ve/cifar10.py --mode eval --config.eval.enable_sampling
   python main.py --config configs/vp/digits.py --mode train --config.training.n_iters=2000
+  python main.py --config configs/vp/digits.py --mode train_classifier
   python main.py --config configs/ve/cifar10.py --mode import --checkpoint checkpoint_26
 
 Any field of a config can be set as --config.section.field=value.
@@ -23,7 +24,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from errors import unknown, UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, [:variant] of it.')
-_MODE = flags.DEFINE_enum('mode', None, ['train', 'eval', 'import'], 'What to do.')
+_MODES = ['train', 'train_classifier', 'eval', 'import']
+_MODE = flags.DEFINE_enum('mode', None, _MODES, 'What to do.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; runs/<config>[-<variant>].')
 _EVAL_FOLDER = flags.DEFINE_string('eval_folder', 'eval', 'Folder of an evaluation in workdir.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Join the processes of a pod or SLURM job.')
@@ -101,6 +103,8 @@ def main(argv: Sequence[str]) -> None:
   with logging_redirect_tqdm():
     if _MODE.value == 'train':
       run_lib.train(_CONFIG.value, workdir)
+    elif _MODE.value == 'train_classifier':
+      run_lib.train_classifier(_CONFIG.value, workdir)
     elif _MODE.value == 'eval':
       run_lib.evaluate(_CONFIG.value, workdir, _EVAL_FOLDER.value)
     else:

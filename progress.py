@@ -138,9 +138,9 @@ class TrainLog:
       self._window = []
     self._bar.update(step, self._note)
 
-  def add_eval(self, step: int, loss: Array) -> None:
-    """Takes an evaluation loss []."""
-    self._due.append((step, [{'eval_loss': loss}]))
+  def add_eval(self, step: int, measured: dict[str, Array]) -> None:
+    """Takes the metrics [] of an evaluation, to be written with `eval_` before their names."""
+    self._due.append((step, [{f'eval_{name}': value for name, value in measured.items()}]))
 
   def flush(self) -> None:
     """Writes what is due.
@@ -179,6 +179,6 @@ def _finite_means(step: int, window: list[dict[str, Array]]) -> dict[str, float]
     if not np.isfinite(value):
       raise UserError(
         f'{name} is {value} at step {step}; what was saved before is good. Resume with a lower '
-        'config.optim.lr, or with config.optim.grad_clip, or look for damaged images'
+        'learning rate (lr), or with config.optim.grad_clip, or look for damaged images'
       )
   return means

@@ -5,29 +5,37 @@ A workdir holds `config.json`, `checkpoints/` and `checkpoints-meta/`, `metrics.
 be stopped at any moment and started again, with the same final result.
 """
 
-from collections.abc import Iterator
 from functools import partial
 import logging
 
 from etils import epath
 import jax
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, FrozenConfigDict
-import numpy as np
 
 import artifacts
-from build_lib import build, check_unchanged, FIXED_IN_EVAL, FIXED_IN_RUN, Setup
+from build_lib import build, check_shared, Setup
 import checkpoints as checkpoints_lib
 from checkpoints import Checkpoints
+import classifier_lib
 import datasets
 from errors import UserError
 import eval_lib
 from eval_lib import Report
 import losses
 from losses import Batch, Metrics, TrainState
-from progress import Bar, Stop, TrainLog
+from models.score import Params
+from progress import Bar, Stop
 import released_checkpoints
+from same_config import (
+  check_unchanged,
+  FIXED_IN_CLASSIFIER,
+  FIXED_IN_EVAL,
+  FIXED_IN_RUN,
+  FIXED_NOISE,
+)
+import train_lib
+from train_lib import Task
 
 logger = logging.getLogger('score_sde')
 
@@ -40,37 +48,34 @@ def train(config: ConfigDict, workdir: str) -> None:
     SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written; the code is 128 + signal.
   """
   setup, root = build(config), epath.Path(workdir)
-  training = setup.config.training
-  source, held_out = _load(setup, 'train'), _load(setup, 'test')
+  source, held_out = (_load(setup, split, 'model') for split in ('train', 'test'))
   _open(root, setup, FIXED_IN_RUN if checkpoints_lib.exist(root) else ())
-  with Stop() as stop, Checkpoints(root) as checkpoints:
-    start = state = _restore_or_init(setup, root, checkpoints)
-    step = int(state.step)
-    if step and (step % training.snapshot_freq == 0 or step >= training.n_iters):
-      _draw_snapshot(setup, root, state, stop)  # the run may have been stopped while it drew
-    loss_sum = eval_lib.compile_loss_sum(setup)
-    eval_batches = _eval_batches(setup, held_out, step // training.eval_freq)
-    log_choices = {'n_iters': training.n_iters, 'log_freq': training.log_freq}
-    log_choices |= {'step': step, 'batch_size': training.batch_size}
-    with artifacts.Metrics(root, step) as metrics, TrainLog(metrics, **log_choices) as log:
-      for state, step, measured in _updates(setup, source, start):
-        log.add(step, measured)
-        if step % training.eval_freq == 0:
-          total = loss_sum(state.ema_params, *next(eval_batches))
-          log.add_eval(step, total / training.batch_size)
-        snapshot = step % training.snapshot_freq == 0 or step == training.n_iters
-        leave = step < training.n_iters and stop.agreed(step, training.log_freq)
-        if snapshot or leave or step % training.snapshot_freq_for_preemption == 0:
-          log.settle(step)
-          checkpoints.save(state, keep=snapshot)
-        if snapshot and not leave:
-          _draw_snapshot(setup, root, state, stop)
-        if leave:
-          break
-  if step < training.n_iters:
-    logger.info('stopped at step %d, saved; the same command goes on from there', step)
-    raise SystemExit(128 + stop.signal)
-  logger.info('trained to step %d; checkpoints are in %s', step, root / 'checkpoints')
+  draw = partial(_draw_snapshot, setup, root)
+  train_lib.train(setup, score_task(setup), root, source, held_out, draw)
+
+
+def train_classifier(config: ConfigDict, workdir: str) -> Report:
+  """Trains the classifier of noisy images in `<workdir>/classifier`, as `train` does, and tests it.
+
+  Returns:
+    Loss and accuracy on the held-out images by level of noise; it stands in `report.json` there.
+
+  Raises:
+    UserError: for a mistake in the config, the data or the workdir, or a loss that is not finite.
+    SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written; the code is 128 + signal.
+  """
+  setup, root = build(config), epath.Path(workdir)
+  check_shared(setup.config, 'classifier.batch_size')
+  source, held_out = (_load(setup, split, 'classifier') for split in ('train', 'test'))
+  check_unchanged(root / 'config.json', setup.config, FIXED_NOISE)
+  folder = classifier_lib.folder(root)
+  _open(folder, setup, FIXED_IN_CLASSIFIER if checkpoints_lib.exist(folder) else ())
+  state = train_lib.train(setup, classifier_lib.task(setup), folder, source, held_out)
+  report = {'step': int(state.step)}
+  report |= classifier_lib.evaluate(setup, state.ema_params, held_out)
+  artifacts.write_json(folder / 'report.json', report)
+  logger.info('accuracy %.4f; report in %s', report['accuracy'], folder / 'report.json')
+  return report
 
 
 def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> list[Report]:
@@ -142,13 +147,13 @@ def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
   logger.info('imported %s, of step %d, to %s', checkpoint, int(state.step), root / 'checkpoints')
 
 
-def _load(setup: Setup, split: str) -> datasets.ImageSource:
-  """The images of a split.
+def _load(setup: Setup, split: str, section: str = 'model') -> datasets.ImageSource:
+  """The images of a split, for the network that a section of the config describes.
 
   Raises:
-    UserError: if they cannot be read, or have other classes than a label-conditional model.
+    UserError: if they cannot be read, or have other classes than the network.
   """
-  data, num_classes = setup.config.data, setup.model.num_classes
+  data, num_classes = setup.config.data, setup.config[section].num_classes
   source = datasets.load(
     data.dataset,
     split,
@@ -158,10 +163,11 @@ def _load(setup: Setup, split: str) -> datasets.ImageSource:
     data_dir=data.tfds_dir,
     category=data.category,
   )
-  if num_classes and num_classes != source.num_classes:
+  takes_labels = num_classes > 0 or section == 'classifier'
+  if takes_labels and not num_classes == source.num_classes > 0:
     raise UserError(
-      f'config.model.num_classes is {num_classes}, and dataset {data.dataset!r} has '
-      f'{source.num_classes or "no"} classes; set it to that, or to 0 for a model without labels'
+      f'config.{section}.num_classes is {num_classes}, and dataset {data.dataset!r}, split {split},'
+      f' has {source.num_classes or "no"} classes; set it to that'
     )
   return source
 
@@ -176,93 +182,34 @@ def _open(folder: epath.Path, setup: Setup, fixed: tuple[str, ...]) -> None:
     raise UserError(f'cannot write to {folder} ({error.strerror}); choose another') from None
 
 
-# Training.
+def score_task(setup: Setup) -> Task:
+  """The training of the score model of a config."""
+  model, training = setup.model, setup.config.training
 
+  def evaluate(params: Params, batch: Batch, rng: Array) -> Metrics:
+    each = losses.eval_step(params, batch, rng, model=model, objective=setup.objective)
+    return {'loss': each.mean()}
 
-def _init(setup: Setup, rng: Array) -> TrainState:
-  return losses.init_state(rng, setup.model, setup.tx, (1, *setup.data_shape))
+  return Task(
+    section='model',
+    init=lambda rng: losses.init_state(rng, model, setup.tx, (1, *setup.data_shape)),
+    update=partial(
+      losses.train_step,
+      model=model,
+      objective=setup.objective,
+      tx=setup.tx,
+      ema_rate=setup.config.model.ema_rate,
+      ema_warmup=setup.config.model.ema_warmup,
+    ),
+    evaluate=evaluate,
+    purposes=('init', 'train', 'eval'),
+    batch_size=training.batch_size,
+    n_iters=training.n_iters,
+  )
 
 
 def _like(setup: Setup) -> TrainState:
-  """The shapes, dtypes and shardings of the training state."""
-  try:
-    state = jax.eval_shape(partial(_init, setup), setup.key('init'))
-  except (TypeError, ValueError) as error:
-    reason = str(error).strip().partition('\n')[0]
-    raise UserError(f'config.model does not make a network: {reason}') from None
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setup.replicated), state
-  )
-
-
-def _restore_or_init(setup: Setup, root: epath.Path, checkpoints: Checkpoints) -> TrainState:
-  state = checkpoints.restore_latest(_like(setup))
-  if state is not None:
-    logger.info('resuming %s at step %d', root, int(state.step))
-    return state
-  logger.info('training in %s', root)
-  # This program runs once: most of its time would go into optimising it.
-  options = {'xla_backend_optimization_level': 0}
-  init = jax.jit(partial(_init, setup), out_shardings=setup.replicated, compiler_options=options)
-  return init(setup.key('init'))
-
-
-def _updates(
-  setup: Setup, source: datasets.ImageSource, state: TrainState
-) -> Iterator[tuple[TrainState, int, Metrics]]:
-  """Trains to the end; yields state, step and metrics after every call of the device."""
-  training, step = setup.config.training, int(state.step)
-  batches = datasets.train_batches(
-    source, training.batch_size, seed=setup.config.seed, start=step, **eval_lib.processes()
-  )
-  update = partial(
-    losses.train_step,
-    model=setup.model,
-    objective=setup.objective,
-    tx=setup.tx,
-    ema_rate=setup.config.model.ema_rate,
-    ema_warmup=setup.config.model.ema_warmup,
-  )
-
-  def scan(state: TrainState, batches: Batch, rng: Array) -> tuple[TrainState, Metrics]:
-    return jax.lax.scan(lambda s, batch: update(s, batch, rng), state, batches)
-
-  choices = {'out_shardings': (setup.replicated, setup.replicated), 'donate_argnums': 0}
-  one_step, many_steps = jax.jit(update, **choices), jax.jit(scan, **choices)
-  stacked = NamedSharding(setup.batch.mesh, PartitionSpec(None, *setup.batch.spec))
-  rng, n = setup.key('train'), setup.steps_per_call
-  while step < training.n_iters:
-    if n > 1 and _steps_to_event(step, training) >= n:
-      many = jax.tree.map(lambda *rows: np.stack(rows), *(next(batches) for _ in range(n)))
-      many = jax.tree.map(partial(jax.make_array_from_process_local_data, stacked), many)
-      state, measured = many_steps(state, many, rng)
-      step += n
-    else:
-      state, measured = one_step(state, setup.put(next(batches)), rng)
-      step += 1
-    yield state, step, measured
-
-
-def _steps_to_event(step: int, training: FrozenConfigDict) -> int:
-  """How many steps are left until something else is due."""
-  frequencies = (
-    training.log_freq,
-    training.eval_freq,
-    training.snapshot_freq,
-    training.snapshot_freq_for_preemption,
-  )
-  return min(training.n_iters - step, *(every - step % every for every in frequencies))
-
-
-def _eval_batches(
-  setup: Setup, held_out: datasets.ImageSource, start: int
-) -> Iterator[tuple[Batch, Array]]:
-  """Batches of held-out images on the devices without end, each with a mask and a key."""
-  size, seed = setup.config.training.batch_size, setup.config.seed
-  batches = datasets.train_batches(held_out, size, seed=seed, start=start, **eval_lib.processes())
-  for i, batch in enumerate(batches, start):
-    everyone = np.ones(len(batch['image']), bool)
-    yield setup.put(batch | {'mask': everyone}), setup.key('eval', i)
+  return train_lib.like(setup, score_task(setup))
 
 
 def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop) -> None:

@@ -71,7 +71,7 @@ _HUGE = {
 _CELEBA = {'data.dataset': 'CELEBA', 'data.image_size': 64, 'eval.enable_sampling': True}
 _LSUN = _LARGE | {'data.dataset': 'LSUN'}
 DATASETS: dict[str, Changes] = {
-  'cifar10': {'eval.begin_ckpt': 9},
+  'cifar10': {'eval.begin_ckpt': 9, 'classifier.num_classes': 10},
   'celeba': _CELEBA,
   'bedroom': _LSUN | {'data.category': 'bedroom'},
   'church': _LSUN | {'data.category': 'church_outdoor'},
@@ -137,6 +137,16 @@ def _default() -> ConfigDict:
   optim.weight_decay = 0.0
   optim.warmup = 5000
   optim.grad_clip = 1.0
+
+  config.classifier = classifier = ConfigDict()  # of noisy images; not in the released configs
+  classifier.num_classes = 0  # those of the dataset
+  classifier.blocks_per_group = 4  # this and the next make a WRN-28-10, the paper's (Appendix I.1)
+  classifier.channel_multiplier = 10
+  classifier.batch_size = 128
+  classifier.n_iters = 100_000
+  classifier.lr = 3e-4
+  classifier.weight_decay = 0.05
+  classifier.warmup = 1000
 
   config.sampling = sampling = ConfigDict()
   sampling.method = 'pc'
@@ -314,6 +324,13 @@ def digits(config: ConfigDict) -> ConfigDict:
   config.training.snapshot_freq_for_preemption = 500
   config.optim.lr = 2e-3
   config.optim.warmup = 100
+  config.classifier.num_classes = 10
+  config.classifier.blocks_per_group = 1
+  config.classifier.channel_multiplier = 1
+  config.classifier.batch_size = 64
+  config.classifier.n_iters = 2000
+  config.classifier.lr = 2e-3
+  config.classifier.warmup = 100
   config.sampling.predictor = 'reverse_diffusion'
   config.sampling.num_steps = 200
   config.eval.begin_ckpt = 2

@@ -117,8 +117,8 @@ class NCSNpp(nn.Module):
   2^(len(ch_mult) - 1). Attention stands wherever the height is in `attn_resolutions`.
 
   With `num_classes`, which needs `conditional`, a learned vector of each label, from 0 on, is added
-  to the embedding of `cond`. The null label, num_classes, stands for an image of any class; so do
-  negative labels, and None for the whole batch.
+  to the embedding of `cond`. The null label, num_classes, stands for an image of any class; None
+  for a batch of such.
   """
 
   nf: int
@@ -157,8 +157,8 @@ class NCSNpp(nn.Module):
       temb = dense(temb.astype(self.dtype), self.nf * 4)
       temb = dense(act(temb), self.nf * 4)
       if self.num_classes:
-        null = jnp.full(x.shape[:1], self.num_classes)
-        labels = null if labels is None else jnp.where(labels < 0, null, labels)
+        if labels is None:
+          labels = jnp.full(x.shape[:1], self.num_classes)
         init = nn.initializers.normal(LABEL_STD)
         rows = nn.Embed(self.num_classes + 1, self.nf * 4, embedding_init=init, dtype=temb.dtype)
         temb += rows(labels)

@@ -395,7 +395,13 @@ def test_cifar10_prepares_itself_from_the_archive(tmp_path, small):
   train = load('CIFAR10', 'train', path=archive, **options)
   assert as_set(train) == as_set(images[:10])
   Path(archive).unlink()  # it is prepared now
-  assert as_set(load('cifar10', 'test', **options)) == as_set(images[10:])
+  test = load('cifar10', 'test', **options)
+  assert as_set(test) == as_set(images[10:])
+  for source in (train, test):
+    batch = source.batch(np.arange(len(source)))
+    numbers = [[i.tobytes() for i in images].index(image.tobytes()) for image in batch['image']]
+    assert [number % 10 for number in numbers] == batch['label'].tolist()
+    assert source.class_names[0] == 'airplane' and source.num_classes == 10
   # Anyone else's plain TFDS reads it, with the official labels.
   official = tfds.data_source('cifar10', split='train', data_dir=options['data_dir'])
   for i in range(10):
@@ -567,6 +573,7 @@ def test_other_tfds_sets_and_their_splits(tmp_path, caplog):
   for name, category in (('LSUN', 'bedroom'), ('lsun/bedroom', '')):
     for split, own in (('train', 'train'), ('test', 'validation')):
       source = load(name, split, category=category, **options)
+      assert source.num_classes == 0
       assert as_set(source) == as_set(image[:, 4:44] for image in images[own])
   with pytest.raises(UserError, match="'validation' does not exist; allowed: train"):
     load('LSUN', 'test', category='cat', **options)

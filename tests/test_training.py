@@ -17,6 +17,7 @@ import losses
 from losses import Objective
 import run_lib
 from sde_lib import subVPSDE, VESDE, VPSDE
+import train_lib
 
 
 def tiny_setup(make=base.vp, network: str = 'ddpmpp', **fields) -> build_lib.Setup:
@@ -93,8 +94,9 @@ def test_steps_in_one_call_are_single_steps():
   one = tiny_setup()
   three = dataclasses.replace(one, steps_per_call=3)
   source = datasets.load('digits', 'train', image_size=8, num_channels=1)
-  init = jax.jit(lambda: run_lib._init(one, one.key('init')))
-  ends = [list(run_lib._updates(setup, source, init())) for setup in (one, three)]
+  task = run_lib.score_task(one)
+  init = jax.jit(lambda: task.init(one.key('init')))
+  ends = [list(train_lib.updates(setup, task, source, init())) for setup in (one, three)]
   assert [step for _, step, _ in ends[1]] == [3, 6]
   assert ends[0][-1][0].step == ends[1][-1][0].step == 6
   ours = np.concatenate([measured['loss'] for _, _, measured in ends[1]])
@@ -112,7 +114,7 @@ def test_calls_never_run_past_what_is_due():
   setup = tiny_setup(training__n_iters=20, training__eval_freq=10)
   step, seen = 0, []
   while step < 20:
-    step += 4 if run_lib._steps_to_event(step, setup.config.training) >= 4 else 1
+    step += 4 if train_lib.steps_to_event(step, 20, setup.config.training) >= 4 else 1
     seen.append(step)
   assert {3, 6, 9, 10, 12, 15, 18, 20} <= set(seen)
 
@@ -155,7 +157,7 @@ def test_a_network_that_cannot_be_is_told():
 def test_moving_average_warms_up():
   """Its rate is (1 + n) / (10 + n) after n steps, or ema_rate where that is less."""
   setup = tiny_setup()
-  state = jax.jit(lambda: run_lib._init(setup, setup.key('init')))()
+  state = jax.jit(lambda: run_lib.score_task(setup).init(setup.key('init')))()
   state = state.replace(step=jnp.int32(8))
   x0 = jnp.zeros((4, 8, 8, 1))
   new, _ = jax.jit(

@@ -1,0 +1,11 @@
+"""The VP SDE on the digits, told which digit: `configs/vp/digits_conditional.py`."""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+  config = base.digits(base.vp('ddpmpp'))
+  config.model.num_classes = 10
+  return config

@@ -1,0 +1,59 @@
+"""From a network and an SDE to p_t(y | x), the probability of a class given a noisy image."""
+
+import dataclasses
+
+import flax
+import flax.linen as nn
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from models.score import Params
+from sde_lib import SDE
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+  """p_t(y | x), from a network whose `net.apply` takes (x, log(sigma / alpha) [B], train).
+
+  sigma / alpha is the noise scale of x / alpha, so that what one SDE makes of an image and what
+  another does look alike to the network. It is sigma for the VE SDE, as in the released code.
+
+  Attributes:
+    net: the network; its output are logits [B, K].
+    sde: the SDE that perturbs the images.
+    centered: images lie in [-1, 1], not in [0, 1].
+  """
+
+  net: nn.Module
+  sde: SDE
+  centered: bool
+
+  def init(self, rng: Array, shape: tuple[int, ...]) -> Params:
+    """Draws parameters for data of `shape` [B, ...]."""
+    variables = self.net.init(rng, jnp.zeros(shape), jnp.zeros(shape[:1]), False)
+    return variables['params']
+
+  def bind(self, params: Params) -> 'ClassLogProb':
+    """log p_t(y | x) at `params`."""
+    return ClassLogProb(params, self)
+
+
+@flax.struct.dataclass
+class ClassLogProb:
+  """log p_t(y | x): (x [B, ...], t [B], labels y [B]) -> [B], a pytree of its arrays.
+
+  Its gradient in x is what class-conditional sampling adds to the score (Eq. 14).
+  """
+
+  params: Params
+  classifier: Classifier = flax.struct.field(pytree_node=False)
+
+  def __call__(self, x: Array, t: Array, labels: Array) -> Array:
+    return jnp.take_along_axis(self.of_all(x, t), labels[:, None], axis=-1)[:, 0]
+
+  def of_all(self, x: Array, t: Array) -> Array:
+    """log p_t(y | x) of every class y: [B, K]."""
+    net, sde = self.classifier.net, self.classifier.sde
+    logits = net.apply({'params': self.params}, x, -sde.log_snr(t), False)
+    return jax.nn.log_softmax(logits)

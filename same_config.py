@@ -1,0 +1,65 @@
+"""Which fields of a config must stay as they are where a folder of a run is used again."""
+
+from collections.abc import Iterator
+import json
+from typing import Any
+
+from etils import epath
+from ml_collections import FrozenConfigDict
+
+import artifacts
+from errors import UserError
+
+# What a checkpoint depends on, which must not change when its run goes on or is evaluated; and
+# what samples depend on beside it, which must not change within an eval folder.
+FIXED_IN_RUN = (
+  'model', 'training.sde', 'training.continuous', 'data.image_size', 'data.num_channels',
+  'data.centered',
+)  # fmt: skip
+FIXED_IN_EVAL = (
+  *FIXED_IN_RUN, 'training.reduce_mean', 'training.likelihood_weighting', 'training.eps',
+  'data.dataset', 'data.uniform_dequantization', 'sampling', 'eval.batch_size', 'seed',
+)  # fmt: skip
+# How images are perturbed; what a classifier of such images depends on.
+FIXED_NOISE = (
+  'training.sde', 'model.sigma_min', 'model.sigma_max', 'model.beta_min', 'model.beta_max',
+  'data.image_size', 'data.num_channels', 'data.centered',
+)  # fmt: skip
+FIXED_IN_CLASSIFIER = (
+  *FIXED_NOISE, 'classifier.num_classes', 'classifier.blocks_per_group',
+  'classifier.channel_multiplier',
+)  # fmt: skip
+_FREE = ('model.dropout', 'model.ema_rate', 'model.ema_warmup', 'model.dtype')
+
+
+def check_unchanged(path: epath.Path, config: FrozenConfigDict, fixed: tuple[str, ...]) -> None:
+  """Compares a config with the one saved at `path`, if any, in the fields or sections `fixed`.
+
+  Raises:
+    UserError: if they differ; it names the fields.
+  """
+  if not path.exists():
+    return
+  # Through JSON, so that tuples are lists on both sides.
+  old, new = artifacts.read_json(path), json.loads(json.dumps(config.to_dict()))
+  old, new = dict(_flatten(old)), dict(_flatten(new))
+  changes = [
+    f'config.{name}: {old.get(name)!r} there, {new.get(name)!r} now'
+    for name in sorted(old.keys() | new.keys())
+    if old.get(name) != new.get(name)
+    and name not in _FREE
+    and any(name == f or name.startswith(f + '.') for f in fixed)
+  ]
+  if changes:
+    raise UserError(
+      f'{path.parent} was made with another config: {"; ".join(changes)}. Give back these values, '
+      'or choose another folder'
+    )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      yield from _flatten(value, f'{prefix}{name}.')
+    else:
+      yield prefix + name, value
