@@ -39,7 +39,7 @@ class Mlp(nn.Module):
   def __call__(self, x: Array, log_ratio: Array, train: bool) -> Array:
     h = jnp.concatenate([x, log_ratio[:, None], jnp.exp(-log_ratio)[:, None] / 10], -1)
     for _ in range(2):
-      h = nn.tanh(nn.Dense(32)(h))
+      h = nn.tanh(nn.Dense(16)(h))
     return nn.Dense(2)(h)
 
 
@@ -61,20 +61,20 @@ def exact(sde: SDE, x: Array, t: Array) -> Array:
 @pytest.mark.parametrize('sde', [VESDE(0.1, 3.0, eps=1e-3), subVPSDE(0.1, 6.0, eps=0.05)])
 def test_training_finds_the_posterior(sde):
   classifier = Classifier(Mlp(), sde, True)
-  tx = losses.adam(lr=5e-3, beta1=0.9, eps=1e-8, weight_decay=0, warmup=0, grad_clip=1)
+  tx = losses.adam(lr=0.02, beta1=0.9, eps=1e-8, weight_decay=0, warmup=0, grad_clip=1)
   state = losses.init_state(KEY, classifier, tx, (1, 2))
 
   def step(state: losses.TrainState, rng: Array) -> tuple[losses.TrainState, losses.Metrics]:
     rngs = jax.random.split(rng, 3)
-    x0, y = draw(rngs[0], 1024)
-    t, z = losses.sample_times(rngs[1], sde, 1024, True), jax.random.normal(rngs[2], x0.shape)
+    x0, y = draw(rngs[0], 512)
+    t, z = losses.sample_times(rngs[1], sde, 512, True), jax.random.normal(rngs[2], x0.shape)
 
     def loss_fn(params: dict) -> tuple[Array, dict]:
       return classifier_lib.cross_entropy(classifier.bind(params), x0, t, z, y)[0].mean(), {}
 
     return losses.apply_gradients(state, loss_fn, tx, 0.99, True)
 
-  keys = jax.random.split(KEY, 1000)
+  keys = jax.random.split(KEY, 400)
   state, _ = jax.jit(lambda state: jax.lax.scan(step, state, keys))(state)
   rngs = jax.random.split(jax.random.key(1), 3)
   x0, y = draw(rngs[0], 4000)
@@ -86,9 +86,8 @@ def test_training_finds_the_posterior(sde):
   np.testing.assert_allclose(
     jnp.exp(jax.jit(lambda f: f(x, t, y))(log_prob)), found[jnp.arange(4000), y], rtol=1e-5
   )
-  # The prior alone, or one posterior for all levels of noise, would be 0.1 and more away.
-  assert jnp.abs(found - truth).mean() < 0.02
-  # Its gradient is the difference of the scores of one class and of both.
+  # A tenth of what the prior, the best guess without x, is away from the posterior.
+  assert jnp.abs(found - truth).mean() < 0.1 * jnp.abs(TWO.weights - truth).mean()
   loss, correct = classifier_lib.cross_entropy(log_prob, x0, t, z, y)
   best = -jnp.log(truth[jnp.arange(4000), y])
   assert loss.mean() - best.mean() < 0.01
@@ -129,8 +128,22 @@ def tiny_config(**fields) -> ConfigDict:
   return config
 
 
+class Linear(nn.Module):
+  """In the place of the Wide ResNet, which takes long to compile."""
+
+  num_outputs: int
+  blocks_per_group: int
+  channel_multiplier: int
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x: Array, log_ratio: Array, train: bool) -> Array:
+    return nn.Dense(self.num_outputs)(x.reshape(len(x), -1)) * log_ratio[:, None]
+
+
 def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
   """It leaves checkpoints, metrics and a report, and what sampling loads."""
+  monkeypatch.setattr(build_lib, 'WideResnet', Linear)
   whole, parts = tmp_path / 'whole', tmp_path / 'parts'
   report = run_lib.train_classifier(tiny_config(), str(whole))
   with monkeypatch.context() as patch:
