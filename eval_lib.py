@@ -5,6 +5,7 @@ file, so that an evaluation that is stopped and started again repeats at most on
 """
 
 from collections.abc import Callable
+from functools import partial
 import math
 import time
 from typing import Any
@@ -162,8 +163,8 @@ def evaluate_samples(setup: Setup, params: Any, step: int, folder: epath.Path) -
       if kept is None:
         rng = jax.random.fold_in(setup.key('sample', step), i)
         labels = classes_in_turn(setup, done, size)
-        show = lambda f, d=done, n=n: bar.update(d + f * n)  # noqa: E731
-        images, nfe = draw(setup, params, rng, size, show, labels)
+        progress = partial(_show, bar, done, n)
+        images, nfe = draw(setup, params, rng, size, progress, labels)
         kept = images[:n], nfe
         extra = {} if labels is None else {'labels': labels[:n]}
         artifacts.write_npz(path, samples=images[:n], nfe=np.int64(nfe), **extra)
@@ -173,6 +174,11 @@ def evaluate_samples(setup: Setup, params: Any, step: int, folder: epath.Path) -
   artifacts.write_grid(folder / 'samples.png', grid)
   seconds = time.monotonic() - began
   return {'samples': wanted.num_samples, 'nfe': float(np.mean(nfes)), 'sample_seconds': seconds}
+
+
+def _show(bar: Bar, done: int, n: int, fraction: float) -> None:
+  """Moves a bar to `done` and a fraction of the next n."""
+  bar.update(done + fraction * n)
 
 
 def _read_round(path: epath.Path, name: str, n: int) -> tuple[np.ndarray, int] | None:

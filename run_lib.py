@@ -1,8 +1,9 @@
 """Training, evaluation and import of checkpoints, of a config in a workdir.
 
 A workdir holds `config.json`, `checkpoints/` and `checkpoints-meta/`, `metrics.jsonl` and
-`tensorboard/`, `samples/iter_<step>/sample.png`, and in `eval/` what evaluation made. Both can
-be stopped at any moment and started again, with the same final result.
+`tensorboard/`, `samples/iter_<step>/sample.png`, in `eval/` what evaluation made, and in
+`classifier/` the same of a classifier. All of it can be stopped at any moment and started again,
+with the same final result.
 """
 
 from functools import partial
