@@ -19,7 +19,7 @@ from configs import base
 import datasets
 from errors import UserError
 import losses
-from models.classifier import Classifier
+from models.classifier import Classifier, ClassLogProb
 import run_lib
 from sde_lib import SDE, subVPSDE, VESDE
 import train_lib
@@ -62,36 +62,44 @@ def exact(sde: SDE, x: Array, t: Array) -> Array:
 def test_training_finds_the_posterior(sde):
   classifier = Classifier(Mlp(), sde, True)
   tx = losses.adam(lr=0.02, beta1=0.9, eps=1e-8, weight_decay=0, warmup=0, grad_clip=1)
-  state = losses.init_state(KEY, classifier, tx, (1, 2))
+
+  def drawn(rng: Array, n: int) -> tuple[Array, Array, Array, Array]:
+    rngs = jax.random.split(rng, 3)
+    x0, y = draw(rngs[0], n)
+    t = losses.sample_times(rngs[1], sde, n, True)
+    return x0, t, jax.random.normal(rngs[2], x0.shape), y
 
   def step(state: losses.TrainState, rng: Array) -> tuple[losses.TrainState, losses.Metrics]:
-    rngs = jax.random.split(rng, 3)
-    x0, y = draw(rngs[0], 512)
-    t, z = losses.sample_times(rngs[1], sde, 512, True), jax.random.normal(rngs[2], x0.shape)
+    example = drawn(rng, 512)
 
     def loss_fn(params: dict) -> tuple[Array, dict]:
-      return classifier_lib.cross_entropy(classifier.bind(params), x0, t, z, y)[0].mean(), {}
+      return classifier_lib.cross_entropy(classifier.bind(params), *example)[0].mean(), {}
 
     return losses.apply_gradients(state, loss_fn, tx, 0.99, True)
 
-  keys = jax.random.split(KEY, 400)
-  state, _ = jax.jit(lambda state: jax.lax.scan(step, state, keys))(state)
-  rngs = jax.random.split(jax.random.key(1), 3)
-  x0, y = draw(rngs[0], 4000)
-  t, z = losses.sample_times(rngs[1], sde, 4000, True), jax.random.normal(rngs[2], x0.shape)
-  x = sde.alpha(t)[:, None] * x0 + sde.sigma(t)[:, None] * z
-  log_prob, truth = classifier.bind(state.ema_params), exact(sde, x, t)
-  found = jnp.exp(log_prob.of_all(x, t))
+  @jax.jit
+  def train() -> ClassLogProb:
+    state = losses.init_state(KEY, classifier, tx, (1, 2))
+    state, _ = jax.lax.scan(step, state, jax.random.split(KEY, 400))
+    return classifier.bind(state.ema_params)
+
+  @jax.jit
+  def compare(log_prob: ClassLogProb) -> tuple[Array, ...]:
+    x0, t, z, y = drawn(jax.random.key(1), 4000)
+    x = sde.alpha(t)[:, None] * x0 + sde.sigma(t)[:, None] * z
+    found, truth = jnp.exp(log_prob.of_all(x, t)), exact(sde, x, t)
+    loss, correct = classifier_lib.cross_entropy(log_prob, x0, t, z, y)
+    return found, truth, y, jnp.exp(log_prob(x, t, y)), loss, correct
+
+  found, truth, y, of_label, loss, correct = map(np.asarray, compare(train()))
+  rows = np.arange(len(y))
   np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-5)
-  np.testing.assert_allclose(
-    jnp.exp(jax.jit(lambda f: f(x, t, y))(log_prob)), found[jnp.arange(4000), y], rtol=1e-5
-  )
+  np.testing.assert_allclose(of_label, found[rows, y], rtol=1e-5)
+  np.testing.assert_allclose(loss, -np.log(of_label), rtol=1e-4, atol=1e-6)
   # A tenth of what the prior, the best guess without x, is away from the posterior.
-  assert jnp.abs(found - truth).mean() < 0.1 * jnp.abs(TWO.weights - truth).mean()
-  loss, correct = classifier_lib.cross_entropy(log_prob, x0, t, z, y)
-  best = -jnp.log(truth[jnp.arange(4000), y])
-  assert loss.mean() - best.mean() < 0.01
-  assert correct.mean() == pytest.approx(float((truth.argmax(-1) == y).mean()), abs=0.01)
+  assert np.abs(found - truth).mean() < 0.1 * np.abs(TWO.weights - truth).mean()
+  assert loss.mean() - -np.log(truth[rows, y]).mean() < 0.01
+  assert correct.mean() == pytest.approx((truth.argmax(-1) == y).mean(), abs=0.01)
 
 
 @dataclasses.dataclass(frozen=True)
