@@ -56,6 +56,49 @@ class Score:
     return (expand(share / variance, away) * away).sum(1)
 
 
+@flax.struct.dataclass
+class Gaussian:
+  """N(mean, cov) on data of any shape, with any covariance of the D flattened dimensions."""
+
+  mu: Array  # [...]
+  sigma: Array  # [D, D]
+  weights = (1.0,)  # it is a mixture of one
+
+  def score_fn(self, sde: SDE) -> 'GaussianScore':
+    """The score of the data after diffusion by `sde`."""
+    return GaussianScore(self.mu, *jnp.linalg.eigh(self.sigma), sde)
+
+  def mean(self) -> np.ndarray:
+    return np.asarray(self.mu)
+
+  def cov(self) -> np.ndarray:
+    return np.asarray(self.sigma)
+
+  def given(self, matrix: np.ndarray, y: np.ndarray, noise_std: float) -> 'Gaussian':
+    """The data where matrix [D, D] times x plus noise was measured to be y, of the data's shape."""
+    cov, away = np.float64(self.sigma), np.float64(y).ravel() - matrix @ np.float64(self.mu).ravel()
+    measured = matrix @ cov @ matrix.T + noise_std**2 * np.eye(len(cov))
+    gain = cov @ matrix.T @ np.linalg.pinv(measured, hermitian=True, rcond=1e-9)
+    mu = self.mu + (gain @ away).reshape(self.mu.shape)
+    return Gaussian(jnp.float32(mu), jnp.float32(cov - gain @ matrix @ cov))
+
+
+@flax.struct.dataclass
+class GaussianScore:
+  """grad_x log p_t(x) of a Gaussian; a pytree of its arrays."""
+
+  mu: Array  # [...]
+  variances: Array  # [D], along the directions
+  directions: Array  # [D, D]
+  sde: SDE = flax.struct.field(pytree_node=False)
+
+  def __call__(self, x: Array, t: Array) -> Array:
+    alpha, sigma = self.sde.alpha(t)[:, None], self.sde.sigma(t)[:, None]
+    away = (x - expand(alpha[:, 0], x) * self.mu).reshape(x.shape[0], -1) @ self.directions
+    along = away / (alpha**2 * self.variances + sigma**2)
+    return -(along @ self.directions.T).reshape(x.shape)
+
+
 TWO_MODES = Mixture(
   weights=jnp.array([0.3, 0.7]),
   means=jnp.array([[1.0, 0.5], [-0.6, -0.4]]),
