@@ -51,13 +51,35 @@ def write_npz(path: epath.Path, **arrays: np.ndarray) -> None:
   write(path, buffer.getvalue())
 
 
-def write_grid(path: epath.Path, images: np.ndarray) -> None:
-  """Writes uint8 images [N, H, W, C] as one PNG, row by row, nearly square.
+def write_png(path: epath.Path, image: np.ndarray) -> None:
+  """Writes a uint8 image [H, W, C] as it is."""
+  _write_image(path, Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image))
+
+
+def write_grid(path: epath.Path, images: np.ndarray, columns: int | None = None) -> None:
+  """Writes uint8 images [N, H, W, C] as one PNG, row by row, by default nearly square.
 
   Images below `MIN_TILE` pixels are enlarged by a whole factor, with bicubic interpolation.
   """
+  _write_image(path, _grid(images, columns))
+
+
+def write_gif(path: epath.Path, frames: list[np.ndarray]) -> None:
+  """Writes grids of uint8 images [N, H, W, C], one after the other, the last for two seconds."""
+  first, *rest = (_grid(images, None) for images in frames)
+  durations = [80] * len(rest) + [2000]  # ms
+  _write_image(path, first, 'GIF', save_all=True, append_images=rest, duration=durations, loop=0)
+
+
+def _write_image(path: epath.Path, image: Image.Image, format: str = 'PNG', **choices: Any) -> None:
+  buffer = io.BytesIO()
+  image.save(buffer, format=format, **choices)
+  write(path, buffer.getvalue())
+
+
+def _grid(images: np.ndarray, columns: int | None) -> Image.Image:
   n, h, w, _ = images.shape
-  columns = math.ceil(math.sqrt(n))
+  columns = columns or math.ceil(math.sqrt(n))
   factor, gap = math.ceil(MIN_TILE / h), 2
   height, width = h * factor, w * factor
   size = (columns * (width + gap) + gap, math.ceil(n / columns) * (height + gap) + gap)
@@ -65,9 +87,7 @@ def write_grid(path: epath.Path, images: np.ndarray) -> None:
   for i, image in enumerate(images):
     tile = Image.fromarray(image.squeeze()).resize((width, height), Image.Resampling.BICUBIC)
     canvas.paste(tile, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
-  buffer = io.BytesIO()
-  canvas.save(buffer, format='PNG')
-  write(path, buffer.getvalue())
+  return canvas
 
 
 class Metrics:

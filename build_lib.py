@@ -39,7 +39,7 @@ from time_grids import GRIDS
 # stored. The order is part of every run's result.
 PURPOSES = (
   'init', 'train', 'eval', 'snapshot', 'sample', 'bpd',
-  'classifier_init', 'classifier_train', 'classifier_eval', 'classifier_report',
+  'classifier_init', 'classifier_train', 'classifier_eval', 'classifier_report', 'draw',
 )  # fmt: skip
 
 
@@ -221,6 +221,8 @@ _CHOICES = {
   'sampling.grid': ('', *GRIDS),
   'sampling.ode_solver': ode.SOLVERS,
   'sampling.uint8': ('truncate', 'round'),
+  'sampling.task': ('', 'inpaint', 'colorize', 'superres', 'deblur'),
+  'sampling.conditioning': ('constraint', 'posterior'),
   'eval.bpd_dataset': ('train', 'test'),
 }
 _POSITIVE = (
@@ -229,6 +231,7 @@ _POSITIVE = (
   'training.snapshot_freq', 'training.snapshot_freq_for_preemption', 'training.snapshot_samples',
   'training.eps', 'optim.lr', 'sampling.n_steps_each', 'sampling.snr', 'sampling.eps',
   'sampling.rtol', 'sampling.atol', 'sampling.sde_rtol', 'sampling.sde_atol', 'sampling.rho',
+  'sampling.num_samples', 'sampling.blur_std',
   'eval.batch_size', 'eval.num_samples', 'eval.bpd_repeats', 'classifier.blocks_per_group',
   'classifier.channel_multiplier', 'classifier.batch_size', 'classifier.n_iters', 'classifier.lr',
 )  # fmt: skip

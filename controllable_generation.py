@@ -158,7 +158,7 @@ class PosteriorGuidance:
 
   score_fn: ScoreFn
   operator: Operator
-  y: Array  # [B, ...]
+  y: Array  # [B, ...]; without noise it is A of something, such as 0 outside of a mask
   sde: SDE = flax.struct.field(pytree_node=False)
   noise_std: float = 0.0
   iterations: int = flax.struct.field(pytree_node=False, default=3)

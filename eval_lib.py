@@ -13,12 +13,12 @@ from typing import Any
 from etils import epath
 import jax
 from jax import Array
-from jax.experimental import multihost_utils
 import numpy as np
 
 import artifacts
 from build_lib import Setup
 import datasets
+from draw_lib import classes_in_turn, draw, gather
 from errors import UserError
 from likelihood import bits_per_dim, Likelihood
 import losses
@@ -30,45 +30,6 @@ LossSum = Callable[[Any, losses.Batch, Array], Array]
 
 def processes() -> dict[str, int]:
   return {'process_index': jax.process_index(), 'process_count': jax.process_count()}
-
-
-def draw(
-  setup: Setup,
-  params: Any,
-  rng: Array,
-  n: int,
-  progress: Callable[[float], None] | None = None,
-  labels: np.ndarray | None = None,
-) -> tuple[np.ndarray, int]:
-  """Draws n images, uint8 [n, H, W, C], the same on every process; n suits the devices.
-
-  Of a label-conditional model they belong to the classes `labels`, int32 [n].
-
-  Returns:
-    The images, and the number of score evaluations that each took.
-  """
-  if labels is not None:
-    labels = jax.make_array_from_callback((n,), setup.batch, labels.__getitem__)
-  score_fn, shape = setup.model.bind(params, labels=labels), (n, *setup.data_shape)
-  observe = progress and (lambda fraction, x: progress(fraction))
-  x, nfe = setup.sampler(rng, score_fn, shape, sharding=setup.batch, observe=observe)
-  x = _gather(x)
-  x = (x + 1) / 2 if setup.config.data.centered else x
-  half = 0.5 if setup.config.sampling.uint8 == 'round' else 0.0
-  return np.clip(255 * x + half, 0, 255).astype(np.uint8), nfe
-
-
-def classes_in_turn(setup: Setup, start: int, n: int) -> np.ndarray | None:
-  """Labels 0, 1, 2, ... int32 [n] for samples `start` to `start` + n, or None without classes."""
-  classes = setup.model.num_classes
-  return np.arange(start, start + n, dtype=np.int32) % classes if classes else None
-
-
-def _gather(x: Array) -> np.ndarray:
-  """The global array, on every process."""
-  return (
-    multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else np.asarray(x)
-  )
 
 
 def compile_loss_sum(setup: Setup) -> LossSum:
@@ -128,7 +89,7 @@ def evaluate_bpd(
           score_fn = setup.model.bind(params, labels=labels)
           logp, _, nfe = likelihood(rng_probe, score_fn, x0)
           bits = bits_per_dim(logp, math.prod(setup.data_shape), setup.model.centered)
-          kept = _gather(bits)[:n], nfe
+          kept = gather(bits)[:n], nfe
           artifacts.write_npz(path, bpd=kept[0], nfe=np.int64(nfe))
         values[repeat, done : done + n] = kept[0]
         nfes.append(kept[1])

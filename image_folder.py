@@ -33,7 +33,7 @@ def find(path: str, split: str) -> tuple[list[Path], list[int], Sequence[str]]:
     splits = {'train': root / 'train', 'test': held_out[0]}
   elif split == 'test':
     logger.warning('%s has no train/ and test/ subfolders: testing on the training images.', path)
-  files = {root: _image_files(root) for root in splits.values()}
+  files = {root: image_files(root) for root in splits.values()}
   folders = {root: [_subfolder(file, root) for file in files[root]] for root in files}
   own = splits[split]
   if not files[own]:
@@ -51,7 +51,9 @@ def _subfolder(file: Path, root: Path) -> str:
   return first if below else ''
 
 
-def _image_files(root: Path) -> list[Path]:
+def image_files(root: Path) -> list[Path]:
+  """All images in a folder and below it, in the same order on every machine."""
+
   def fail(error: OSError) -> None:
     raise UserError(f'cannot list {error.filename} ({error.strerror})') from error
 

@@ -6,6 +6,7 @@
   python main.py --config configs/vp/digits.py --mode train --config.training.n_iters=2000
   python main.py --config configs/vp/digits.py --mode train_classifier
   python main.py --config configs/ve/cifar10.py --mode import --checkpoint checkpoint_26
+  python main.py --config configs/vp/digits.py --mode sample --config.sampling.num_samples=64
 
 Any field of a config can be set as --config.section.field=value.
 """
@@ -24,13 +25,16 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from errors import unknown, UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, [:variant] of it.')
-_MODES = ['train', 'train_classifier', 'eval', 'import']
+_MODES = ['train', 'train_classifier', 'eval', 'sample', 'import']
 _MODE = flags.DEFINE_enum('mode', None, _MODES, 'What to do.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; runs/<config>[-<variant>].')
 _EVAL_FOLDER = flags.DEFINE_string('eval_folder', 'eval', 'Folder of an evaluation in workdir.')
+_SAMPLE_FOLDER = flags.DEFINE_string('sample_folder', 'sample', 'Folder of samples in workdir.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Join the processes of a pod or SLURM job.')
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Released checkpoint to import.')
-_FLAGS = (_CONFIG, _MODE, _WORKDIR, _EVAL_FOLDER, _DISTRIBUTED, _CHECKPOINT)
+_FLAGS = (
+  _CONFIG, _MODE, _WORKDIR, _EVAL_FOLDER, _SAMPLE_FOLDER, _DISTRIBUTED, _CHECKPOINT,
+)  # fmt: skip
 
 
 def default_workdir(path: str, variant: str) -> str:
@@ -107,6 +111,8 @@ def main(argv: Sequence[str]) -> None:
       run_lib.train_classifier(_CONFIG.value, workdir)
     elif _MODE.value == 'eval':
       run_lib.evaluate(_CONFIG.value, workdir, _EVAL_FOLDER.value)
+    elif _MODE.value == 'sample':
+      run_lib.sample(_CONFIG.value, workdir, _SAMPLE_FOLDER.value)
     else:
       run_lib.import_released(_CONFIG.value, workdir, _CHECKPOINT.value)
 
@@ -115,7 +121,7 @@ if __name__ == '__main__':
   if {'-h', '--help', '-help'} & set(sys.argv[1:]):
     print(__doc__)
     for flag in _FLAGS:
-      print(f'  --{flag.name:<12} {flags.FLAGS[flag.name].help}')
+      print(f'  --{flag.name:<13} {flags.FLAGS[flag.name].help}')
     sys.exit(0)
   logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', level=logging.WARNING)
   logging.getLogger('score_sde').setLevel(logging.INFO)

@@ -1,9 +1,9 @@
 """Training, evaluation and import of checkpoints, of a config in a workdir.
 
 A workdir holds `config.json`, `checkpoints/` and `checkpoints-meta/`, `metrics.jsonl` and
-`tensorboard/`, `samples/iter_<step>/sample.png`, in `eval/` what evaluation made, and in
-`classifier/` the same of a classifier. All of it can be stopped at any moment and started again,
-with the same final result.
+`tensorboard/`, `samples/iter_<step>/sample.png`, in `eval/` what evaluation made, in `sample/` what
+was drawn, and in `classifier/` the same of a classifier. All of it can be stopped at any moment
+and started again, with the same final result.
 """
 
 from functools import partial
@@ -20,6 +20,7 @@ import checkpoints as checkpoints_lib
 from checkpoints import Checkpoints
 import classifier_lib
 import datasets
+from draw_lib import classes_in_turn, draw
 from errors import UserError
 import eval_lib
 from eval_lib import Report
@@ -35,6 +36,7 @@ from same_config import (
   FIXED_IN_RUN,
   FIXED_NOISE,
 )
+import sample_lib
 import train_lib
 from train_lib import Task
 
@@ -124,6 +126,55 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
         logger.info('samples are in %s', eval_lib.step_folder(out, step) / 'samples.png')
       reports.append(report)
   return reports
+
+
+def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> Report:
+  """Draws samples from the newest checkpoint, in `<sample_folder>/step_<step>/`.
+
+  See `sample_lib.sample`; a model that knows no classes takes them from the workdir's classifier.
+
+  Returns:
+    How many samples there are, and the number of score evaluations that each took.
+
+  Raises:
+    UserError: for a mistake in the config, the workdir or the user's images.
+  """
+  setup, root = build(config), epath.Path(workdir)
+  step, params = _newest(setup, root)
+  log_prob = None
+  if setup.config.sampling.labels and not setup.model.num_classes:
+    log_prob = setup.classifier.bind(classifier_lib.load(setup, root))
+  out = root / sample_folder
+  _open(out, setup, FIXED_IN_EVAL)
+  folder = eval_lib.step_folder(out, step)
+  report = sample_lib.sample(setup, params, log_prob, folder)
+  logger.info('%(samples)d samples, %(nfe)d evaluations each', report)
+  logger.info('samples are in %s', folder / 'samples.png')
+  return report
+
+
+def load(workdir: str) -> tuple[Setup, Params]:
+  """A run's parts, from its `config.json`, and the parameters of its newest checkpoint.
+
+  Raises:
+    UserError: if the workdir holds no checkpoint.
+  """
+  root = epath.Path(workdir)
+  path = root / 'config.json'
+  if not path.exists():
+    raise UserError(f'{path} does not exist; name the workdir of a run')
+  setup = build(ConfigDict(artifacts.read_json(path)))
+  return setup, _newest(setup, root)[1]
+
+
+def _newest(setup: Setup, root: epath.Path) -> tuple[int, Params]:
+  """Step and parameters of the newest checkpoint."""
+  if not checkpoints_lib.exist(root):
+    raise UserError(f'{root} holds no checkpoints; train first (--mode train)')
+  check_unchanged(root / 'config.json', setup.config, FIXED_IN_RUN)
+  with Checkpoints(root) as checkpoints:
+    state = checkpoints.restore_latest(_like(setup))
+  return int(state.step), state.ema_params
 
 
 def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
@@ -230,8 +281,8 @@ def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop
     try:
       rng = setup.key('snapshot', step)
       n = training.snapshot_samples
-      labels = eval_lib.classes_in_turn(setup, 0, n)
-      images, _ = eval_lib.draw(setup, state.ema_params, rng, n, progress, labels)
+      labels = classes_in_turn(setup, 0, n)
+      images, _ = draw(setup, state.ema_params, rng, n, progress, labels)
     except InterruptedError:
       return
   artifacts.write_grid(path, images)

@@ -172,6 +172,18 @@ def _default() -> ConfigDict:
   sampling.sde_rtol = 0.05  # of adaptive_sde
   sampling.sde_atol = 1 / 256  # one level of the data's range
   sampling.uint8 = 'truncate'  # pixels to whole numbers: truncate or round
+  sampling.guidance_scale = 1.0  # of classes: 0 ignores them, 1 is p(x | y), more is more typical
+  # What follows is for --mode sample.
+  sampling.num_samples = 16  # for a task, of each input
+  sampling.labels = ()  # classes, over and over; empty for all that the model knows
+  sampling.task = ''  # inpaint, colorize, superres or deblur; empty for samples of everything
+  sampling.input = ''  # an image of a task, or a folder of images
+  sampling.mask = ''  # of inpaint: an image, white where pixels are known
+  sampling.factor = 4  # of superres
+  sampling.blur_std = 1.0  # of deblur, in pixels
+  sampling.conditioning = 'constraint'  # on a task's input; or posterior, slower and more faithful
+  sampling.noise_std = 0.0  # of the noise in a task's input, pixels being 0 to 1; for posterior
+  sampling.trajectory = False  # also picture how noise became the first samples
 
   config.eval = evaluation = ConfigDict()
   evaluation.begin_ckpt = 1  # checkpoints are numbered in units of training.snapshot_freq

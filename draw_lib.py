@@ -1,0 +1,79 @@
+"""From a score to images: the classes that are asked for, and arrays on all processes."""
+
+from collections.abc import Callable
+
+import jax
+from jax import Array
+from jax.experimental import multihost_utils
+import numpy as np
+
+from build_lib import Setup
+from controllable_generation import ClassifierFreeGuidance, ClassifierGuidance
+from models.classifier import ClassLogProb
+from models.score import Params
+from sde_lib import ScoreFn
+
+
+def class_score(
+  setup: Setup, params: Params, labels: Array | None, log_prob: ClassLogProb | None = None
+) -> ScoreFn:
+  """The score of the classes `labels` [B], or of all images, with the guidance of the config.
+
+  A model that knows no classes needs `log_prob`, a classifier of noisy images.
+  """
+  model, scale = setup.model, setup.config.sampling.guidance_scale
+  if labels is None:
+    return model.bind(params)
+  if not model.num_classes:
+    return ClassifierGuidance(model.bind(params), log_prob, labels, scale)
+  conditional = model.bind(params, labels=labels)
+  if scale == 1:  # which needs no second evaluation
+    return conditional
+  return ClassifierFreeGuidance(conditional, model.bind(params), scale)
+
+
+def draw(
+  setup: Setup,
+  params: Params,
+  rng: Array,
+  n: int,
+  progress: Callable[[float], None] | None = None,
+  labels: np.ndarray | None = None,
+) -> tuple[np.ndarray, int]:
+  """Draws n images, uint8 [n, H, W, C], the same on every process; n suits the devices.
+
+  Of a label-conditional model they belong to the classes `labels`, int32 [n].
+
+  Returns:
+    The images, and the number of score evaluations that each took.
+  """
+  score_fn = class_score(setup, params, None if labels is None else shard(setup, labels))
+  observe = progress and (lambda fraction, x: progress(fraction))
+  shape = (n, *setup.data_shape)
+  x, nfe = setup.sampler(rng, score_fn, shape, sharding=setup.batch, observe=observe)
+  return to_uint8(setup, gather(x)), nfe
+
+
+def to_uint8(setup: Setup, x: np.ndarray) -> np.ndarray:
+  """Data as images: uint8 of the same shape."""
+  x = (x + 1) / 2 if setup.config.data.centered else x
+  half = 0.5 if setup.config.sampling.uint8 == 'round' else 0.0
+  return np.clip(255 * x + half, 0, 255).astype(np.uint8)
+
+
+def shard(setup: Setup, rows: np.ndarray) -> Array:
+  """The rows of a batch, the same on every process, as a batch on the devices."""
+  return jax.make_array_from_callback(rows.shape, setup.batch, rows.__getitem__)
+
+
+def classes_in_turn(setup: Setup, start: int, n: int) -> np.ndarray | None:
+  """Labels 0, 1, 2, ... int32 [n] for samples `start` to `start` + n, or None without classes."""
+  classes = setup.model.num_classes
+  return np.arange(start, start + n, dtype=np.int32) % classes if classes else None
+
+
+def gather(x: Array) -> np.ndarray:
+  """The global array, on every process."""
+  return (
+    multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else np.asarray(x)
+  )
