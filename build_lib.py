@@ -98,7 +98,7 @@ def build(config: ConfigDict) -> Setup:
   """
   config = FrozenConfigDict(config)
   _check(config)
-  training = config.training
+  training, optim, classifier = config.training, config.optim, config.classifier
   try:
     sde = _SDES[training.sde](config.model, training.eps)
     model = _score_model(config, sde)
@@ -117,9 +117,9 @@ def build(config: ConfigDict) -> Setup:
       uniform_dequantization=config.data.uniform_dequantization,
       label_dropout=training.label_dropout,
     ),
-    tx=_optimizer(config.optim, config.optim),
+    tx=_optimizer(optim, optim.lr, optim.weight_decay, optim.warmup),
     classifier=_classifier(config, sde),
-    classifier_tx=_optimizer(config.optim, config.classifier),
+    classifier_tx=_optimizer(optim, classifier.lr, classifier.weight_decay, classifier.warmup),
     sampler=sampler,
     batch=NamedSharding(mesh, PartitionSpec('data')),
     replicated=NamedSharding(mesh, PartitionSpec()),
@@ -330,14 +330,15 @@ def _classifier(config: FrozenConfigDict, sde: SDE) -> Classifier:
   return Classifier(net, sde, config.data.centered)
 
 
-def _optimizer(optim: FrozenConfigDict, own: FrozenConfigDict) -> optax.GradientTransformation:
-  """The optimiser of a config, with the learning rate and decay of a section of its `own`."""
+def _optimizer(
+  optim: FrozenConfigDict, lr: float, weight_decay: float, warmup: int
+) -> optax.GradientTransformation:
   return _OPTIMIZERS[optim.optimizer](
-    lr=own.lr,
+    lr=lr,
     beta1=optim.beta1,
     eps=optim.eps,
-    weight_decay=own.weight_decay,
-    warmup=own.warmup,
+    weight_decay=weight_decay,
+    warmup=warmup,
     grad_clip=optim.grad_clip,
   )
 

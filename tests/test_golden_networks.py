@@ -48,7 +48,7 @@ def config_of(arrays: dict[str, np.ndarray]) -> ConfigDict:
   make = {'vesde': base.ve, 'vpsde': base.vp}[released.training.sde]
   config = make(released.model.name)
   for section in config:
-    if isinstance(config[section], ConfigDict):
+    if section in released and isinstance(config[section], ConfigDict):
       known = {k: v for k, v in released[section].items() if k in config[section]}
       config[section].update({k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
   return config
