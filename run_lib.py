@@ -51,7 +51,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written; the code is 128 + signal.
   """
   setup, root = build(config), epath.Path(workdir)
-  source, held_out = (_load(setup, split, 'model') for split in ('train', 'test'))
+  source, held_out = (_load(setup, split) for split in ('train', 'test'))
   _open(root, setup, FIXED_IN_RUN if checkpoints_lib.exist(root) else ())
   draw = partial(_draw_snapshot, setup, root)
   train_lib.train(setup, score_task(setup), root, source, held_out, draw)
@@ -217,9 +217,11 @@ def _load(setup: Setup, split: str, section: str = 'model') -> datasets.ImageSou
   )
   takes_labels = num_classes > 0 or section == 'classifier'
   if takes_labels and not num_classes == source.num_classes > 0:
+    n = source.num_classes
+    there = f'{n} classes; set it to that' if n else 'no labels; choose another dataset'
     raise UserError(
       f'config.{section}.num_classes is {num_classes}, and dataset {data.dataset!r}, split {split},'
-      f' has {source.num_classes or "no"} classes; set it to that'
+      f' has {there}'
     )
   return source
 
