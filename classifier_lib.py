@@ -168,10 +168,9 @@ def evaluate(setup: Setup, params: Params, held_out: datasets.ImageSource) -> di
         rng = jax.random.fold_in(setup.key('classifier_report', i), level)
         totals[level] += sums(params, batch, rng, (edges[level], edges[level + 1]))
       bar.update(min((i + 1) * size, n))
-  means = totals / n
-  levels = []
-  for (loss, accuracy), low, high in zip(means, edges[:-1], edges[1:], strict=True):
+  means, edges, levels = totals / n, edges.tolist(), []
+  for (loss, accuracy), low, high in zip(means.tolist(), edges[:-1], edges[1:], strict=True):
     levels.append({'t': [low, high], 'loss': loss, 'accuracy': accuracy})
     logger.info('t from %.2f to %.2f: accuracy %.4f, loss %.4f', low, high, accuracy, loss)
-  loss, accuracy = means.mean(0)
+  loss, accuracy = means.mean(0).tolist()
   return {'images': n, 'loss': loss, 'accuracy': accuracy, 'levels': levels}
