@@ -14,7 +14,7 @@ demo: .venv/installed
 	$(BIN)/python main.py --config $(DEMO) --mode eval
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -150,7 +150,8 @@ class PosteriorGuidance:
     (dD/dx)^T A^T (A V A^T + noise_std^2 I)^-1 (y - A D).
 
   This is exact for Gaussian data. The inverse takes some iterations of conjugate gradients; each
-  costs one pullback of the network and no evaluation. From Rozet et al. 2024,
+  costs one pullback of the network and no evaluation. More of them are closer to the formula, but
+  trust the derivatives of the network more, and some samples may run away. From Rozet et al. 2024,
   https://arxiv.org/abs/2405.13712 (Sec. 4.2); with V = r^2 I in place of the covariance it would be
   https://openreview.net/forum?id=9_gsMA8MRKQ, and DPS (https://arxiv.org/abs/2209.14687) lets the
   whole inverse be a step size.
@@ -161,7 +162,7 @@ class PosteriorGuidance:
   y: Array  # [B, ...]; without noise it is A of something, such as 0 outside of a mask
   sde: SDE = flax.struct.field(pytree_node=False)
   noise_std: float = 0.0
-  iterations: int = flax.struct.field(pytree_node=False, default=3)
+  iterations: int = flax.struct.field(pytree_node=False, default=1)
 
   def __call__(self, x: Array, t: Array) -> Array:
     score, pullback = jax.vjp(lambda x: self.score_fn(x, t), x)

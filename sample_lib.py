@@ -74,8 +74,7 @@ def sample(
   each, n_inputs = choice.num_samples, max(1, len(names))
   total = each * n_inputs
   size = min(setup.config.eval.batch_size, math.ceil(total / devices) * devices)
-  labels, parts, frames = wanted_labels(setup, each), [], []
-  observe = _Collector(setup, frames) if choice.trajectory else None
+  labels, parts, stages = wanted_labels(setup, each), [], []
   with Bar('sample', total, unit='samples') as bar:
     for i, start in enumerate(range(0, total, size)):
       rows = np.arange(start, start + size) % total  # the last batch is as large as the others
@@ -88,8 +87,8 @@ def sample(
 
       def progress(fraction: float, x: Array, start: int = start) -> None:
         bar.update(min(total, start + fraction * size))
-        if observe and start == 0:
-          observe(fraction, x)
+        if choice.trajectory and start == 0:
+          stages.append(gather(x[:SHOWN]))
 
       rng = jax.random.fold_in(setup.key('draw'), i)
       shape = (size, *setup.data_shape)
@@ -105,29 +104,27 @@ def sample(
     name = f'{names[i // each]}_{i % each}' if names else f'sample_{i}'
     artifacts.write_png(folder / f'{name}.png', image)
   _write_overview(setup, folder, images, y, each)
-  if frames:
-    artifacts.write_gif(folder / 'trajectory.gif', frames)
-    shown = np.linspace(0, len(frames) - 1, min(10, len(frames))).round().astype(int)
-    strip = np.stack([frames[i] for i in shown], axis=1)  # a row for each sample
-    artifacts.write_grid(
-      folder / 'trajectory.png', strip.reshape(-1, *setup.data_shape), columns=len(shown)
-    )
+  if stages:
+    _write_trajectory(setup, folder, stages)
   return {'samples': total, 'nfe': nfe}
 
 
-class _Collector:
-  """Keeps what an observer sees of the first samples, as images whose noise fits their range."""
+def _write_trajectory(setup: Setup, folder: epath.Path, stages: list[np.ndarray]) -> None:
+  """Pictures of x [n, H, W, C] at some times, each with the contrast of the samples at the end.
 
-  def __init__(self, setup: Setup, frames: list[np.ndarray]):
-    self._setup, self._frames = setup, frames
-
-  def __call__(self, fraction: float, x: Array) -> None:
-    del fraction
-    x = gather(x[:SHOWN])
-    centre = 0.0 if self._setup.config.data.centered else 0.5
-    # The VE SDE's noise is far larger than the data; a picture shows it at half of their range.
-    shrink = max(1.0, 2 * (x - centre).std() / (1.0 if centre == 0 else 0.5))
-    self._frames.append(to_uint8(self._setup, centre + (x - centre) / shrink))
+  The noise of the VE SDE is far larger than the data, and would be all that one sees.
+  """
+  centre = 0.0 if setup.config.data.centered else 0.5
+  spread = (stages[-1] - centre).std()
+  shrink = [max(1.0, (x - centre).std() / spread) for x in stages]
+  frames = [
+    to_uint8(setup, centre + (x - centre) / by) for x, by in zip(stages, shrink, strict=True)
+  ]
+  artifacts.write_gif(folder / 'trajectory.gif', frames)
+  shown = np.linspace(0, len(frames) - 1, min(10, len(frames))).round().astype(int)
+  strip = np.stack([frames[i] for i in shown], axis=1)  # a row for each sample
+  path = folder / 'trajectory.png'
+  artifacts.write_grid(path, strip.reshape(-1, *setup.data_shape), columns=len(shown))
 
 
 def _write_overview(
