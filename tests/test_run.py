@@ -14,6 +14,8 @@ import orbax.checkpoint as ocp
 from PIL import Image
 import pytest
 
+import run_lib
+
 ROOT = Path(__file__).parent.parent
 # A network of a few thousand parameters, and a checkpoint every other step.
 TINY = {
@@ -180,6 +182,24 @@ def test_evaluation_resumes_where_it_was_stopped(whole, tmp_path):
   assert rounds[0].stat().st_mtime_ns == stamp
   timeless = [k for k in first if not k.endswith('seconds')]
   assert [first[k] for k in timeless] == [again[k] for k in timeless]
+
+
+def test_samples_are_drawn_from_the_newest_checkpoint(whole):
+  few = {'sampling__num_samples': 5, 'sampling__method': 'ddim', 'sampling__num_steps': 4}
+  succeed('sample', whole, **few)
+  folder = whole / 'sample' / 'step_12'
+  assert np.load(folder / 'samples.npz')['samples'].shape == (5, 8, 8, 1)
+  assert len(list(folder.glob('sample_*.png'))) == 5
+  error = refused(run('sample', whole, **few | {'sampling__num_steps': 5}))
+  assert 'config.sampling.num_steps: 4 there, 5 now' in error
+  assert 'no classifier' in refused(
+    run('sample', whole, **few, sampling__labels='3,', sampling__guidance_scale=2.0)
+  )
+  setup, params = run_lib.load(str(whole))
+  kept = state_of(whole, 12)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    np.testing.assert_array_equal(leaf, kept[f"['ema_params']{jax.tree_util.keystr(path)}"])
+  assert setup.config.model.nf == 8
 
 
 # Mistakes: one line, exit code 2, nothing lost.
