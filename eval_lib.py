@@ -13,6 +13,7 @@ from typing import Any
 from etils import epath
 import jax
 from jax import Array
+import jax.numpy as jnp
 import numpy as np
 
 import artifacts
@@ -66,14 +67,15 @@ def evaluate_bpd(
 ) -> Report:
   """Bits per dimension of uniformly dequantised images (Sec. 4.3), each counted once per repeat.
 
-  Every repeat has its own dequantisation and probe; the standard error is that of the mean over
-  images of what the repeats give on average.
+  The noise and the probe of an image are a function of the seed, the repeat and the image's number,
+  so that the size of the batches matters only within the tolerance of the solver. The standard
+  error is that of the mean over images of what the repeats give on average.
   """
   wanted, began, n_images = setup.config.eval, time.monotonic(), len(source)
   size, repeats = wanted.batch_size, wanted.bpd_repeats
   rounds = math.ceil(n_images / size)
   likelihood, values, nfes = Likelihood(setup.model.sde), np.zeros((repeats, n_images)), []
-  dequantize = jax.jit(losses.preprocess, static_argnums=(2, 3, 4), out_shardings=setup.batch)
+  dequantize = jax.jit(_dequantize, static_argnums=3, out_shardings=setup.batch)
   with Bar('bits/dim', repeats * n_images, unit='images') as bar:
     for repeat in range(repeats):
       batches = datasets.eval_batches(source, size, **processes())
@@ -83,11 +85,11 @@ def evaluate_bpd(
         path = folder / f'bpd_{wanted.bpd_dataset}_{k}.npz'
         kept = _read_round(path, 'bpd', n)
         if kept is None:
-          rng_data, rng_probe = jax.random.split(setup.key('bpd', k))
-          x0 = dequantize(rng_data, setup.put(batch['image']), setup.model.centered, False, True)
+          images, rng = setup.put(batch['image']), setup.key('bpd', repeat)
+          x0, rngs = dequantize(rng, done, images, setup.model.centered)
           labels = setup.put(batch['label']) if setup.model.num_classes else None
           score_fn = setup.model.bind(params, labels=labels)
-          logp, _, nfe = likelihood(rng_probe, score_fn, x0)
+          logp, _, nfe = likelihood(rngs, score_fn, x0)
           bits = bits_per_dim(logp, math.prod(setup.data_shape), setup.model.centered)
           kept = gather(bits)[:n], nfe
           artifacts.write_npz(path, bpd=kept[0], nfe=np.int64(nfe))
@@ -103,6 +105,17 @@ def evaluate_bpd(
     f'{name}_nfe': float(np.mean(nfes)),
     f'{name}_seconds': time.monotonic() - began,
   }
+
+
+def _dequantize(rng: Array, first: Array, images: Array, centered: bool) -> tuple[Array, Array]:
+  """Images as the network sees them [B, H, W, C], and keys [B], by the number of each image."""
+  numbers = first + jnp.arange(len(images))
+  rngs = jax.vmap(lambda number: jax.random.split(jax.random.fold_in(rng, number)))(numbers)
+
+  def one(rng: Array, image: Array) -> Array:
+    return losses.preprocess(rng, image, centered, False, True)
+
+  return jax.vmap(one)(rngs[:, 0], images), rngs[:, 1]
 
 
 def step_folder(out: epath.Path, step: int) -> epath.Path:

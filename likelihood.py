@@ -1,8 +1,8 @@
 """Exact likelihoods and encodings through the probability flow ODE (Sec. 4.3, Appendix D).
 
 The ODE carries data at time eps to the prior at time T, one to one; how it changes volume on its
-way gives the density of the data. Everything runs on the device; drift and divergence share one
-evaluation of the network and its pullback.
+way gives the density of the data. Drift and divergence share one evaluation of the network and
+its pullback.
 """
 
 import dataclasses
@@ -57,7 +57,8 @@ class Likelihood:
     """Evaluates the log-density of x0 [B, ...].
 
     Args:
-      rng: the key of the probes.
+      rng: the key of the probes; or keys [B], one for each of x0, whose probes are then the same
+        in any batch.
       score_fn: the score; compiled code is reused if it is a pytree, as `ScoreModel.bind` gives.
       x0: the data, scaled as the network sees them.
       observe: told the fraction that is done, and (x, log-density so far) there.
@@ -90,17 +91,22 @@ class VolumeChange:
 
 @partial(jax.jit, static_argnums=(2, 3))  # makes arrays that reach all processes
 def _begin(rng, x0, probe, n):
-  return (x0, jnp.zeros(x0.shape[:1], x0.dtype)), draw_probes(rng, x0, probe, n)
+  change = 0 * x0.reshape(len(x0), -1)[:, 0]  # on the devices that x0 is on
+  return (x0, change), draw_probes(rng, x0, probe, n)
 
 
 def draw_probes(rng: Array, x: Array, probe: str, n: int) -> Array:
-  """Probes [n, B, ...] for x [B, ...]; for the exact trace the D axes, each sqrt(D) long."""
+  """Probes [n, B, ...] for x [B, ...]; for the exact trace the D axes, each sqrt(D) long.
+
+  The key is split in keys [B], unless it has that shape already.
+  """
   if probe == 'exact':
     dim = math.prod(x.shape[1:])
     axes = math.sqrt(dim) * jnp.eye(dim, dtype=x.dtype).reshape(dim, 1, *x.shape[1:])
     return jnp.broadcast_to(axes, (dim, *x.shape))
   draw = {'rademacher': jax.random.rademacher, 'gaussian': jax.random.normal}[probe]
-  return draw(rng, (n, *x.shape), x.dtype)
+  rngs = rng if rng.ndim else jax.random.split(rng, len(x))
+  return jax.vmap(lambda rng: draw(rng, (n, *x.shape[1:]), x.dtype), out_axes=1)(rngs)
 
 
 def bits_per_dim(logp: Array, dim: int, centered: bool) -> Array:
