@@ -1,10 +1,14 @@
-"""What all tests share: they compile much and compute little, so nothing is optimised."""
+"""What all tests share: they compile much and compute little, so nothing is optimised.
+
+The older of XLA:CPU's two ways to emit fused loops compiles in half the time.
+"""
 
 import os
 
 import agreement
 
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_backend_optimization_level=0'
+QUICK = ' --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + QUICK
 
 
 def pytest_addoption(parser) -> None:
