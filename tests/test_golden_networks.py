@@ -4,12 +4,14 @@ What the arrays are stands in tests/golden/README.md. All parameters come in thr
 `released_checkpoints`, as those of a checkpoint would.
 """
 
+from functools import partial
 import json
 from pathlib import Path
 
 import agreement
 from flax import serialization, traverse_util
 import jax
+from jax import Array
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
@@ -22,6 +24,7 @@ import losses
 from losses import Objective
 import released_checkpoints
 from released_checkpoints import from_jax, from_torch, network_parameters
+from sde_lib import ScoreFn
 
 GOLDEN = Path(__file__).parent / 'golden'
 CASES = (
@@ -89,6 +92,12 @@ def released_state(arrays: dict[str, np.ndarray]) -> dict:
   }
 
 
+@jax.jit
+def score_of(score_fn: ScoreFn, x: Array, t: Array) -> Array:
+  """The score, compiled once for all tests of a network."""
+  return score_fn(x, t)
+
+
 @pytest.fixture(scope='module', params=CASES)
 def golden(request):
   arrays = load(request.param)
@@ -118,7 +127,7 @@ def test_conditioning_and_score(golden):
   fourier = fourier and setup.config.model.name == 'ncsnpp'
   labels = np.log(arrays['io/model_labels']) if fourier else arrays['io/model_labels']
   np.testing.assert_allclose(told, labels, rtol=1e-5, atol=1e-5)
-  score = jax.jit(lambda f: f(x, t))(setup.model.bind(params))
+  score = score_of(setup.model.bind(params), x, t)
   assert agreement.error(score, arrays['io/score_ema'], quantity='score') < 1e-4
 
 
@@ -133,7 +142,7 @@ def test_losses_and_gradients(golden):
       jnp.asarray(sde.N - 1 - labels if setup.config.training.sde == 'vesde' else labels)
     )
 
-  score_fn = jax.jit(setup.model.bind(params).__call__)
+  score_fn = partial(score_of, setup.model.bind(params))
 
   checked = 0
   for name in arrays:
@@ -201,7 +210,7 @@ def test_scores_of_pytorch_checkpoints(case):
   found = from_torch(torch_content(arrays), shapes_of(setup))
   params = released_checkpoints.fit(found.ema_params, shapes_of(setup), 'moving averages')
   x, t = arrays['io/x'].transpose(0, 2, 3, 1), arrays['io/t']
-  score = jax.jit(lambda f: f(x, t))(setup.model.bind(params))
+  score = score_of(setup.model.bind(params), x, t)
   theirs = arrays['io/score_ema'].transpose(0, 2, 3, 1)
   assert agreement.error(score, theirs, quantity='score') < 1e-4
 

@@ -24,6 +24,7 @@ import sampler_lib
 import sampling
 from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS
 from sde_lib import ScoreFn, SDE, subVPSDE, VESDE, VPSDE
+import time_grids
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 SDES = {'ve': VESDE, 'vp': VPSDE, 'subvp': subVPSDE}
@@ -141,7 +142,7 @@ def coefficients(name: str) -> dict[str, jax.Array]:
   sde, file = setting(name)
   sde = dataclasses.replace(as_released(sde), eps=float(file['pc_timesteps'][-1]))
   x, t, score_fn = inputs(name)
-  times, i = jnp.linspace(sde.T, sde.eps, sde.N), jnp.arange(sde.N)
+  times, i = jnp.asarray(time_grids.uniform(sde, sde.N), jnp.float32), jnp.arange(sde.N)
   got = {'prior_logp': sde.prior_logp(x), 'score': score_fn(x, t), 'pc_timesteps': times}
   got['drift'], got['diffusion'] = sde.sde(x, t)
   got['mean'], got['std'] = sde.marginal_prob(x, t)

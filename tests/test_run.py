@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 # A network of a few thousand parameters, and a checkpoint every other step.
 TINY = {
   'model.nf': 8,
+  'model.ch_mult': '(1,)',
   'model.num_res_blocks': 1,
   'model.attn_resolutions': '()',
   'training.batch_size': 8,
@@ -35,6 +37,7 @@ TINY = {
   'eval.batch_size': 16,
   'eval.num_samples': 24,
 }
+UNSEEN = {'training__snapshot_sampling': False}
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -47,13 +50,19 @@ def environment(tmp_path_factory) -> None:
     yield
 
 
-def command(mode: str, workdir: Path, config: str = 'configs/vp/digits.py', **fields) -> list[str]:
+def command(
+  mode: str,
+  workdir: Path,
+  config: str = 'configs/vp/digits.py',
+  eval_folder: str = 'eval',
+  **fields,
+) -> list[str]:
   """The command line of a tiny run; a field section.name is passed as section__name."""
   values = TINY | {name.replace('__', '.'): value for name, value in fields.items()}
   overrides = [f'--config.{name}={value}' for name, value in values.items()]
   return [
     sys.executable, str(ROOT / 'main.py'), '--config', str(ROOT / config), '--mode', mode,
-    '--workdir', str(workdir), *overrides,
+    '--workdir', str(workdir), '--eval_folder', eval_folder, *overrides,
   ]  # fmt: skip
 
 
@@ -137,20 +146,22 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(whole, tmp_path):
   assert training_losses(tmp_path) == training_losses(whole)
 
 
-@pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves(whole, tmp_path, sent):
-  never = {'training__snapshot_freq_for_preemption': 1000}
-  process = subprocess.Popen(command('train', tmp_path, **never), stderr=subprocess.PIPE, text=True)
+def test_a_signal_saves_and_leaves(whole, tmp_path):
+  """SIGTERM, then Ctrl-C after the run went on, and it ends as if neither had come."""
+  never = UNSEEN | {'training__snapshot_freq_for_preemption': 1000}
   metrics = tmp_path / 'metrics.jsonl'
-  while not metrics.exists() or metrics.read_text().count('"loss"') < 2:
-    assert process.poll() is None
-    time.sleep(0.005)
-  process.send_signal(sent)
-  _, said = process.communicate(timeout=300)
-  assert process.returncode == 128 + sent, said
-  assert 'Traceback' not in said
-  assert list((tmp_path / 'checkpoints-meta').iterdir())
-  succeed('train', tmp_path)
+  for sent, lines in ((signal.SIGTERM, 2), (signal.SIGINT, 8)):
+    train = command('train', tmp_path, **never)
+    process = subprocess.Popen(train, stderr=subprocess.PIPE, text=True)
+    while not metrics.exists() or metrics.read_text().count('"loss"') < lines:
+      assert process.poll() is None
+      time.sleep(0.005)
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 128 + sent, said
+    assert 'Traceback' not in said
+    assert list((tmp_path / 'checkpoints-meta').iterdir())
+  succeed('train', tmp_path, **UNSEEN)
   assert_same_bits(state_of(tmp_path, 12), state_of(whole, 12))
 
 
@@ -165,23 +176,63 @@ def test_eight_devices_give_the_parameters_of_one(whole, tmp_path):
   assert np.abs(a - b).max() <= 2
 
 
-def test_evaluation_resumes_where_it_was_stopped(whole, tmp_path):
-  done = succeed('eval', whole)
-  first = json.loads((whole / 'eval' / 'report_12.json').read_text())
-  assert first['step'] == 12 and first['samples'] == 24 and first['loss_images'] == 297
-  assert 'report_6.json' in {p.name for p in (whole / 'eval').iterdir()}, done.stderr
-  rounds = [whole / 'eval' / 'step_12' / f'samples_{i}.npz' for i in range(2)]
-  kept, lost = (np.load(path)['samples'] for path in rounds)
-  assert kept.shape == (16, 8, 8, 1) and lost.shape == (8, 8, 8, 1)
-  rounds[1].unlink()
-  (whole / 'eval' / 'report_12.json').unlink()
-  stamp = rounds[0].stat().st_mtime_ns
+@pytest.fixture(scope='module')
+def evaluated(whole) -> Path:
+  """The workdir of that run, and what evaluation adds."""
   succeed('eval', whole)
-  again = json.loads((whole / 'eval' / 'report_12.json').read_text())
-  np.testing.assert_array_equal(np.load(rounds[1])['samples'], lost)
-  assert rounds[0].stat().st_mtime_ns == stamp
+  return whole
+
+
+def repeat_evaluation(folder: Path, lost: list[str], **fields) -> dict[str, dict[str, np.ndarray]]:
+  """Evaluates step 12 again without its report and some rounds; all comes out as it was.
+
+  Returns:
+    The arrays of every round.
+  """
+  report, rounds = folder / 'report_12.json', sorted((folder / 'step_12').glob('*.npz'))
+  first = json.loads(report.read_text())
+  arrays, stamps = [load(path) for path in rounds], [os.stat(path).st_mtime_ns for path in rounds]
+  for path in (report, *(folder / 'step_12' / name for name in lost)):
+    path.unlink()
+  succeed('eval', folder.parent, eval_folder=folder.name, **fields)
+  again = json.loads(report.read_text())
   timeless = [k for k in first if not k.endswith('seconds')]
   assert [first[k] for k in timeless] == [again[k] for k in timeless]
+  for path, stamp, before in zip(rounds, stamps, arrays, strict=True):
+    assert (os.stat(path).st_mtime_ns == stamp) == (path.name not in lost)
+    assert_same_bits(load(path), before)
+  return {path.name: values for path, values in zip(rounds, arrays, strict=True)}
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+  with np.load(path) as arrays:
+    return dict(arrays)
+
+
+def test_evaluation_resumes_where_it_was_stopped(evaluated):
+  report = json.loads((evaluated / 'eval' / 'report_12.json').read_text())
+  assert report['step'] == 12 and report['samples'] == 24 and report['loss_images'] == 297
+  assert 'report_6.json' in {p.name for p in (evaluated / 'eval').iterdir()}
+  rounds = repeat_evaluation(evaluated / 'eval', ['samples_1.npz'])
+  assert [len(arrays['samples']) for arrays in rounds.values()] == [16, 8]
+  assert rounds['samples_0.npz']['samples'].shape == (16, 8, 8, 1)
+
+
+def test_bits_per_dimension_resume_where_they_were_stopped(whole, tmp_path):
+  """Of ten images in batches of eight, twice, by the network of the last checkpoint."""
+  rng = np.random.default_rng(0)
+  for i in range(10):
+    Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(tmp_path / f'{i}.png')
+  fields = {'data__dataset': 'folder', 'data__path': tmp_path, 'eval__batch_size': 8}
+  fields |= {'eval__begin_ckpt': 2, 'eval__enable_loss': False, 'eval__enable_sampling': False}
+  fields |= {'eval__enable_bpd': True, 'eval__bpd_repeats': 2}
+  succeed('eval', whole, eval_folder='bits', **fields)
+  report = json.loads((whole / 'bits' / 'report_12.json').read_text())
+  rounds = repeat_evaluation(whole / 'bits', ['bpd_test_1.npz'], **fields)
+  bits = [arrays['bpd'] for arrays in rounds.values()]
+  assert report['bpd_test_images'] == 10 and [len(of_round) for of_round in bits] == [8, 2, 8, 2]
+  assert report['bpd_test'] == pytest.approx(np.concatenate(bits).mean(), rel=1e-6)
+  assert all(bool(arrays['nfe'] > 10) for arrays in rounds.values())
 
 
 def test_samples_are_drawn_from_the_newest_checkpoint(whole):
@@ -218,9 +269,8 @@ def test_another_model_is_refused_on_resuming(whole):
   assert 'config.model.nf: 8 there, 16 now' in refused(run('train', whole, model__nf=16))
 
 
-def test_other_samples_are_refused_in_an_eval_folder(whole):
-  succeed('eval', whole)
-  error = refused(run('eval', whole, sampling__num_steps=30))
+def test_other_samples_are_refused_in_an_eval_folder(evaluated):
+  error = refused(run('eval', evaluated, sampling__num_steps=30))
   assert 'config.sampling.num_steps: 25 there, 30 now' in error
 
 
@@ -314,19 +364,27 @@ def damage(folder: Path) -> None:
   largest.write_bytes(data)
 
 
-def test_a_damaged_checkpoint_is_skipped_with_a_warning(whole, tmp_path):
-  succeed('train', tmp_path, training__n_iters=6)
+@pytest.fixture(scope='module')
+def half(tmp_path_factory) -> Path:
+  """The workdir of a run to step 6."""
+  workdir = tmp_path_factory.mktemp('half')
+  succeed('train', workdir, training__n_iters=6, **UNSEEN)
+  return workdir
+
+
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(whole, half, tmp_path):
+  shutil.copytree(half, tmp_path, dirs_exist_ok=True)
   damage(tmp_path / 'checkpoints' / '6')
   assert 'checkpoints/6 is damaged' in refused(run('eval', tmp_path))
-  done = succeed('train', tmp_path)
+  done = succeed('train', tmp_path, **UNSEEN)
   assert 'checkpoints/6 is damaged' in done.stderr and 'resuming' in done.stderr
   assert 'Traceback' not in done.stderr and 'Exception' not in done.stderr
   for step in (6, 12):  # the damaged one was made again
     assert_same_bits(state_of(tmp_path, step), state_of(whole, step))
 
 
-def test_damaged_checkpoints_are_never_taken_for_a_new_run(tmp_path):
-  succeed('train', tmp_path, training__n_iters=6)
+def test_damaged_checkpoints_are_never_taken_for_a_new_run(half, tmp_path):
+  shutil.copytree(half, tmp_path, dirs_exist_ok=True)
   for checkpoint in tmp_path.glob('checkpoints*/*'):
     damage(checkpoint)
   before = sorted(tmp_path.rglob('*'))

@@ -133,14 +133,23 @@ def test_constraints_hold_all_the_way(sampler):
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from likelihood import Likelihood
+import ode
 from test_samplers import DATA, KEY, SAMPLERS, VP
 batch = NamedSharding(Mesh(np.array(jax.devices()), ('data',)), PartitionSpec('data'))
-for sampler in SAMPLERS[1], SAMPLERS[4]:  # a solver with a history, and the adaptive one
+for sampler in SAMPLERS[1], *SAMPLERS[4::2]:  # a solver with a history, and the adaptive ones
   (one, n), (four, m) = (
     sampler(KEY, DATA.score_fn(VP), (8, 2), sharding=sharding) for sharding in (None, batch)
   )
   assert four.sharding == batch and n == m, (sampler, four.sharding, n, m)
   np.testing.assert_allclose(four, one, rtol=1e-4, atol=1e-5)
+measure, compiled = Likelihood(VP), ode._slope._cache_size()
+(one, z, n), (four, _, m) = (
+  measure(KEY, DATA.score_fn(VP), x) for x in (np.asarray(four), jax.device_put(four, batch))
+)
+assert four.sharding == batch and n == m
+np.testing.assert_allclose(four, one, rtol=1e-4, atol=1e-5)
+assert ode._slope._cache_size() == compiled + 2, 'once for each sharding'
 """
 
 
