@@ -2,13 +2,13 @@
 
 The released scheme evaluates the network twice for each evaluation of the ODE, once for the drift
 and once inside the gradient that gives the divergence, and solves the ODE with SciPy's RK45 on the
-host, in float64. Here one evaluation and its pullback give both, and the solver runs on the device.
+host, in float64. Here one evaluation and its pullback give both, and the state of the solver stays
+on the device.
 Both get the same probe, tolerance and weights and are timed in turns, so that ratios mean
 something on any machine; the first runs compile and are not timed.
 
-Two ratios matter. That of one evaluation is what the shared pass saves. That of whole solutions
-depends on the backend: XLA:CPU runs convolutions inside a compiled loop far slower than outside,
-which on a CPU costs more than the shared pass saves.
+Two ratios matter. That of one evaluation is what the shared pass saves. That of whole solutions adds
+what surrounds the evaluations.
 
   python -m benchmarks.likelihood [--batch N] [--json PATH]
 """
