@@ -14,7 +14,7 @@ demo: .venv/installed
 	$(BIN)/python main.py --config $(DEMO) --mode eval
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

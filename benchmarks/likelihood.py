@@ -7,8 +7,8 @@ on the device.
 Both get the same probe, tolerance and weights and are timed in turns, so that ratios mean
 something on any machine; the first runs compile and are not timed.
 
-Two ratios matter. That of one evaluation is what the shared pass saves. That of whole solutions adds
-what surrounds the evaluations.
+Two ratios matter. That of one evaluation is what the shared pass saves. That of whole solutions
+adds what surrounds the evaluations.
 
   python -m benchmarks.likelihood [--batch N] [--json PATH]
 """
