@@ -47,7 +47,6 @@ DIFFERENCES = {
   'pc_*/none__none__n1__pf0__denoise1': 'samplers without a predictor denoise too',
   'pc_*/none__*__nfe': 'only evaluations that take place count',
   'pc_*/*__none__n1__pf?__denoise?__nfe': 'only evaluations that take place count',
-  'ode_*/nfe_tol*': 'another step size controller',
 }
 
 # Close to t = 0 the released 1 - exp(.) in float32 loses digits: at 1e-5 these numbers are off by
@@ -350,20 +349,21 @@ def from_given_z(name: str) -> SDE:
 
 
 @functools.cache
-def solve(name: str, tolerance: float, denoise: bool) -> jax.Array:
-  """The sample of the sampler that a key of ode_* names."""
+def solve(name: str, tolerance: float, denoise: bool) -> tuple[jax.Array, int]:
+  """The sample of the sampler that a key of ode_* names, and its score evaluations."""
   sde = from_given_z(name)
   sampler = ODESampler(sde, rtol=tolerance, atol=tolerance, noise_removal=denoise)
-  return sampler(KEY, DATA.score_fn(SDES[name.removeprefix('ode_')]()), golden(name)['z'].shape)[0]
+  return sampler(KEY, DATA.score_fn(SDES[name.removeprefix('ode_')]()), golden(name)['z'].shape)
 
 
 @pytest.mark.parametrize(('name', 'key'), numbers('ode'))
 def test_ode_solutions(name, key):
-  if difference(name, key):
-    assert key.startswith('nfe')
-    return
+  """And as many evaluations; at 1e-5, where rounding errors count, at most three steps more."""
   tolerance = float(key.split('_')[1].removeprefix('tol'))
-  x = solve(name.removesuffix('_f64'), tolerance, key.endswith('denoise1'))
+  x, nfe = solve(name.removesuffix('_f64'), tolerance, key.endswith('denoise1'))
+  if key.startswith('nfe'):
+    assert golden(name)[key] <= nfe <= golden(name)[key] + (18 if tolerance < 1e-3 else 0)
+    return
   exact = golden(f'{name.removesuffix("_f64")}_f64')[key.replace('0.001', '1e-05')]
   agreement.error(x, golden(name)[key], quantity=f'solutions, tolerance {tolerance:g}')
   np.testing.assert_allclose(x, golden(name)[key], rtol=0, atol=10 * tolerance)
