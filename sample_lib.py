@@ -51,7 +51,8 @@ def wanted_labels(setup: Setup, n: int) -> np.ndarray | None:
   labels, classes = setup.config.sampling.labels, setup.model.num_classes
   known = classes or setup.config.classifier.num_classes
   if wrong := [label for label in labels if not 0 <= label < known]:
-    raise UserError(f'config.sampling.labels has {wrong[0]}; allowed: 0 to {known - 1}')
+    allowed = f'0 to {known - 1}' if known else 'none, as neither model nor classifier has classes'
+    raise UserError(f'config.sampling.labels has {wrong[0]}; allowed: {allowed}')
   if not labels and not classes:
     return None
   return np.resize(np.array(labels or range(classes), np.int32), n)

@@ -154,9 +154,9 @@ def coefficients(name: str) -> dict[str, jax.Array]:
     got['prior_sample_from_x'] = sde.prior_sampling(KEY, x.shape)
   # Rounded: the two agree on the grid of a sampler with N <= 1000 steps.
   got['pc_timestep_index'] = super(type(sde), sde).sampling_index(times)
-  if isinstance(sde, VESDE):
+  if name.startswith('coef_ve'):
     got['discrete_sigmas'] = sde.discrete_sigmas
-  if isinstance(sde, VPSDE):
+  if name.startswith('coef_vp'):
     got['discrete_betas'] = sde.discrete_betas
     got['alphas'] = 1 - sde.discrete_betas
     got['alphas_cumprod'] = sde.alphas_cumprod

@@ -12,6 +12,7 @@ import pytest
 
 import build_lib
 from configs.vp.digits import get_config
+from controllable_generation import GaussianBlur
 from errors import UserError
 import sample_lib
 from sde_lib import expand, SDE
@@ -44,11 +45,14 @@ class Gaussians:
     return (alpha * expand(self.mean, x) - x) / (0.04 * alpha**2 + sigma**2)
 
 
-def setup_of(num_classes: int = 0, batch_size: int = 4, **fields) -> build_lib.Setup:
+def setup_of(
+  num_classes: int = 0, batch_size: int = 4, num_channels: int = 1, **fields
+) -> build_lib.Setup:
   """The set-up of the digits with that model; a field of `sampling` is passed by its name."""
   config = get_config()
   config.update_from_flattened_dict(FIELDS | {f'sampling.{k}': v for k, v in fields.items()})
   config.eval.batch_size = batch_size
+  config.data.num_channels = num_channels
   setup = build_lib.build(config)
   return dataclasses.replace(setup, model=Model(setup.model.sde, num_classes))
 
@@ -73,7 +77,7 @@ def draw(setup, folder) -> dict[str, np.ndarray]:
 
 
 def test_samples_as_a_grid_arrays_and_single_pictures(tmp_path):
-  arrays = draw(setup_of(num_samples=6, trajectory=True), tmp_path)
+  arrays = draw(setup_of(5, labels=(4,), num_samples=6, trajectory=True), tmp_path)
   samples = arrays['samples']
   assert samples.shape == (6, 8, 8, 1) and samples.dtype == np.uint8 and arrays['nfe'] == 30
   for i, sample in enumerate(samples):  # from two rounds of four
@@ -81,9 +85,8 @@ def test_samples_as_a_grid_arrays_and_single_pictures(tmp_path):
   assert len(np.unique(samples.reshape(6, -1), axis=0)) == 6
   assert Image.open(tmp_path / 'samples.png').size == (3 * 66 + 2, 2 * 66 + 2)
   gif = Image.open(tmp_path / 'trajectory.gif')
-  assert (
-    1 < gif.n_frames <= 30
-  )  # before each of 29 steps, and the samples; Pillow drops repetitions
+  # Before each of 29 steps, and the samples; Pillow drops repetitions.
+  assert 10 < gif.n_frames <= 30
   assert Image.open(tmp_path / 'trajectory.png').size == (10 * 66 + 2, 4 * 66 + 2)
 
 
@@ -112,6 +115,31 @@ def test_superresolution_keeps_the_means_of_blocks(tmp_path, inputs):
   assert whole.any()
   means = np.asarray(operator(np.float32(samples)))
   np.testing.assert_allclose(means[:, whole], y.repeat(2, 0)[:, whole], atol=0.01)
+
+
+def test_colorization_keeps_the_grey_of_an_image(tmp_path, inputs):
+  fields = {'task': 'colorize', 'input': str(inputs / 'a.png'), 'conditioning': 'posterior'}
+  samples = draw(setup_of(num_channels=3, **fields), tmp_path / 'out')['samples'] / 255
+  grey = np.asarray(Image.open(inputs / 'a.png').resize((8, 8), Image.Resampling.BILINEAR)) / 255
+  inside = np.all((samples > 0.01) & (samples < 0.99), axis=-1)  # a clipped colour changes the mean
+  assert inside.mean() > 0.5
+  away = np.abs(samples.mean(-1) - grey)
+  assert away[inside].max() < 0.01 and samples.std(-1).mean() > 0.02
+
+
+def test_deblurred_samples_blur_to_the_image(tmp_path, inputs):
+  """To within the noise that the image is said to have, and are sharper than it."""
+  choices = {'conditioning': 'posterior', 'noise_std': 0.02, 'blur_std': 0.8}
+  blurred = GaussianBlur(0.8)(
+    jax.random.uniform(jax.random.key(3), (1, 8, 8, 1), maxval=0.3) + 0.35
+  )
+  image = np.asarray(255 * blurred[0, ..., 0]).astype(np.uint8)
+  Image.fromarray(image).save(inputs / 'a.png')
+  setup = setup_of(task='deblur', input=str(inputs / 'a.png'), **choices)
+  samples = draw(setup, tmp_path / 'out')['samples'] / 255
+  away = np.asarray(GaussianBlur(0.8)(jnp.float32(samples)))[..., 0] - image / 255
+  assert np.sqrt(np.square(away).mean()) < 3 * 0.02
+  assert samples.std() > 1.2 * (image / 255).std()
 
 
 def test_classes_are_the_ones_asked_for_and_guidance_scales_them(tmp_path):

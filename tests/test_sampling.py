@@ -25,7 +25,7 @@ from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS, ProbabilityF
 from sde_lib import SDE, subVPSDE, VESDE, VPSDE
 import time_grids
 
-SHAPE = (2000, 2)
+SHAPE = (4000, 2)
 SDES = [VESDE(sigma_max=20.0, eps=1e-5), VPSDE(eps=1e-3), subVPSDE(eps=1e-3)]
 every_sde = pytest.mark.parametrize('sde', SDES, ids=lambda s: type(s).__name__)
 
