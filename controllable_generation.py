@@ -151,10 +151,10 @@ class PosteriorGuidance:
 
   This is exact for Gaussian data. The inverse takes some iterations of conjugate gradients; each
   costs one pullback of the network and no evaluation. More of them are closer to the formula, but
-  trust the derivatives of the network more, and some samples may run away. From Rozet et al. 2024,
-  https://arxiv.org/abs/2405.13712 (Sec. 4.2); with V = r^2 I in place of the covariance it would be
-  https://openreview.net/forum?id=9_gsMA8MRKQ, and DPS (https://arxiv.org/abs/2209.14687) lets the
-  whole inverse be a step size.
+  trust the derivatives of the network more; `BoundedMean` keeps samples from running away. From
+  Rozet et al. 2024, https://arxiv.org/abs/2405.13712 (Sec. 4.2); with V = r^2 I in place of the
+  covariance it would be https://openreview.net/forum?id=9_gsMA8MRKQ, and DPS
+  (https://arxiv.org/abs/2209.14687) lets the whole inverse be a step size.
   """
 
   score_fn: ScoreFn
@@ -179,6 +179,25 @@ class PosteriorGuidance:
 
     u = conjugate_gradients(covariance, self.y - predicted, self.iterations)
     return score + gradient(u)
+
+
+@flax.struct.dataclass
+class BoundedMean:
+  """The score whose E[x_0 | x_t = x] is that of `score_fn`, cut to [low, high], where data lie.
+
+  A guided score that is wrong in places may otherwise lead samples ever further away.
+  """
+
+  score_fn: ScoreFn
+  sde: SDE = flax.struct.field(pytree_node=False)
+  low: float = 0.0
+  high: float = 1.0
+
+  def __call__(self, x: Array, t: Array) -> Array:
+    score = self.score_fn(x, t)
+    alpha, variance = expand(self.sde.alpha(t), x), expand(jnp.square(self.sde.sigma(t)), x)
+    mean = (x + variance * score) / alpha
+    return score + alpha / variance * (jnp.clip(mean, self.low, self.high) - mean)
 
 
 def conjugate_gradients(matrix: Operator, b: Array, iterations: int) -> Array:

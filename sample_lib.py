@@ -20,6 +20,7 @@ import artifacts
 from build_lib import Setup
 from controllable_generation import (
   BlockMean,
+  BoundedMean,
   GaussianBlur,
   Gray,
   Known,
@@ -151,8 +152,9 @@ def _condition(
   choice, sde = setup.config.sampling, setup.model.sde
   if choice.conditioning == 'constraint':
     return score_fn, Known(y, operator, sde)
-  noise_std = choice.noise_std * (2 if setup.config.data.centered else 1)
-  return PosteriorGuidance(score_fn, operator, y, sde, noise_std), None
+  low, high = (-1.0, 1.0) if setup.config.data.centered else (0.0, 1.0)
+  guided = PosteriorGuidance(score_fn, operator, y, sde, choice.noise_std * (high - low))
+  return BoundedMean(guided, sde, low, high), None
 
 
 def _measure(setup: Setup) -> tuple[list[str], np.ndarray, Operator]:

@@ -11,6 +11,7 @@ import pytest
 
 from controllable_generation import (
   BlockMean,
+  BoundedMean,
   ClassifierFreeGuidance,
   ClassifierGuidance,
   conjugate_gradients,
@@ -23,7 +24,7 @@ from controllable_generation import (
 import exponential_integrators as fast
 from sampler_lib import GridSampler
 from sampling import Langevin, PCSampler, ReverseDiffusion
-from sde_lib import SDE, subVPSDE, VESDE, VPSDE
+from sde_lib import expand, SDE, subVPSDE, VESDE, VPSDE
 import time_grids
 
 KEY = jax.random.key(0)
@@ -204,3 +205,15 @@ def test_guided_samples_have_the_posterior_moments(sde, name, noise_std):
   sampler = GridSampler(sde, fast.DPMSolver(2), time_grids.log_snr)
   x, _ = sampler(KEY, score_fn, y.shape)
   check_posterior(x, given, 0.03)
+
+
+@pytest.mark.parametrize('sde', SDES.values(), ids=SDES)
+def test_a_bounded_mean_is_cut_to_where_data_lie(sde):
+  t = jnp.linspace(0.1, 1.0, 8)
+  z = jax.random.normal(KEY, (8, *SHAPE))
+  x = expand(sde.alpha(t), z) * 0.5 + expand(sde.sigma(t), z) * z
+  score_fn = DATA.score_fn(sde)
+  free = sde.reverse(score_fn).denoise(x, t)
+  cut = sde.reverse(BoundedMean(score_fn, sde, 0.4, 0.6)).denoise(x, t)
+  assert ((free < 0.4) | (free > 0.6)).any()
+  np.testing.assert_allclose(cut, jnp.clip(free, 0.4, 0.6), atol=5e-3)
