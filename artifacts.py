@@ -15,6 +15,7 @@ import tensorboardX
 from errors import UserError
 
 MIN_TILE = 64  # pixels
+POINT_BINS = 100  # of a picture of points, along each side
 
 
 def write(path: epath.Path, data: bytes) -> None:
@@ -56,6 +57,11 @@ def write_png(path: epath.Path, image: np.ndarray) -> None:
   _write_image(path, Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image))
 
 
+def write_samples(path: epath.Path, samples: np.ndarray) -> None:
+  """Writes images [N, H, W, C] as `write_grid` does, or the density of points [N, d]."""
+  _write_image(path, _picture(samples))
+
+
 def write_grid(path: epath.Path, images: np.ndarray, columns: int | None = None) -> None:
   """Writes uint8 images [N, H, W, C] as one PNG, row by row, by default nearly square.
 
@@ -65,8 +71,9 @@ def write_grid(path: epath.Path, images: np.ndarray, columns: int | None = None)
 
 
 def write_gif(path: epath.Path, frames: list[np.ndarray]) -> None:
-  """Writes grids of uint8 images [N, H, W, C], one after the other, the last for two seconds."""
-  first, *rest = (_grid(images, None) for images in frames)
+  """Writes pictures as `write_samples` does, one after the other, the last for two seconds."""
+  extent = _extent(frames[-1])
+  first, *rest = (_picture(samples, extent) for samples in frames)
   durations = [80] * len(rest) + [2000]  # ms
   _write_image(path, first, 'GIF', save_all=True, append_images=rest, duration=durations, loop=0)
 
@@ -75,6 +82,24 @@ def _write_image(path: epath.Path, image: Image.Image, format: str = 'PNG', **ch
   buffer = io.BytesIO()
   image.save(buffer, format=format, **choices)
   write(path, buffer.getvalue())
+
+
+def _picture(samples: np.ndarray, extent: float | None = None) -> Image.Image:
+  return _grid(samples, None) if samples.ndim == 4 else _density(samples, extent)
+
+
+def _extent(samples: np.ndarray) -> float:
+  """How far from zero almost all of them are."""
+  return 1.1 * float(np.quantile(np.abs(samples), 0.999))
+
+
+def _density(points: np.ndarray, extent: float | None) -> Image.Image:
+  """A histogram of the first two coordinates of points [N, d], the darker the more."""
+  extent = extent or _extent(points)
+  x, y = points[:, 0], points[:, 1] if points.shape[1] > 1 else np.zeros(len(points))
+  counts, _, _ = np.histogram2d(-y, x, bins=POINT_BINS, range=[[-extent, extent]] * 2)
+  shade = 255 * (1 - np.sqrt(counts / max(1, counts.max())))
+  return Image.fromarray(shade.astype(np.uint8)).resize([4 * POINT_BINS] * 2, 0)
 
 
 def _grid(images: np.ndarray, columns: int | None) -> Image.Image:

@@ -18,22 +18,27 @@ import numpy as np
 import optax
 
 from adaptive_sde import AdaptiveSDESampler
+from ebm import ContrastiveDivergence
 from errors import unknown, UserError
 import exponential_integrators as fast
+from langevin import LangevinSampler
 import losses
-from losses import Objective
+from losses import Matching, Objective
 from models import ncsn, ncsnpp, score
 from models.classifier import Classifier
 from models.ddpm import DDPM
 from models.layers import ACTIVATIONS
+from models.mlp import MLP
 from models.normalization import NORMALIZATIONS
 from models.score import ScoreModel
 from models.wideresnet import WideResnet
 import ode
 from sampler_lib import GridSampler, Sampler, Solver
 import sampling
-from sde_lib import SDE, subVPSDE, VESDE, VPSDE
+from sde_lib import ScoreFn, SDE, subVPSDE, VESDE, VPSDE
 from time_grids import GRIDS
+import toy_data
+from toy_data import Diffused
 
 # What the keys of a run are for. A key is a function of seed, purpose and step: nothing random is
 # stored. The order is part of every run's result.
@@ -50,7 +55,9 @@ class Setup:
   Attributes:
     config: the config itself.
     model: the score model, with its SDE.
+    true_score_fn: what the model learns, for points whose density is known; otherwise None.
     objective: the training loss.
+    divergence: how energies are trained, if by contrastive divergence.
     tx: the optimiser.
     classifier: p_t(y | x) of noisy images, and how that is trained: `classifier_tx`.
     sampler: draws samples.
@@ -61,7 +68,9 @@ class Setup:
 
   config: FrozenConfigDict
   model: ScoreModel
+  true_score_fn: Diffused | None
   objective: Objective
+  divergence: ContrastiveDivergence
   tx: optax.GradientTransformation
   classifier: Classifier
   classifier_tx: optax.GradientTransformation
@@ -71,10 +80,10 @@ class Setup:
   steps_per_call: int
 
   @property
-  def data_shape(self) -> tuple[int, int, int]:
-    """Height, width and channels of an image."""
+  def data_shape(self) -> tuple[int, ...]:
+    """Height, width and channels of an image, or the dimension of points."""
     data = self.config.data
-    return data.image_size, data.image_size, data.num_channels
+    return (data.dim,) if data.dim else (data.image_size, data.image_size, data.num_channels)
 
   def key(self, purpose: str, step: int = 0) -> Array:
     """The random key for a purpose at a step, on all devices."""
@@ -102,6 +111,7 @@ def build(config: ConfigDict) -> Setup:
   try:
     sde = _SDES[training.sde](config.model, training.eps)
     model = _score_model(config, sde)
+    true_score_fn = _true_score_fn(config, sde)
     sampler = _sampler(config, sde)
   except ValueError as error:  # an SDE that can't be
     raise UserError(str(error)) from None
@@ -109,7 +119,10 @@ def build(config: ConfigDict) -> Setup:
   return Setup(
     config=config,
     model=model,
+    true_score_fn=true_score_fn,
     objective=Objective(
+      matching=_matching(training.objective, true_score_fn),
+      single_scale=training.single_scale,
       continuous=training.continuous,
       reduce_mean=training.reduce_mean,
       likelihood_weighting=training.likelihood_weighting,
@@ -117,15 +130,21 @@ def build(config: ConfigDict) -> Setup:
       uniform_dequantization=config.data.uniform_dequantization,
       label_dropout=training.label_dropout,
     ),
+    divergence=ContrastiveDivergence(**config.ebm),
     tx=_optimizer(optim, optim.lr, optim.weight_decay, optim.warmup),
     classifier=_classifier(config, sde),
     classifier_tx=_optimizer(optim, classifier.lr, classifier.weight_decay, classifier.warmup),
     sampler=sampler,
     batch=NamedSharding(mesh, PartitionSpec('data')),
     replicated=NamedSharding(mesh, PartitionSpec()),
-    # XLA:CPU runs the gradients of convolutions far slower inside a loop than outside.
-    steps_per_call=1 if jax.default_backend() == 'cpu' else training.n_jitted_steps,
+    steps_per_call=_steps_per_call(config),
   )
+
+
+def _steps_per_call(config: FrozenConfigDict) -> int:
+  # XLA:CPU runs the gradients of convolutions far slower inside a loop than outside.
+  slow = jax.default_backend() == 'cpu' and config.model.name != 'mlp'
+  return 1 if slow else config.training.n_jitted_steps
 
 
 _SDES: dict[str, Callable[[Any, float], SDE]] = {
@@ -179,6 +198,17 @@ def _ncsnpp(model: FrozenConfigDict) -> nn.Module:
   )
 
 
+def _mlp(model: FrozenConfigDict) -> nn.Module:
+  return MLP(
+    nf=model.nf,
+    num_layers=model.num_layers,
+    nonlinearity=model.nonlinearity,
+    conditional=model.conditional,
+    fourier_scale=model.fourier_scale,
+    dtype=model.dtype,
+  )
+
+
 def _refinenet(model: FrozenConfigDict) -> nn.Module:
   return ncsn.RefineNet(
     nf=model.nf,
@@ -193,7 +223,7 @@ def _refinenet(model: FrozenConfigDict) -> nn.Module:
 
 _OPTIMIZERS = {'Adam': losses.adam}
 
-# By name: how to make a network, and the normalisations that it can have.
+# By name: how to make a network, and the normalisations that it can have, if any.
 _NETWORKS: dict[str, tuple[Callable[[FrozenConfigDict], nn.Module], Iterable[str]]] = {
   'ncsnpp': (_ncsnpp, ('GroupNorm',)),
   'ddpm': (lambda model: DDPM(**_unet_fields(model)), ('GroupNorm',)),
@@ -201,6 +231,7 @@ _NETWORKS: dict[str, tuple[Callable[[FrozenConfigDict], nn.Module], Iterable[str
   'ncsnv2_64': (_refinenet, NORMALIZATIONS),
   'ncsnv2_128': (_refinenet, NORMALIZATIONS),
   'ncsnv2_256': (_refinenet, NORMALIZATIONS),
+  'mlp': (_mlp, ()),
 }
 
 _CHOICES = {
@@ -214,8 +245,10 @@ _CHOICES = {
   'model.progressive_combine': ncsnpp.COMBINE_METHODS,
   'model.interpolation': ncsn.INTERPOLATIONS,
   'model.dtype': ('float32', 'bfloat16'),
+  'model.output': ('', *score.OUTPUTS, score.ENERGY),
+  'training.objective': ('dsm', 'esm', *losses.MATCHINGS, 'cd'),
   'optim.optimizer': _OPTIMIZERS,
-  'sampling.method': ('pc', 'ode', 'adaptive_sde', *_SOLVERS),
+  'sampling.method': ('pc', 'ode', 'adaptive_sde', 'langevin', 'mala', *_SOLVERS),
   'sampling.predictor': sampling.PREDICTORS,
   'sampling.corrector': sampling.CORRECTORS,
   'sampling.grid': ('', *GRIDS),
@@ -231,7 +264,8 @@ _POSITIVE = (
   'training.snapshot_freq', 'training.snapshot_freq_for_preemption', 'training.snapshot_samples',
   'training.eps', 'optim.lr', 'sampling.n_steps_each', 'sampling.snr', 'sampling.eps',
   'sampling.rtol', 'sampling.atol', 'sampling.sde_rtol', 'sampling.sde_atol', 'sampling.rho',
-  'sampling.num_samples', 'sampling.blur_std',
+  'sampling.num_samples', 'sampling.blur_std', 'sampling.step_size',
+  'ebm.n_steps', 'ebm.step_size', 'ebm.buffer_size',
   'eval.batch_size', 'eval.num_samples', 'eval.bpd_repeats', 'classifier.blocks_per_group',
   'classifier.channel_multiplier', 'classifier.batch_size', 'classifier.n_iters', 'classifier.lr',
 )  # fmt: skip
@@ -259,14 +293,19 @@ def _check(config: FrozenConfigDict) -> None:
       f'config.eval.num_samples = {config.eval.num_samples}, where less than a batch, must be a '
       f'multiple of the number of devices, {devices}'
     )
-  halvings = _halvings(config.model)
+  halvings = 0 if config.data.dim else _halvings(config.model)
   if config.data.image_size % 2**halvings:
     raise UserError(
       f'config.data.image_size = {config.data.image_size} must be a multiple of {2**halvings}: '
       f'the network ({config.model.name}) halves it {halvings} times'
     )
   _, normalizations = _NETWORKS[config.model.name]
-  if config.model.normalization not in normalizations:
+  if config.data.dim and config.model.name != 'mlp':
+    raise UserError(
+      f'config.data.dim = {config.data.dim} is for points, which need config.model.name = mlp; '
+      f'got {config.model.name}'
+    )
+  if normalizations and config.model.normalization not in normalizations:
     what = f'config.model.normalization of {config.model.name}:'
     raise unknown(what, config.model.normalization, normalizations)
   if config.model.name == 'ncsn' and config.training.continuous:
@@ -286,6 +325,21 @@ def _check(config: FrozenConfigDict) -> None:
       'config.model.num_classes must be at least 0, and config.training.label_dropout from 0 to 1; '
       f'got {config.model.num_classes} and {config.training.label_dropout}'
     )
+  for name in ('eval.enable_bpd', 'sampling.task'):
+    if config.data.dim and _field(config, name):
+      raise UserError(f'config.{name} is for images, and config.data.dim = {config.data.dim}')
+  if config.training.objective == 'cd' and not (
+    config.model.output == score.ENERGY and config.training.single_scale
+  ):
+    raise UserError(
+      'config.training.objective = cd needs config.model.output = energy and '
+      'config.training.single_scale'
+    )
+  if config.ebm.buffer_size < config.training.batch_size:
+    raise UserError(
+      f'config.ebm.buffer_size = {config.ebm.buffer_size} must not be below '
+      f'config.training.batch_size = {config.training.batch_size}'
+    )
   if config.model.scale_by_sigma and config.training.sde != 'vesde':
     raise UserError('config.model.scale_by_sigma is for config.training.sde = vesde')
 
@@ -300,13 +354,15 @@ def check_shared(config: FrozenConfigDict, name: str) -> None:
 
 
 def _halvings(model: FrozenConfigDict) -> int:
-  return ncsn.halvings(model.name) if model.name in ncsn.STAGES else len(model.ch_mult) - 1
+  return (
+    ncsn.halvings(model.name) if model.name in ncsn.STAGES else len(model.get('ch_mult', [1])) - 1
+  )
 
 
 def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
   make, _ = _NETWORKS[config.model.name]
   continuous = config.training.continuous
-  fourier = config.model.name == 'ncsnpp' and config.model.embedding_type == 'fourier'
+  fourier = config.model.get('embedding_type') == 'fourier'
   if config.training.sde == 'vesde':
     label = score.noise_time if continuous else score.noise_label
     conditioning = score.log_sigma if fourier else label
@@ -315,8 +371,27 @@ def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
     time_step = score.scaled_time if continuous else score.chain_time
     conditioning = score.log_scaled_time if fourier else time_step
     output = 'noise'
+  output = config.model.output or output
   net, num_classes = make(config.model), config.model.num_classes
   return ScoreModel(net, sde, conditioning, output, continuous, config.data.centered, num_classes)
+
+
+def _true_score_fn(config: FrozenConfigDict, sde: SDE) -> Diffused | None:
+  data = config.data
+  return toy_data.distribution(data.dataset, data.dim).score_fn(sde) if data.dim else None
+
+
+def _matching(name: str, true_score_fn: Diffused | None) -> Matching | None:
+  if name != 'esm':
+    return losses.MATCHINGS.get(name)
+  if true_score_fn is None:
+    raise UserError('config.training.objective = esm needs a true score: that of points')
+  return explicit_matching(true_score_fn)
+
+
+def explicit_matching(true_score_fn: ScoreFn) -> Matching:
+  """Explicit score matching, as an `Objective` takes it."""
+  return lambda score_fn, x, t, rng: losses.explicit_score_matching(true_score_fn, score_fn, x, t)
 
 
 def _classifier(config: FrozenConfigDict, sde: SDE) -> Classifier:
@@ -353,6 +428,8 @@ def _sampler(config: FrozenConfigDict, sde: SDE) -> Sampler:
   if choice.method == 'adaptive_sde':
     return AdaptiveSDESampler(sde, choice.sde_rtol, choice.sde_atol, choice.noise_removal)
   sde = dataclasses.replace(sde, N=choice.num_steps or sde.N)
+  if choice.method in ('langevin', 'mala'):
+    return _langevin(config, sde)
   if choice.method == 'pc':
     return _pc_sampler(config, sde)
   make, grid = _SOLVERS[choice.method]
@@ -375,6 +452,13 @@ def _pc_sampler(config: FrozenConfigDict, sde: SDE) -> sampling.PCSampler:
     choice.noise_removal,
     GRIDS[choice.grid or 'uniform'](choice.rho),
   )
+
+
+def _langevin(config: FrozenConfigDict, sde: SDE) -> LangevinSampler:
+  choice = config.sampling
+  if choice.method == 'mala' and config.model.output != score.ENERGY:
+    raise UserError('config.sampling.method = mala needs config.model.output = energy')
+  return LangevinSampler(sde, choice.step_size, sde.N, choice.method == 'mala')
 
 
 def _edm(choice: FrozenConfigDict, order: int) -> Solver:

@@ -70,7 +70,7 @@ def train_step(
   """One optimiser step on a batch of images with labels; random only in (rng, state.step)."""
   rng_data, rng_t, rng_z = jax.random.split(jax.random.fold_in(rng, state.step), 3)
   flip, dequantize = objective.random_flip, objective.uniform_dequantization
-  x0 = losses.preprocess(rng_data, batch['image'], classifier.centered, flip, dequantize)
+  x0 = losses.preprocess(rng_data, batch['data'], classifier.centered, flip, dequantize)
   t = losses.sample_times(rng_t, classifier.sde, x0.shape[0], True)
   z = jax.random.normal(rng_z, x0.shape)
 
@@ -93,7 +93,7 @@ def eval_step(
   """`cross_entropy` of a batch at times between the two of `span`, without flips."""
   rng_data, rng_t, rng_z = jax.random.split(rng, 3)
   dequantize = objective.uniform_dequantization
-  x0 = losses.preprocess(rng_data, batch['image'], classifier.centered, False, dequantize)
+  x0 = losses.preprocess(rng_data, batch['data'], classifier.centered, False, dequantize)
   t = jax.random.uniform(rng_t, x0.shape[:1], minval=span[0], maxval=span[1])
   z = jax.random.normal(rng_z, x0.shape)
   return cross_entropy(classifier.bind(params), x0, t, z, batch['label'])
@@ -148,7 +148,7 @@ def load(setup: Setup, root: epath.Path) -> Params:
     return checkpoints.restore_latest(like(setup, task(setup))).ema_params
 
 
-def evaluate(setup: Setup, params: Params, held_out: datasets.ImageSource) -> dict[str, Any]:
+def evaluate(setup: Setup, params: Params, held_out: datasets.Source) -> dict[str, Any]:
   """Loss and accuracy on every held-out image, at each of `LEVELS` levels of noise and in all."""
   size, sde, n = setup.config.eval.batch_size, setup.classifier.sde, len(held_out)
   edges = np.linspace(sde.eps, sde.T, LEVELS + 1)

@@ -2,8 +2,8 @@
 
     source = load('CIFAR10', 'train', image_size=32, num_channels=3)
     for batch in train_batches(source, 128, seed=42, start=step):
-      batch['image']   # uint8 [128, 32, 32, 3]
-      batch['label']   # int32 [128], where the source has classes
+      batch['data']   # uint8 [128, 32, 32, 3]
+      batch['label']  # int32 [128], where the source has classes
 
 Images stay uint8 here; flips, dequantisation and scaling happen on the device.
 """
@@ -16,7 +16,7 @@ import logging
 import os
 from pathlib import Path
 import sys
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -29,6 +29,18 @@ from prepare_tfds import parse_example, prepared_builder, tfrecord_spans
 logger = logging.getLogger('score_sde')
 
 Batch = dict[str, np.ndarray]
+
+
+class Source(Protocol):
+  """Images or points, with random access."""
+
+  num_classes: int  # 0 where there are no labels
+
+  def __len__(self) -> int: ...
+
+  def batch(self, indices: np.ndarray) -> Batch:
+    """What `indices` [n] stand for: 'data' [n, ...], and 'label' int32 [n] if there are labels."""
+
 
 _MEMORY_LIMIT = 4 * 2**30  # bytes; a larger set is decoded anew each time
 _DIGITS = Path(__file__).parent / 'assets' / 'digits.npz'
@@ -76,10 +88,10 @@ class ImageSource:
 
   def gather(self, indices: np.ndarray) -> np.ndarray:
     """Images of `indices` [n], each in [0, len): uint8 [n, *shape]."""
-    return self.batch(indices)['image']
+    return self.batch(indices)['data']
 
   def batch(self, indices: np.ndarray) -> Batch:
-    """`gather` as 'image', and the labels as 'label', int32 [n] from 0 on, where there are any."""
+    """`gather` as 'data', and the labels as 'label', int32 [n] from 0 on, where there are any."""
     if self._images is None:
       read = [self._read(int(i)) for i in indices]
       images = np.stack([image for image, _ in read])
@@ -90,7 +102,7 @@ class ImageSource:
         self._images[i], self._labels[i] = self._read(int(i))
         self._decoded[i] = True
       images, labels = self._images[indices], self._labels[indices]
-    return {'image': images} | ({'label': labels} if self.num_classes else {})
+    return {'data': images} | ({'label': labels} if self.num_classes else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +306,7 @@ def _order(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 def train_batches(
-  source: ImageSource,
+  source: Source,
   batch_size: int,
   *,
   seed: int,
@@ -316,7 +328,7 @@ def train_batches(
     process_count: P.
 
   Returns:
-    An iterator of {'image': uint8 [B / P, H, W, C]}, and with it 'label': int32 [B / P] if the
+    An iterator of {'data': uint8 [B / P, H, W, C]}, and with it 'label': int32 [B / P] if the
     source has labels, prefetched by threads; it has a `close()`.
 
   Raises:
@@ -337,7 +349,7 @@ def train_batches(
 
 
 def eval_batches(
-  source: ImageSource, batch_size: int, *, process_index: int = 0, process_count: int = 1
+  source: Source, batch_size: int, *, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
   """Every image once, in order; the last batch is filled up with the last image, masked out.
 

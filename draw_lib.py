@@ -40,22 +40,26 @@ def draw(
   progress: Callable[[float], None] | None = None,
   labels: np.ndarray | None = None,
 ) -> tuple[np.ndarray, int]:
-  """Draws n images, uint8 [n, H, W, C], the same on every process; n suits the devices.
+  """Draws n images, uint8 [n, H, W, C], or points, the same on every process.
+
+  The devices share n.
 
   Of a label-conditional model they belong to the classes `labels`, int32 [n].
 
   Returns:
-    The images, and the number of score evaluations that each took.
+    The samples, and the number of score evaluations that each took.
   """
   score_fn = class_score(setup, params, None if labels is None else shard(setup, labels))
   observe = progress and (lambda fraction, x: progress(fraction))
   shape = (n, *setup.data_shape)
   x, nfe = setup.sampler(rng, score_fn, shape, sharding=setup.batch, observe=observe)
-  return to_uint8(setup, gather(x)), nfe
+  return to_stored(setup, gather(x)), nfe
 
 
-def to_uint8(setup: Setup, x: np.ndarray) -> np.ndarray:
-  """Data as images: uint8 of the same shape."""
+def to_stored(setup: Setup, x: np.ndarray) -> np.ndarray:
+  """Data as a dataset has them: images as uint8 of the same shape, points as they are."""
+  if setup.config.data.dim:
+    return x
   x = (x + 1) / 2 if setup.config.data.centered else x
   half = 0.5 if setup.config.sampling.uint8 == 'round' else 0.0
   return np.clip(255 * x + half, 0, 255).astype(np.uint8)

@@ -5,6 +5,7 @@ file, so that an evaluation that is stopped and started again repeats at most on
 """
 
 from collections.abc import Callable
+import dataclasses
 from functools import partial
 import math
 import time
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import artifacts
-from build_lib import Setup
+from build_lib import explicit_matching, Setup
 import datasets
 from draw_lib import classes_in_turn, draw, gather
 from errors import UserError
@@ -26,34 +27,45 @@ import losses
 from progress import Bar
 
 Report = dict[str, Any]
-LossSum = Callable[[Any, losses.Batch, Array], Array]
+LossSums = Callable[[Any, losses.Batch, Array], dict[str, Array]]
 
 
 def processes() -> dict[str, int]:
   return {'process_index': jax.process_index(), 'process_count': jax.process_count()}
 
 
-def compile_loss_sum(setup: Setup) -> LossSum:
-  """(params, batch, key) -> the sum [] of the losses of the images that its 'mask' marks."""
+def compile_loss_sums(setup: Setup) -> LossSums:
+  """(params, batch, key) -> the sums [] of the losses of the examples that its 'mask' marks.
 
-  def loss_sum(params: Any, batch: losses.Batch, rng: Array) -> Array:
-    each = losses.eval_step(params, batch, rng, model=setup.model, objective=setup.objective)
-    return (each * batch['mask']).sum()
+  Where the true score is known, 'score_error' is the explicit score matching loss beside the
+  'loss' of training.
+  """
+  objectives = {'loss': setup.objective}
+  if setup.true_score_fn is not None:
+    matching = explicit_matching(setup.true_score_fn)
+    objectives['score_error'] = dataclasses.replace(setup.objective, matching=matching)
 
-  return jax.jit(loss_sum, out_shardings=setup.replicated)
+  def loss_sums(params: Any, batch: losses.Batch, rng: Array) -> dict[str, Array]:
+    def total(objective: losses.Objective) -> Array:
+      each = losses.eval_step(params, batch, rng, model=setup.model, objective=objective)
+      return (each * batch['mask']).sum()
+
+    return {name: total(objective) for name, objective in objectives.items()}
+
+  return jax.jit(loss_sums, out_shardings=setup.replicated)
 
 
 def evaluate_loss(
-  setup: Setup, loss_sum: LossSum, held_out: datasets.ImageSource, params: Any
+  setup: Setup, loss_sums: LossSums, held_out: datasets.Source, params: Any
 ) -> Report:
-  total, began = 0.0, time.monotonic()
-  size = setup.config.eval.batch_size
-  with Bar('loss', len(held_out), unit='images') as bar:
+  sums, began = [], time.monotonic()
+  size, n = setup.config.eval.batch_size, len(held_out)
+  with Bar('loss', n, unit='examples') as bar:
     for i, batch in enumerate(datasets.eval_batches(held_out, size, **processes())):
-      total += float(loss_sum(params, setup.put(batch), setup.key('eval', i)))
-      bar.update(min((i + 1) * size, len(held_out)))
-  seconds = time.monotonic() - began
-  return {'loss': total / len(held_out), 'loss_images': len(held_out), 'loss_seconds': seconds}
+      sums.append(jax.device_get(loss_sums(params, setup.put(batch), setup.key('eval', i))))
+      bar.update(min((i + 1) * size, n))
+  means = {name: sum(float(part[name]) for part in sums) / n for name in sums[0]}
+  return means | {'loss_images': n, 'loss_seconds': time.monotonic() - began}
 
 
 def has_bpd(setup: Setup, report: Report) -> bool:
@@ -62,9 +74,7 @@ def has_bpd(setup: Setup, report: Report) -> bool:
   return report.get(f'bpd_{wanted.bpd_dataset}_repeats') == wanted.bpd_repeats
 
 
-def evaluate_bpd(
-  setup: Setup, source: datasets.ImageSource, params: Any, folder: epath.Path
-) -> Report:
+def evaluate_bpd(setup: Setup, source: datasets.Source, params: Any, folder: epath.Path) -> Report:
   """Bits per dimension of uniformly dequantised images (Sec. 4.3), each counted once per repeat.
 
   The noise and the probe of an image are a function of the seed, the repeat and the image's number,
@@ -85,7 +95,7 @@ def evaluate_bpd(
         path = folder / f'bpd_{wanted.bpd_dataset}_{k}.npz'
         kept = _read_round(path, 'bpd', n)
         if kept is None:
-          images, rng = setup.put(batch['image']), setup.key('bpd', repeat)
+          images, rng = setup.put(batch['data']), setup.key('bpd', repeat)
           x0, rngs = dequantize(rng, done, images, setup.model.centered)
           labels = setup.put(batch['label']) if setup.model.num_classes else None
           score_fn = setup.model.bind(params, labels=labels)
@@ -128,7 +138,7 @@ def evaluate_samples(setup: Setup, params: Any, step: int, folder: epath.Path) -
   # The last round is as large as the others, so that samples do not depend on their number.
   size = min(wanted.batch_size, wanted.num_samples)
   rounds = math.ceil(wanted.num_samples / size)
-  grid = None
+  first = None
   with Bar('sample', wanted.num_samples, unit='samples') as bar:
     for i in range(rounds):
       done, path = i * size, folder / f'samples_{i}.npz'
@@ -143,9 +153,10 @@ def evaluate_samples(setup: Setup, params: Any, step: int, folder: epath.Path) -
         extra = {} if labels is None else {'labels': labels[:n]}
         artifacts.write_npz(path, samples=images[:n], nfe=np.int64(nfe), **extra)
       nfes.append(kept[1])
-      grid = kept[0][:100] if grid is None else grid
+      shown = kept[0] if setup.config.data.dim else kept[0][:100]
+      first = shown if first is None else first
       bar.update(done + n)
-  artifacts.write_grid(folder / 'samples.png', grid)
+  artifacts.write_samples(folder / 'samples.png', first)
   seconds = time.monotonic() - began
   return {'samples': wanted.num_samples, 'nfe': float(np.mean(nfes)), 'sample_seconds': seconds}
 

@@ -1,8 +1,9 @@
-"""Denoising score matching, and the training step that minimises it.
+"""Score matching, and the training step that minimises it.
 
-The loss of the continuous SDEs (Eq. 7 of https://arxiv.org/abs/2011.13456), of SMLD (Eq. 1) and
-of DDPM (Eq. 3) is one formula: they differ in the times that they draw and in the kernel
-alpha, std that perturbs the data, not in what they minimise.
+The denoising score matching loss of the continuous SDEs (Eq. 7 of
+https://arxiv.org/abs/2011.13456), of SMLD (Eq. 1) and of DDPM (Eq. 3) is one formula: they differ
+in the times that they draw and in the kernel alpha, std that perturbs the data, not in what they
+minimise. Its forerunners, explicit, implicit and sliced score matching, ask for the same score.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,12 @@ from models.score import Params, ScoreModel
 from sde_lib import expand, ScoreFn, SDE
 
 Metrics = dict[str, Array]
-Batch = dict[str, Array]  # 'image', uint8 [B, H, W, C]; 'label', int32 [B], where there are labels
+# 'data', uint8 [B, H, W, C], or float32 [B, d] of points; 'label', int32 [B], if there are labels.
+Batch = dict[str, Array]
+
+# (score_fn, x [B, ...], t [B], key) -> loss [B], whose expectation over x ~ p_t is least at the
+# score of p_t.
+Matching = Callable[[ScoreFn, Array, Array, Array], Array]
 
 
 @flax.struct.dataclass
@@ -38,6 +44,8 @@ class Objective:
   """What is minimised, and over which data.
 
   Attributes:
+    matching: what is asked of the score at x_t, or None for denoising score matching.
+    single_scale: train at time eps alone: one level of noise.
     continuous: train at all times in [eps, T], or only at those of the chain.
     reduce_mean: the mean over dimensions, or half the sum, the released code's scale.
     likelihood_weighting: weigh times by g(t)^2, for likelihood, not by std^2, for samples.
@@ -46,6 +54,8 @@ class Objective:
     label_dropout: the share of training labels that the null label replaces.
   """
 
+  matching: Matching | None = None
+  single_scale: bool = False
   continuous: bool = True
   reduce_mean: bool = False
   likelihood_weighting: bool = False
@@ -54,11 +64,100 @@ class Objective:
   label_dropout: float = 0.0
 
 
-def sample_times(rng: Array, sde: SDE, n: int, continuous: bool) -> Array:
-  """n training times [n], uniform over [eps, T] or over the chain's times."""
+def sample_times(
+  rng: Array, sde: SDE, n: int, continuous: bool, single_scale: bool = False
+) -> Array:
+  """n training times [n], uniform over [eps, T] or over the chain's times, or all of them eps."""
+  if single_scale:
+    return jnp.full(n, sde.eps)
   if continuous:
     return jax.random.uniform(rng, (n,), minval=sde.eps, maxval=sde.T)
   return sde.time(jax.random.randint(rng, (n,), 0, sde.N))
+
+
+# What may be asked of a score at x [B, ...] and times t [B]; each is a loss [B].
+
+
+def explicit_score_matching(true_score_fn: ScoreFn, score_fn: ScoreFn, x: Array, t: Array) -> Array:
+  """1/2 ||s(x) - grad log p(x)||^2, where the true score is known (Hyvarinen 2005, Eq. 2).
+
+  https://jmlr.org/papers/v6/hyvarinen05a.html. The others have this expectation but for a constant.
+  """
+  return 0.5 * _square(score_fn(x, t) - true_score_fn(x, t))
+
+
+def implicit_score_matching(score_fn: ScoreFn, x: Array, t: Array) -> Array:
+  """tr(ds/dx) + 1/2 ||s(x)||^2, integrated by parts (Hyvarinen 2005, Theorem 1).
+
+  The trace is exact, and costs one derivative for each dimension.
+  """
+  axes = jnp.eye(x[0].size, dtype=x.dtype).reshape(-1, 1, *x.shape[1:])
+
+  def along(axis: Array) -> tuple[Array, Array]:
+    v = jnp.broadcast_to(axis, x.shape)
+    score, slope = jax.jvp(lambda x: score_fn(x, t), [x], [v])
+    return score, _dot(v, slope)
+
+  scores, slopes = jax.vmap(along)(axes)
+  return slopes.sum(0) + 0.5 * _square(scores[0])
+
+
+def sliced_score_matching(score_fn: ScoreFn, x: Array, t: Array, v: Array) -> Array:
+  """v^T (ds/dx) v + 1/2 (v^T s)^2 for random directions v like x, E[v v^T] = I.
+
+  From Song et al. 2019, https://arxiv.org/abs/1905.07088, Eq. 7.
+  """
+  score, slope = jax.jvp(lambda x: score_fn(x, t), [x], [v])
+  return _dot(v, slope) + 0.5 * jnp.square(_dot(v, score))
+
+
+def hutchinson_score_matching(score_fn: ScoreFn, x: Array, t: Array, v: Array) -> Array:
+  """v^T (ds/dx) v + 1/2 ||s||^2: implicit score matching with Hutchinson's estimate of the trace.
+
+  Of less variance than `sliced_score_matching` (its Eq. 8, SSM-VR).
+  """
+  score, slope = jax.jvp(lambda x: score_fn(x, t), [x], [v])
+  return _dot(v, slope) + 0.5 * _square(score)
+
+
+MATCHINGS: dict[str, Matching] = {
+  'ism': lambda score_fn, x, t, rng: implicit_score_matching(score_fn, x, t),
+  'ssm': lambda score_fn, x, t, rng: sliced_score_matching(score_fn, x, t, _signs(rng, x)),
+  'ssm_vr': lambda score_fn, x, t, rng: hutchinson_score_matching(score_fn, x, t, _signs(rng, x)),
+}
+
+
+def _signs(rng: Array, x: Array) -> Array:
+  return jax.random.rademacher(rng, x.shape, x.dtype)
+
+
+def _dot(u: Array, v: Array) -> Array:
+  return (u * v).reshape(len(u), -1).sum(-1)
+
+
+def _square(x: Array) -> Array:
+  return _dot(x, x)
+
+
+def score_matching_loss(
+  sde: SDE, score_fn: ScoreFn, x0: Array, t: Array, z: Array, rng: Array, objective: Objective
+) -> Array:
+  """The loss of each example [B] at given times and noise, of any kind.
+
+  What is asked of the score at x_t = alpha x_0 + std z is weighed by std^2, as in `dsm_loss`, which
+  so is this loss of `explicit_score_matching`, but for a constant at each time.
+
+  Args:
+    rng: the key of random directions.
+    sde, score_fn, x0, t, z, objective: as in `dsm_loss`.
+  """
+  if objective.matching is None:
+    return dsm_loss(sde, score_fn, x0, t, z, objective)
+  alpha, std = sde.kernel(t, objective.continuous)
+  x = expand(alpha, x0) * x0 + expand(std, x0) * z
+  weight = sde.diffusion_coef(t) if objective.likelihood_weighting else std
+  loss = weight**2 * objective.matching(score_fn, x, t, rng)
+  return 2 / x0[0].size * loss if objective.reduce_mean else loss
 
 
 def dsm_loss(
@@ -86,10 +185,15 @@ def dsm_loss(
   return squares.mean(-1) if objective.reduce_mean else 0.5 * squares.sum(-1)
 
 
-def preprocess(rng: Array, images: Array, centered: bool, flip: bool, dequantize: bool) -> Array:
-  """Images as stored, uint8 [B, H, W, C], to floats in [0, 1], or in [-1, 1] if `centered`."""
+def preprocess(rng: Array, data: Array, centered: bool, flip: bool, dequantize: bool) -> Array:
+  """Images as stored, uint8 [B, H, W, C], to floats in [0, 1], or in [-1, 1] if `centered`.
+
+  Points, which are floats, stay what they are.
+  """
+  if data.dtype != jnp.uint8:
+    return data
   rng_flip, rng_level = jax.random.split(rng)
-  x = images.astype(jnp.float32)
+  x = data.astype(jnp.float32)
   if flip:
     mirrored = jax.random.bernoulli(rng_flip, shape=x.shape[:1])
     x = jnp.where(expand(mirrored, x), x[:, :, ::-1], x)
@@ -154,12 +258,12 @@ def train_step(
     labels = drop_labels(rng_labels, batch['label'], objective.label_dropout, model.num_classes)
   x0 = preprocess(
     rng_data,
-    batch['image'],
+    batch['data'],
     model.centered,
     objective.random_flip,
     objective.uniform_dequantization,
   )
-  t = sample_times(rng_t, model.sde, x0.shape[0], objective.continuous)
+  t = sample_times(rng_t, model.sde, len(x0), objective.continuous, objective.single_scale)
   z = jax.random.normal(rng_z, x0.shape)
   return optimize(
     state, x0, t, z, rng_dropout, labels,
@@ -185,7 +289,8 @@ def optimize(
 
   def loss_fn(params: Params) -> tuple[Array, Metrics]:
     score_fn = model.bind(params, rng_dropout, labels)
-    return dsm_loss(model.sde, score_fn, x0, t, z, objective).mean(), {}
+    rng = jax.random.fold_in(rng_dropout, 1)
+    return score_matching_loss(model.sde, score_fn, x0, t, z, rng, objective).mean(), {}
 
   return apply_gradients(state, loss_fn, tx, ema_rate, ema_warmup)
 
@@ -213,16 +318,20 @@ def apply_gradients(
   rate = jnp.minimum(ema_rate, (1 + state.step) / (10 + state.step)) if ema_warmup else ema_rate
   ema_params = optax.incremental_update(params, state.ema_params, 1 - rate)
   metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads), **measured}
-  return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+  state = state.replace(
+    step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
+  )
+  return state, metrics
 
 
 def eval_step(
   params: Params, batch: Batch, rng: Array, *, model: ScoreModel, objective: Objective
 ) -> Array:
-  """The loss of each image of a batch [B] at random times, without dropout or flips."""
+  """The loss of each example of a batch [B] at random times, without dropout or flips."""
   rng_data, rng_t, rng_z = jax.random.split(rng, 3)
-  x0 = preprocess(rng_data, batch['image'], model.centered, False, objective.uniform_dequantization)
-  t = sample_times(rng_t, model.sde, x0.shape[0], objective.continuous)
+  x0 = preprocess(rng_data, batch['data'], model.centered, False, objective.uniform_dequantization)
+  t = sample_times(rng_t, model.sde, len(x0), objective.continuous, objective.single_scale)
   z = jax.random.normal(rng_z, x0.shape)
-  labels = batch['label'] if model.num_classes else None
-  return dsm_loss(model.sde, model.bind(params, labels=labels), x0, t, z, objective)
+  score_fn = model.bind(params, labels=batch['label'] if model.num_classes else None)
+  rng_matching = jax.random.fold_in(rng, 3)  # another key; the three are what they always were
+  return score_matching_loss(model.sde, score_fn, x0, t, z, rng_matching, objective)

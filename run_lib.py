@@ -6,6 +6,7 @@ was drawn, and in `classifier/` the same of a classifier. All of it can be stopp
 and started again, with the same final result.
 """
 
+import dataclasses
 from functools import partial
 import logging
 
@@ -21,6 +22,7 @@ from checkpoints import Checkpoints
 import classifier_lib
 import datasets
 from draw_lib import classes_in_turn, draw
+import ebm
 from errors import UserError
 import eval_lib
 from eval_lib import Report
@@ -37,6 +39,7 @@ from same_config import (
   FIXED_NOISE,
 )
 import sample_lib
+import toy_data
 import train_lib
 from train_lib import Task
 
@@ -103,7 +106,7 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   check_unchanged(root / 'config.json', setup.config, FIXED_IN_RUN)
   _open(out, setup, FIXED_IN_EVAL)
   held_out = _load(setup, 'test') if wanted.enable_loss else None
-  loss_sum = eval_lib.compile_loss_sum(setup)
+  loss_sums = eval_lib.compile_loss_sums(setup)
   reports = []
   with Checkpoints(root) as checkpoints:
     for step in _steps_to_evaluate(setup.config, checkpoints.steps()):
@@ -111,7 +114,7 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
       path = out / f'report_{step}.json'
       report = artifacts.read_json(path) if path.exists() else {'step': step}
       if held_out is not None and 'loss' not in report:
-        report |= eval_lib.evaluate_loss(setup, loss_sum, held_out, params)
+        report |= eval_lib.evaluate_loss(setup, loss_sums, held_out, params)
         artifacts.write_json(path, report)
       if wanted.enable_bpd and not eval_lib.has_bpd(setup, report):
         folder = eval_lib.step_folder(out, step)
@@ -199,13 +202,15 @@ def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
   logger.info('imported %s, of step %d, to %s', checkpoint, int(state.step), root / 'checkpoints')
 
 
-def _load(setup: Setup, split: str, section: str = 'model') -> datasets.ImageSource:
-  """The images of a split, for the network that a section of the config describes.
+def _load(setup: Setup, split: str, section: str = 'model') -> datasets.Source:
+  """The data of a split, for the network that a section of the config describes.
 
   Raises:
     UserError: if they cannot be read, or have other classes than the network.
   """
   data, num_classes = setup.config.data, setup.config[section].num_classes
+  if data.dim:
+    return toy_data.load(data.dataset, split, data.dim)
   source = datasets.load(
     data.dataset,
     split,
@@ -244,21 +249,30 @@ def score_task(setup: Setup) -> Task:
     each = losses.eval_step(params, batch, rng, model=model, objective=setup.objective)
     return {'loss': each.mean()}
 
-  return Task(
+  choices = {
+    'model': model,
+    'objective': setup.objective,
+    'tx': setup.tx,
+    'ema_rate': setup.config.model.ema_rate,
+    'ema_warmup': setup.config.model.ema_warmup,
+  }
+  shape = (1, *setup.data_shape)
+  task = Task(
     section='model',
-    init=lambda rng: losses.init_state(rng, model, setup.tx, (1, *setup.data_shape)),
-    update=partial(
-      losses.train_step,
-      model=model,
-      objective=setup.objective,
-      tx=setup.tx,
-      ema_rate=setup.config.model.ema_rate,
-      ema_warmup=setup.config.model.ema_warmup,
-    ),
+    init=lambda rng: losses.init_state(rng, model, setup.tx, shape),
+    update=partial(losses.train_step, **choices),
     evaluate=evaluate,
     purposes=('init', 'train', 'eval'),
     batch_size=training.batch_size,
     n_iters=training.n_iters,
+  )
+  if training.objective != 'cd':
+    return task
+  divergence = setup.divergence
+  return dataclasses.replace(
+    task,
+    init=lambda rng: ebm.init_state(rng, model, setup.tx, shape, divergence),
+    update=partial(ebm.train_step, divergence=divergence, **choices),
   )
 
 
@@ -287,7 +301,7 @@ def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop
       images, _ = draw(setup, state.ema_params, rng, n, progress, labels)
     except InterruptedError:
       return
-  artifacts.write_grid(path, images)
+  artifacts.write_samples(path, images)
   logger.info('step %d: samples are in %s', step, path)
 
 

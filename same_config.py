@@ -13,8 +13,8 @@ from errors import UserError
 # What a checkpoint depends on, which must not change when its run goes on or is evaluated; and
 # what samples depend on beside it, which must not change within an eval folder.
 FIXED_IN_RUN = (
-  'model', 'training.sde', 'training.continuous', 'data.image_size', 'data.num_channels',
-  'data.centered',
+  'model', 'training.sde', 'training.continuous', 'training.objective', 'training.single_scale',
+  'data.image_size', 'data.num_channels', 'data.centered', 'data.dim',
 )  # fmt: skip
 FIXED_IN_EVAL = (
   *FIXED_IN_RUN, 'training.reduce_mean', 'training.likelihood_weighting', 'training.eps',
@@ -23,7 +23,7 @@ FIXED_IN_EVAL = (
 # How images are perturbed; what a classifier of such images depends on.
 FIXED_NOISE = (
   'training.sde', 'model.sigma_min', 'model.sigma_max', 'model.beta_min', 'model.beta_max',
-  'data.image_size', 'data.num_channels', 'data.centered',
+  'data.image_size', 'data.num_channels', 'data.centered', 'data.dim',
 )  # fmt: skip
 FIXED_IN_CLASSIFIER = (
   *FIXED_NOISE, 'classifier.num_classes', 'classifier.blocks_per_group',

@@ -28,7 +28,7 @@ from controllable_generation import (
   Operator,
   PosteriorGuidance,
 )
-from draw_lib import class_score, gather, shard, to_uint8
+from draw_lib import class_score, gather, shard, to_stored
 from errors import UserError
 import geometry
 import image_folder
@@ -90,19 +90,19 @@ def sample(
       def progress(fraction: float, x: Array, start: int = start) -> None:
         bar.update(min(total, start + fraction * size))
         if choice.trajectory and start == 0:
-          stages.append(gather(x[:SHOWN]))
+          stages.append(gather(x if setup.config.data.dim else x[:SHOWN]))
 
       rng = jax.random.fold_in(setup.key('draw'), i)
       shape = (size, *setup.data_shape)
       x, nfe = setup.sampler(
         rng, score_fn, shape, sharding=setup.batch, constraint=constraint, observe=progress
       )
-      parts.append(to_uint8(setup, gather(x)))
+      parts.append(to_stored(setup, gather(x)))
       bar.update(min(total, start + size))
   images = np.concatenate(parts)[:total]
   arrays = {} if labels is None else {'labels': np.tile(labels, n_inputs)}
   artifacts.write_npz(folder / 'samples.npz', samples=images, nfe=np.int64(nfe), **arrays)
-  for i, image in enumerate(images):
+  for i, image in enumerate([] if setup.config.data.dim else images):
     name = f'{names[i // each]}_{i % each}' if names else f'sample_{i}'
     artifacts.write_png(folder / f'{name}.png', image)
   _write_overview(setup, folder, images, y, each)
@@ -120,9 +120,11 @@ def _write_trajectory(setup: Setup, folder: epath.Path, stages: list[np.ndarray]
   spread = (stages[-1] - centre).std()
   shrink = [max(1.0, (x - centre).std() / spread) for x in stages]
   frames = [
-    to_uint8(setup, centre + (x - centre) / by) for x, by in zip(stages, shrink, strict=True)
+    to_stored(setup, centre + (x - centre) / by) for x, by in zip(stages, shrink, strict=True)
   ]
   artifacts.write_gif(folder / 'trajectory.gif', frames)
+  if setup.config.data.dim:
+    return
   shown = np.linspace(0, len(frames) - 1, min(10, len(frames))).round().astype(int)
   strip = np.stack([frames[i] for i in shown], axis=1)  # a row for each sample
   path = folder / 'trajectory.png'
@@ -134,9 +136,9 @@ def _write_overview(
 ) -> None:
   path = folder / 'samples.png'
   if y is None:
-    artifacts.write_grid(path, images[:100])
+    artifacts.write_samples(path, images if setup.config.data.dim else images[:100])
     return
-  measured, columns = to_uint8(setup, y), min(each, 9)
+  measured, columns = to_stored(setup, y), min(each, 9)
   rows = images.reshape(len(y), each, *setup.data_shape)[:20, :columns]
   rows = np.concatenate([measured[:20, None], rows], axis=1)
   artifacts.write_grid(path, rows.reshape(-1, *setup.data_shape), columns=columns + 1)

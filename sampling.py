@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from errors import UserError
+from langevin import langevin_step
 import ode
 import sampler_lib
 from sampler_lib import Constraint, Observer, Update
@@ -181,9 +182,7 @@ def _langevin_steps(
   def step(carry: Update, rng: Array) -> tuple[Update, None]:
     x, _ = carry
     score, z = score_fn(x, t), jax.random.normal(rng, x.shape)
-    h = expand(step_size(score, z), x)
-    x_mean = x + h * score
-    return (x_mean + jnp.sqrt(2 * h) * z, x_mean), None
+    return langevin_step(x, score, expand(step_size(score, z), x), z), None
 
   return jax.lax.scan(step, (x, x), jax.random.split(rng, n_steps))[0]
 

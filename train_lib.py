@@ -52,8 +52,8 @@ def train(
   setup: Setup,
   task: Task,
   root: epath.Path,
-  source: datasets.ImageSource,
-  held_out: datasets.ImageSource,
+  source: datasets.Source,
+  held_out: datasets.Source,
   at_snapshot: Callable[[TrainState, Stop], None] = lambda state, stop: None,
 ) -> TrainState:
   """Trains to the end, from the newest checkpoint in `root` if there is one.
@@ -132,7 +132,7 @@ def _restore_or_init(
 
 
 def updates(
-  setup: Setup, task: Task, source: datasets.ImageSource, state: TrainState
+  setup: Setup, task: Task, source: datasets.Source, state: TrainState
 ) -> Iterator[tuple[TrainState, int, Metrics]]:
   """Trains to the end; yields state, step and metrics after every call of the device."""
   step, n, rng = int(state.step), setup.steps_per_call, setup.key(task.purposes[1])
@@ -170,7 +170,7 @@ def steps_to_event(step: int, n_iters: int, training: FrozenConfigDict) -> int:
 
 
 def _held_out_batches(
-  setup: Setup, task: Task, held_out: datasets.ImageSource, start: int
+  setup: Setup, task: Task, held_out: datasets.Source, start: int
 ) -> Iterator[tuple[Batch, Array]]:
   """Batches of held-out images on the devices, without end, each with a key."""
   seed = setup.config.seed

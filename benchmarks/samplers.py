@@ -29,8 +29,9 @@ from exponential_integrators import DDIM, DEIS, DPMSolver, DPMSolver2S, EDM, Uni
 from sampler_lib import draw_prior, GridSampler, Sampler, Solver
 from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS
 from sde_lib import SDE, subVPSDE, VESDE, VPSDE
-from tests.analytic import gaussian, Mixture, moments
+from tests.analytic import gaussian, moments
 from time_grids import GRIDS, log_snr
+from toy_data import Mixture
 
 BUDGETS = (5, 10, 20, 50, 100, 1000)
 SAMPLES, DIMENSIONS, DIRECTIONS = 5000, 2, 64

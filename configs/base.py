@@ -5,6 +5,7 @@ released code (https://github.com/yang-song/score_sde) unless a comment says oth
 a comment are not in it. `python -m configs` lists them all.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -49,6 +50,16 @@ NETWORKS = {
   'ncsnv2_64': _REFINENET | {'name': 'ncsnv2_64'},
   'ncsnv2_128': _REFINENET | {'name': 'ncsnv2_128'},
   'ncsnv2_256': _REFINENET | {'name': 'ncsnv2_256'},
+}
+
+NETWORKS['mlp'] = {
+  'name': 'mlp',
+  'nf': 64,
+  'num_layers': 3,
+  'nonlinearity': 'swish',
+  'conditional': True,
+  'embedding_type': 'fourier',
+  'fourier_scale': 0.2,
 }
 
 _ANNEALED = ('ncsn', 'ncsnv2_64', 'ncsnv2_128', 'ncsnv2_256')
@@ -96,6 +107,7 @@ def _default() -> ConfigDict:
   data.path = ''  # an image folder, TFRecord files, or the archive that a dataset is made from
   data.tfds_dir = ''  # where prepared TFDS datasets lie; empty for TFDS's default
   data.category = ''  # of LSUN
+  data.dim = 0  # of points, toy_data.DISTRIBUTIONS; 0 for images
   data.centered = False
   data.random_flip = True
   data.uniform_dequantization = False
@@ -109,11 +121,14 @@ def _default() -> ConfigDict:
   model.scale_by_sigma = False
   model.ema_rate = 0.999
   model.ema_warmup = False  # let the rate grow as (1 + n) / (10 + n), for short runs
+  model.output = ''  # score, scaled_score, noise, denoised or energy; empty for the SDE's own
   model.num_classes = 0  # of the labels that the network takes; 0 for none
   model.dtype = 'float32'  # of the network's arithmetic: float32 or bfloat16
 
   config.training = training = ConfigDict()
   training.sde = 'vesde'
+  training.objective = 'dsm'  # score matching: dsm, esm, ism, ssm or ssm_vr; cd for energies
+  training.single_scale = False  # train at time eps alone, one level of noise
   training.continuous = True
   training.reduce_mean = False
   training.likelihood_weighting = False
@@ -137,6 +152,13 @@ def _default() -> ConfigDict:
   optim.weight_decay = 0.0
   optim.warmup = 5000
   optim.grad_clip = 1.0
+
+  config.ebm = ebm = ConfigDict()  # of the objective cd, contrastive divergence
+  ebm.n_steps = 10  # of Langevin dynamics, from a sample of the replay buffer
+  ebm.step_size = 0.01
+  ebm.buffer_size = 10_000  # samples, of all devices together
+  ebm.restart = 0.05  # share of them that begin anew from the prior
+  ebm.regularization = 0.01  # of the squared energies
 
   config.classifier = classifier = ConfigDict()  # of noisy images; not in the released configs
   classifier.num_classes = 0  # those of the dataset
@@ -166,6 +188,7 @@ def _default() -> ConfigDict:
   sampling.s_tmin = 0.0
   sampling.s_tmax = 1e9
   sampling.s_noise = 1.0
+  sampling.step_size = 0.01  # of langevin and mala
   sampling.ode_solver = 'dopri5'  # of the method ode
   sampling.rtol = 1e-5
   sampling.atol = 1e-5
@@ -350,4 +373,82 @@ def digits(config: ConfigDict) -> ConfigDict:
   config.eval.batch_size = 128
   config.eval.enable_sampling = True
   config.eval.num_samples = 128
+  return config
+
+
+_SINGLE_SCALE = {
+  'training.single_scale': True,
+  'model.conditional': False,
+  'model.sigma_min': 0.1,
+  'model.sigma_max': 4.0,  # of where samples begin
+  'sampling.method': 'langevin',
+  'sampling.num_steps': 500,
+}
+_CHAIN = {
+  'training.continuous': False,
+  'model.num_scales': 10,
+  'model.sigma_min': 0.1,
+  'sampling.predictor': 'none',
+  'sampling.corrector': 'ald',
+  'sampling.n_steps_each': 100,
+  'sampling.snr': 0.2,
+}
+_CD = {'training.objective': 'cd', 'model.output': 'energy', 'training.n_iters': 2000}
+_CD |= {'training.snapshot_freq': 2000}
+TOY: dict[str, tuple[Callable[[str], ConfigDict], Changes]] = {
+  've': (ve, {}),
+  'vp': (vp, {}),
+  'subvp': (subvp, {}),
+  'energy': (ve, {'model.output': 'energy'}),
+  'ncsn': (ve, _CHAIN),
+  'esm': (ve, _SINGLE_SCALE | {'training.objective': 'esm'}),
+  'ism': (ve, _SINGLE_SCALE | {'training.objective': 'ism'}),
+  'ssm': (ve, _SINGLE_SCALE | {'training.objective': 'ssm'}),
+  'ssm_vr': (ve, _SINGLE_SCALE | {'training.objective': 'ssm_vr'}),
+  'dsm': (ve, _SINGLE_SCALE),
+  'dae': (ve, _SINGLE_SCALE | {'model.output': 'denoised'}),
+  'cd': (ve, _SINGLE_SCALE | _CD),
+}
+
+
+def toy(dataset: str, variant: str, dim: int = 2) -> ConfigDict:
+  """Points of `toy_data.DISTRIBUTIONS`, trained in less than a minute on two CPU cores.
+
+  A variant is one of the ways to a score, from score matching at one level of noise to the SDEs.
+  Not in the released code.
+
+  Raises:
+    UserError: if there is no such variant.
+  """
+  if variant not in TOY:
+    raise unknown(f'variant (toy, {dataset})', variant, TOY)
+  make, changes = TOY[variant]
+  config = make('mlp')
+  config.data.dataset = dataset
+  config.data.dim = dim
+  config.data.centered = True
+  config.data.random_flip = False
+  config.model.sigma_min = 0.05
+  config.model.sigma_max = 20.0  # about the largest distance between two points
+  config.model.ema_rate = 0.999
+  config.model.ema_warmup = True
+  config.training.reduce_mean = True
+  config.training.batch_size = 256
+  config.training.n_iters = 4000
+  config.training.n_jitted_steps = 50
+  config.training.log_freq = 500
+  config.training.eval_freq = 500
+  config.training.snapshot_freq = 4000
+  config.training.snapshot_freq_for_preemption = 2000
+  config.training.snapshot_samples = 2000
+  config.optim.lr = 5e-3
+  config.optim.warmup = 100
+  config.sampling.num_steps = 200
+  config.sampling.predictor = 'reverse_diffusion'
+  config.eval.begin_ckpt = 1
+  config.eval.end_ckpt = 1000
+  config.eval.batch_size = 5000
+  config.eval.enable_sampling = True
+  config.eval.num_samples = 5000
+  config.update_from_flattened_dict(changes)
   return config

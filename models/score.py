@@ -10,6 +10,7 @@ from typing import Any
 
 import flax
 import flax.linen as nn
+import jax
 from jax import Array
 import jax.numpy as jnp
 
@@ -50,12 +51,16 @@ def chain_time(sde: SDE, t: Array) -> Array:
   return (sde.N - 1) * t
 
 
-# What the output o of a network stands for, as the score that it gives at noise scale std.
-OUTPUTS: dict[str, Callable[[Array, Array], Array]] = {
-  'score': lambda o, std: o,
-  'scaled_score': lambda o, std: o / std,  # std times the score, of unit scale at every std
-  'noise': lambda o, std: -o / std,
+# What the output o of a network at x stands for, as the score that it gives where the kernel of the
+# noise is N(alpha x_0, std^2 I).
+OUTPUTS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
+  'score': lambda o, x, alpha, std: o,
+  'scaled_score': lambda o, x, alpha, std: o / std,  # of unit scale at every std
+  'noise': lambda o, x, alpha, std: -o / std,
+  # A denoising autoencoder o = r(x): (r(x) - x) / std^2 at alpha = 1 (Vincent 2011).
+  'denoised': lambda o, x, alpha, std: (alpha * o - x) / std**2,
 }
+ENERGY = 'energy'  # the other output: the score is minus the gradient of an energy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +74,7 @@ class ScoreModel:
     net: the network.
     sde: the SDE that it was trained with; its N is the number of training noise scales.
     conditioning: what the network is told of t.
-    output: a key of `OUTPUTS`.
+    output: a key of `OUTPUTS`, or `ENERGY`.
     continuous: trained at all times, or at those of the chain; the latter take their noise scale
       from the chain.
     centered: data lie in [-1, 1] already, not in [0, 1].
@@ -120,17 +125,43 @@ class ModelScore:
   model: ScoreModel = flax.struct.field(pytree_node=False)
 
   def __call__(self, x: Array, t: Array) -> Array:
+    if self.model.output == ENERGY:
+      return -jax.grad(lambda x: self.energy(x, t).sum())(x)
+    alpha, std = (expand(v, x) for v in self._kernel(t))
+    return OUTPUTS[self.model.output](self._network(x, t), x, alpha, std)
+
+  def energy(self, x: Array, t: Array) -> Array:
+    """E(x, t) [B], where p_t(x) is proportional to exp(-E(x, t)).
+
+    Any network f gives one, ||x - f(x, t)||^2 / (2 std(t)), which grows without bound unless f does
+    as well (after Salimans & Ho 2021, https://openreview.net/forum?id=9AS-TF2jRNb).
+
+    Raises:
+      ValueError: if the network was not trained as an energy.
+    """
+    if self.model.output != ENERGY:
+      raise ValueError(f'this score model has no energy: its output is {self.model.output}')
+    away = (self._scale(x) - self._network(x, t)).reshape(len(x), -1)
+    return 0.5 * jnp.square(away).sum(-1) / self._kernel(t)[1]
+
+  def log_density(self, x: Array, t: Array) -> Array:
+    """log p_t(x) [B] up to a constant for each t: minus the energy."""
+    return -self.energy(x, t)
+
+  def _kernel(self, t: Array) -> tuple[Array, Array]:
+    return self.model.sde.kernel(t, self.model.continuous)
+
+  def _scale(self, x: Array) -> Array:
+    """x in [-1, 1], as the network sees it."""
+    return x if self.model.centered else 2 * x - 1
+
+  def _network(self, x: Array, t: Array) -> Array:
     model, train = self.model, self.dropout_rng is not None
-    cond = model.conditioning(model.sde, t)
-    out = model.net.apply(
+    return model.net.apply(
       {'params': self.params},
-      x if model.centered else 2 * x - 1,
-      cond,
+      self._scale(x),
+      model.conditioning(model.sde, t),
       train,
       *([self.labels] if model.num_classes else []),
       rngs={'dropout': self.dropout_rng} if train else None,
     )
-    std = (
-      model.sde.sigma(t) if model.continuous else model.sde.chain_marginal(model.sde.index(t))[1]
-    )
-    return OUTPUTS[model.output](out, expand(std, x))

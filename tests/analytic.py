@@ -3,100 +3,16 @@
 from collections.abc import Iterable, Iterator
 import contextlib
 
-import flax
 import jax
 from jax import Array
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sde_lib import expand, SDE
+from sde_lib import SDE
+from toy_data import Gaussian, Mixture
 
 FOUR = 4.0
-
-
-@flax.struct.dataclass
-class Mixture:
-  """p(x_0) = sum_k weights[k] N(means[k], stds[k]^2 I), on data of any shape."""
-
-  weights: Array  # [K]
-  means: Array  # [K, ...]
-  stds: Array  # [K]
-
-  def score_fn(self, sde: SDE) -> 'Score':
-    """The score of the data after diffusion by `sde`."""
-    return Score(self, sde)
-
-  def mean(self) -> np.ndarray:
-    """The mean [...] of the data."""
-    return np.tensordot(np.asarray(self.weights), np.asarray(self.means), 1)
-
-  def cov(self) -> np.ndarray:
-    """The covariance [D, D] of the data, flattened."""
-    weights, stds = np.asarray(self.weights), np.asarray(self.stds)
-    means = np.asarray(self.means).reshape(len(weights), -1)
-    centred = means - weights @ means
-    return (weights * centred.T) @ centred + (weights @ stds**2) * np.eye(means.shape[1])
-
-
-@flax.struct.dataclass
-class Score:
-  """grad_x log p_t(x) of a mixture; a pytree of the mixture's arrays."""
-
-  data: Mixture
-  sde: SDE = flax.struct.field(pytree_node=False)
-
-  def __call__(self, x: Array, t: Array) -> Array:
-    alpha, sigma = self.sde.alpha(t)[:, None], self.sde.sigma(t)[:, None]
-    variance = (alpha * self.data.stds) ** 2 + sigma**2  # [B, K]
-    away = expand(alpha, x[:, None]) * self.data.means - x[:, None]  # [B, K, ...]
-    squares = jnp.square(away).reshape(*away.shape[:2], -1)
-    logits = jnp.log(self.data.weights) - 0.5 * squares.shape[-1] * jnp.log(variance)
-    share = jax.nn.softmax(logits - 0.5 * squares.sum(-1) / variance)  # p(k | x_t = x)
-    return (expand(share / variance, away) * away).sum(1)
-
-
-@flax.struct.dataclass
-class Gaussian:
-  """N(mean, cov) on data of any shape, with any covariance of the D flattened dimensions."""
-
-  mu: Array  # [...]
-  sigma: Array  # [D, D]
-  weights = (1.0,)  # it is a mixture of one
-
-  def score_fn(self, sde: SDE) -> 'GaussianScore':
-    """The score of the data after diffusion by `sde`."""
-    return GaussianScore(self.mu, *jnp.linalg.eigh(self.sigma), sde)
-
-  def mean(self) -> np.ndarray:
-    return np.asarray(self.mu)
-
-  def cov(self) -> np.ndarray:
-    return np.asarray(self.sigma)
-
-  def given(self, matrix: np.ndarray, y: np.ndarray, noise_std: float) -> 'Gaussian':
-    """The data where matrix [D, D] times x plus noise was measured to be y, of the data's shape."""
-    cov, away = np.float64(self.sigma), np.float64(y).ravel() - matrix @ np.float64(self.mu).ravel()
-    measured = matrix @ cov @ matrix.T + noise_std**2 * np.eye(len(cov))
-    gain = cov @ matrix.T @ np.linalg.pinv(measured, hermitian=True, rcond=1e-9)
-    mu = self.mu + (gain @ away).reshape(self.mu.shape)
-    return Gaussian(jnp.float32(mu), jnp.float32(cov - gain @ matrix @ cov))
-
-
-@flax.struct.dataclass
-class GaussianScore:
-  """grad_x log p_t(x) of a Gaussian; a pytree of its arrays."""
-
-  mu: Array  # [...]
-  variances: Array  # [D], along the directions
-  directions: Array  # [D, D]
-  sde: SDE = flax.struct.field(pytree_node=False)
-
-  def __call__(self, x: Array, t: Array) -> Array:
-    alpha, sigma = self.sde.alpha(t)[:, None], self.sde.sigma(t)[:, None]
-    away = (x - expand(alpha[:, 0], x) * self.mu).reshape(x.shape[0], -1) @ self.directions
-    along = away / (alpha**2 * self.variances + sigma**2)
-    return -(along @ self.directions.T).reshape(x.shape)
 
 
 TWO_MODES = Mixture(
@@ -104,6 +20,15 @@ TWO_MODES = Mixture(
   means=jnp.array([[1.0, 0.5], [-0.6, -0.4]]),
   stds=jnp.array([0.35, 0.25]),
 )
+
+
+def given(data: Gaussian, matrix: np.ndarray, y: np.ndarray, noise_std: float) -> Gaussian:
+  """The data where matrix [D, D] times x plus noise was measured to be y, of the data's shape."""
+  cov, away = np.float64(data.cov()), np.float64(y).ravel() - matrix @ np.float64(data.mu).ravel()
+  measured = matrix @ cov @ matrix.T + noise_std**2 * np.eye(len(cov))
+  gain = cov @ matrix.T @ np.linalg.pinv(measured, hermitian=True, rcond=1e-9)
+  mu = data.mu + (gain @ away).reshape(data.mu.shape)
+  return Gaussian.of(jnp.float32(mu), jnp.float32(cov - gain @ matrix @ cov))
 
 
 def gaussian(mean: Array, std: float) -> Mixture:
@@ -135,7 +60,7 @@ def given_noise(arrays: Iterable[Array]) -> Iterator[list[Array]]:
     yield rest
 
 
-def check_moments(x: Array, data: Mixture, bias: float) -> None:
+def check_moments(x: Array, data: Mixture | Gaussian, bias: float) -> None:
   """Mean, covariance and weight of the first mode, with biases relative to their natural scales.
 
   These are the standard deviation for means, the largest variance for covariances, 1 for weights.
@@ -150,7 +75,7 @@ def check_moments(x: Array, data: Mixture, bias: float) -> None:
   products = away[:, :, None] * away[:, None]
   error = np.abs(products.mean(0) - cov)
   np.testing.assert_array_less(error, FOUR * products.std(0) / root + bias * cov.max())
-  if len(data.weights) > 1:
+  if isinstance(data, Mixture) and len(data.weights) > 1:
     share = first_mode(data, x)
     error = np.abs(share.mean() - np.asarray(data.weights)[0])
     assert error <= FOUR * share.std() / root + bias

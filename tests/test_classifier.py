@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-from analytic import Mixture
 from etils import epath
 import flax.linen as nn
 import jax
@@ -22,6 +21,7 @@ import losses
 from models.classifier import Classifier, ClassLogProb
 import run_lib
 from sde_lib import SDE, subVPSDE, VESDE
+from toy_data import Mixture
 import train_lib
 
 KEY = jax.random.key(0)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from analytic import check_moments, Gaussian, TWO_MODES
+from analytic import check_moments, given, TWO_MODES
 import flax
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from sampler_lib import GridSampler
 from sampling import Langevin, PCSampler, ReverseDiffusion
 from sde_lib import expand, SDE, subVPSDE, VESDE, VPSDE
 import time_grids
+from toy_data import Gaussian
 
 KEY = jax.random.key(0)
 SHAPE = (2, 2, 3)
@@ -44,7 +45,7 @@ def image_gaussian() -> Gaussian:
   dim = np.prod(SHAPE)
   factor = rng.normal(size=(dim, 5))  # five directions with most of the variance
   cov = 0.06 * factor @ factor.T + 0.02 * np.eye(dim)
-  return Gaussian(jnp.float32(rng.uniform(0.2, 0.8, SHAPE)), jnp.float32(cov))
+  return Gaussian.of(jnp.float32(rng.uniform(0.2, 0.8, SHAPE)), jnp.float32(cov))
 
 
 DATA = image_gaussian()
@@ -99,7 +100,7 @@ class Component:
 
 
 def mode(k: int) -> Gaussian:
-  return Gaussian(TWO_MODES.means[k], TWO_MODES.stds[k] ** 2 * jnp.eye(2))
+  return Gaussian.of(TWO_MODES.means[k], TWO_MODES.stds[k] ** 2 * jnp.eye(2))
 
 
 @flax.struct.dataclass
@@ -152,7 +153,7 @@ def test_posterior_guidance_is_exact_for_a_gaussian(sde, name, noise_std):
   """Where all of its directions are searched: the score of the posterior, after diffusion."""
   operator, t = OPERATORS[name], jnp.linspace(0.1, 0.95, 8)
   y = operator(TRUTH[None])
-  posterior = DATA.given(matrix_of(operator), y, noise_std)
+  posterior = given(DATA, matrix_of(operator), y, noise_std)
   x = sde.alpha(t)[:, None, None, None] * TRUTH + sde.sigma(t)[:, None, None, None] * (
     jax.random.normal(KEY, (8, *SHAPE))
   )
@@ -168,13 +169,13 @@ def test_posterior_guidance_is_exact_for_a_gaussian(sde, name, noise_std):
 def posterior(name: str, n: int, noise_std: float = 0.0) -> tuple[jax.Array, Gaussian]:
   """What is measured of each of n samples, and what the samples then follow."""
   y = OPERATORS[name](TRUTH[None])
-  given = DATA.given(matrix_of(OPERATORS[name]), y, noise_std)
-  return jnp.broadcast_to(y, (n, *SHAPE)), given
+  truth = given(DATA, matrix_of(OPERATORS[name]), y, noise_std)
+  return jnp.broadcast_to(y, (n, *SHAPE)), truth
 
 
-def check_posterior(x: jax.Array, given: Gaussian, bias: float) -> None:
+def check_posterior(x: jax.Array, truth: Gaussian, bias: float) -> None:
   """Mean and covariance, as `check_moments` does, of flattened images."""
-  flat = Gaussian(given.mu.ravel(), given.sigma)
+  flat = Gaussian.of(truth.mu.ravel(), truth.cov())
   check_moments(x.reshape(len(x), -1), flat, bias)
 
 
@@ -186,11 +187,11 @@ def test_constraints_come_near_the_posterior(name):
   mean of what is unknown therefore lags behind, here by up to 0.15 of a standard deviation.
   """
   sde = dataclasses.replace(SDES['ve'], N=100)
-  y, given = posterior(name, 500)
+  y, truth = posterior(name, 500)
   sampler = PCSampler(sde, ReverseDiffusion(), Langevin(0.16, 5))
   known = Known(y, OPERATORS[name], sde)
   x, _ = sampler(KEY, DATA.score_fn(sde), y.shape, constraint=known)
-  check_posterior(x, given, 0.2)
+  check_posterior(x, truth, 0.2)
   np.testing.assert_allclose(OPERATORS[name](x), y, atol=1e-5)  # what is known is kept
 
 
@@ -199,12 +200,12 @@ def test_constraints_come_near_the_posterior(name):
   ('name', 'noise_std'), [('mask', 0.0), ('gray', 0.0), ('block', 0.1), ('blur', 0.1)]
 )
 def test_guided_samples_have_the_posterior_moments(sde, name, noise_std):
-  y, given = posterior(name, 2000, noise_std)
+  y, truth = posterior(name, 2000, noise_std)
   sde = dataclasses.replace(sde, N=60)
   score_fn = PosteriorGuidance(DATA.score_fn(sde), OPERATORS[name], y, sde, noise_std, iterations=6)
   sampler = GridSampler(sde, fast.DPMSolver(2), time_grids.log_snr)
   x, _ = sampler(KEY, score_fn, y.shape)
-  check_posterior(x, given, 0.03)
+  check_posterior(x, truth, 0.03)
 
 
 @pytest.mark.parametrize('sde', SDES.values(), ids=SDES)

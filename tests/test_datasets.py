@@ -30,7 +30,7 @@ def numbered(n, read=None):
 
 def take(batches, n):
   """The numbers of the images in the first n batches: [n, rows]."""
-  return np.stack([batch['image'][:, 0, 0, 0] for batch in itertools.islice(batches, n)])
+  return np.stack([batch['data'][:, 0, 0, 0] for batch in itertools.islice(batches, n)])
 
 
 def noise(*shape):
@@ -99,10 +99,10 @@ def test_evaluation_sees_every_image_once_in_order(n, processes):
   ]
   assert {len(part) for part in parts} == {-(-n // 8)}
   seen = [
-    batch['image'][batch['mask']][:, 0, 0, 0] for step in zip(*parts, strict=True) for batch in step
+    batch['data'][batch['mask']][:, 0, 0, 0] for step in zip(*parts, strict=True) for batch in step
   ]
   assert np.concatenate(seen).tolist() == list(range(n))
-  assert all(batch['image'].shape == (8 // processes, 2, 2, 1) for part in parts for batch in part)
+  assert all(batch['data'].shape == (8 // processes, 2, 2, 1) for part in parts for batch in part)
 
 
 def test_bad_batch_arguments():
@@ -399,7 +399,7 @@ def test_cifar10_prepares_itself_from_the_archive(tmp_path, small):
   assert as_set(test) == as_set(images[10:])
   for source in (train, test):
     batch = source.batch(np.arange(len(source)))
-    numbers = [[i.tobytes() for i in images].index(image.tobytes()) for image in batch['image']]
+    numbers = [[i.tobytes() for i in images].index(image.tobytes()) for image in batch['data']]
     assert [number % 10 for number in numbers] == batch['label'].tolist()
     assert source.class_names[0] == 'airplane' and source.num_classes == 10
   # Anyone else's plain TFDS reads it, with the official labels.

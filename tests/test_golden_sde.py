@@ -13,7 +13,7 @@ import re
 from typing import ClassVar
 
 import agreement
-from analytic import given_noise, Mixture
+from analytic import given_noise
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +25,7 @@ import sampling
 from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS
 from sde_lib import ScoreFn, SDE, subVPSDE, VESDE, VPSDE
 import time_grids
+from toy_data import Mixture
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 SDES = {'ve': VESDE, 'vp': VPSDE, 'subvp': subVPSDE}

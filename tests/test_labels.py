@@ -49,7 +49,7 @@ def test_labels_stay_with_their_images(monkeypatch, in_memory, processes):
     shuffled = itertools.islice(train_batches(labelled(37), 8, seed=1, **own), 10)
     for batch in itertools.chain(shuffled, eval_batches(labelled(37), 8, **own)):
       assert batch['label'].dtype == np.int32 and batch['label'].shape == (8 // processes,)
-      numbers = batch['image'][:, 0, 0, 0].astype(int)
+      numbers = batch['data'][:, 0, 0, 0].astype(int)
       np.testing.assert_array_equal(batch['label'], 7 * numbers % 5)
       seen |= set(batch['label'].tolist())
   assert seen == set(range(5)) and labelled(3).num_classes == 5
@@ -75,7 +75,7 @@ def test_subfolders_of_a_folder_are_classes(tmp_path):
   def found(split: str) -> dict[int, int]:
     batch = next(iter(eval_batches(source(split), 8)))
     there = batch['mask']
-    return dict(zip(batch['image'][there, 0, 0, 0], batch['label'][there], strict=True))
+    return dict(zip(batch['data'][there, 0, 0, 0], batch['label'][there], strict=True))
 
   for value, name in enumerate(['b/x', 'a/y', 'c/deep/z', 'c/w']):
     save(10 * value, f'train/{name}.png')
@@ -172,7 +172,7 @@ def test_training_learns_each_class_and_all_together():
   images = (
     jnp.full((64, 2, 2, 1), 51, jnp.uint8) + (102 * labels).astype(jnp.uint8)[:, None, None, None]
   )
-  batch = {'image': images, 'label': labels}
+  batch = {'data': images, 'label': labels}
 
   def step(state: losses.TrainState, _: None) -> tuple[losses.TrainState, None]:
     state, _ = losses.train_step(

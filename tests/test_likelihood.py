@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import agreement
-from analytic import gaussian, Mixture
+from analytic import gaussian
 from etils import epath
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import eval_lib
 import likelihood
 from likelihood import bits_per_dim, decode, draw_probes, encode, interpolate, Likelihood
 from sde_lib import SDE, subVPSDE, VESDE, VPSDE
+from toy_data import Mixture
 
 SDES = [VESDE(sigma_max=20.0, eps=1e-5), VPSDE(eps=1e-5), subVPSDE(eps=1e-5)]
 KEY = jax.random.key(0)

@@ -1,0 +1,11 @@
+"""A checkerboard: `configs/toy/checkerboard.py:VARIANT`, a key of `base.TOY`."""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+VARIANTS = base.TOY
+
+
+def get_config(variant: str = 've') -> ConfigDict:
+  return base.toy('checkerboard', variant)

@@ -1,0 +1,11 @@
+"""Eight Gaussians on a circle: `configs/toy/ring.py:VARIANT`, a key of `base.TOY`."""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+VARIANTS = base.TOY
+
+
+def get_config(variant: str = 've') -> ConfigDict:
+  return base.toy('ring', variant)

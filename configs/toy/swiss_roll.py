@@ -1,0 +1,11 @@
+"""A swiss roll: `configs/toy/swiss_roll.py:VARIANT`, a key of `base.TOY`."""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+VARIANTS = base.TOY
+
+
+def get_config(variant: str = 've') -> ConfigDict:
+  return base.toy('swiss_roll', variant)
