@@ -107,7 +107,7 @@ def build(config: ConfigDict) -> Setup:
   """
   config = FrozenConfigDict(config)
   _check(config)
-  training, optim, classifier = config.training, config.optim, config.classifier
+  training, optim, classifier, ebm = config.training, config.optim, config.classifier, config.ebm
   try:
     sde = _SDES[training.sde](config.model, training.eps)
     model = _score_model(config, sde)
@@ -130,7 +130,9 @@ def build(config: ConfigDict) -> Setup:
       uniform_dequantization=config.data.uniform_dequantization,
       label_dropout=training.label_dropout,
     ),
-    divergence=ContrastiveDivergence(**config.ebm),
+    divergence=ContrastiveDivergence(
+      ebm.n_steps, ebm.step_size, ebm.buffer_size, ebm.restart, ebm.regularization
+    ),
     tx=_optimizer(optim, optim.lr, optim.weight_decay, optim.warmup),
     classifier=_classifier(config, sde),
     classifier_tx=_optimizer(optim, classifier.lr, classifier.weight_decay, classifier.warmup),

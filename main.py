@@ -7,6 +7,8 @@
   python main.py --config configs/vp/digits.py --mode train_classifier
   python main.py --config configs/ve/cifar10.py --mode import --checkpoint checkpoint_26
   python main.py --config configs/vp/digits.py --mode sample --config.sampling.num_samples=64
+  python main.py --config configs/toy/two_moons.py:cd --mode train
+  python main.py --config configs/ve/cifar10.py:ncsnv2 --mode stats
 
 Any field of a config can be set as --config.section.field=value.
 """
@@ -25,7 +27,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from errors import unknown, UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, [:variant] of it.')
-_MODES = ['train', 'train_classifier', 'eval', 'sample', 'import']
+_MODES = ['train', 'train_classifier', 'eval', 'sample', 'stats', 'import']
 _MODE = flags.DEFINE_enum('mode', None, _MODES, 'What to do.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; runs/<config>[-<variant>].')
 _EVAL_FOLDER = flags.DEFINE_string('eval_folder', 'eval', 'Folder of an evaluation in workdir.')
@@ -113,6 +115,8 @@ def main(argv: Sequence[str]) -> None:
       run_lib.evaluate(_CONFIG.value, workdir, _EVAL_FOLDER.value)
     elif _MODE.value == 'sample':
       run_lib.sample(_CONFIG.value, workdir, _SAMPLE_FOLDER.value)
+    elif _MODE.value == 'stats':
+      run_lib.stats(_CONFIG.value)
     else:
       run_lib.import_released(_CONFIG.value, workdir, _CHECKPOINT.value)
 

@@ -1,4 +1,4 @@
-"""Training, evaluation and import of checkpoints, of a config in a workdir.
+"""Training, evaluation, sampling and import of checkpoints, of a config in a workdir.
 
 A workdir holds `config.json`, `checkpoints/` and `checkpoints-meta/`, `metrics.jsonl` and
 `tensorboard/`, `samples/iter_<step>/sample.png`, in `eval/` what evaluation made, in `sample/` what
@@ -9,11 +9,14 @@ and started again, with the same final result.
 import dataclasses
 from functools import partial
 import logging
+import math
 
 from etils import epath
 import jax
 from jax import Array
+import jax.numpy as jnp
 from ml_collections import ConfigDict, FrozenConfigDict
+import numpy as np
 
 import artifacts
 from build_lib import build, check_shared, Setup
@@ -29,6 +32,7 @@ from eval_lib import Report
 import losses
 from losses import Batch, Metrics, TrainState
 from models.score import Params
+from noise_scales import NoiseScales, recommend
 from progress import Bar, Stop
 import released_checkpoints
 from same_config import (
@@ -44,6 +48,8 @@ import train_lib
 from train_lib import Task
 
 logger = logging.getLogger('score_sde')
+
+STATS_EXAMPLES = 5000  # whose distances `stats` compares
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -71,6 +77,8 @@ def train_classifier(config: ConfigDict, workdir: str) -> Report:
     SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written; the code is 128 + signal.
   """
   setup, root = build(config), epath.Path(workdir)
+  if setup.config.data.dim:
+    raise UserError(f'a classifier is for images, and config.data.dim = {setup.config.data.dim}')
   check_shared(setup.config, 'classifier.batch_size')
   source, held_out = (_load(setup, split, 'classifier') for split in ('train', 'test'))
   check_unchanged(root / 'config.json', setup.config, FIXED_NOISE)
@@ -154,6 +162,39 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
   logger.info('%(samples)d samples, %(nfe)d evaluations each', report)
   logger.info('samples are in %s', folder / 'samples.png')
   return report
+
+
+def stats(config: ConfigDict) -> NoiseScales:
+  """Prints the noise levels that NCSNv2 recommends for the training data; see `noise_scales`.
+
+  They are those of at most `STATS_EXAMPLES` examples, drawn by the seed; sigma_min and the number
+  of Langevin steps at a level are the config's.
+
+  Raises:
+    UserError: for a mistake in the config or the data.
+  """
+  setup = build(config)
+  source, size = _load(setup, 'train'), setup.config.eval.batch_size
+  n = min(len(source), STATS_EXAMPLES)
+  batches = datasets.train_batches(source, min(size, n), seed=setup.config.seed)
+  parts = [next(batches)['data'] for _ in range(math.ceil(n / min(size, n)))]
+  data, rng = np.concatenate(parts)[:n], jax.random.key(0)  # of nothing: there are no flips
+  x = losses.preprocess(rng, jnp.asarray(data), setup.model.centered, False, False)
+  n_steps = setup.config.sampling.n_steps_each
+  chosen = recommend(np.asarray(x), setup.config.model.sigma_min, n_steps)
+  logger.info('%d examples of dimension %d', n, math.prod(setup.data_shape))
+  logger.info('largest distance between two of them: %.4g', chosen.sigma_max)
+  logger.info(
+    'NCSNv2 recommends --config.model.sigma_max=%.4g --config.model.num_scales=%d (a ratio of %.4f '
+    'down to sigma_min = %g)',
+    chosen.sigma_max, chosen.num_scales, chosen.ratio, chosen.sigma_min,
+  )  # fmt: skip
+  logger.info(
+    'and, for annealed Langevin dynamics with sampling.n_steps_each = %d, '
+    '--config.sampling.snr=%.4g (epsilon %.3g)',
+    n_steps, chosen.snr, chosen.epsilon,
+  )  # fmt: skip
+  return chosen
 
 
 def load(workdir: str) -> tuple[Setup, Params]:

@@ -390,6 +390,7 @@ _CHAIN = {
   'model.sigma_min': 0.1,
   'sampling.predictor': 'none',
   'sampling.corrector': 'ald',
+  'sampling.num_steps': 0,
   'sampling.n_steps_each': 100,
   'sampling.snr': 0.2,
 }
