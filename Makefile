@@ -1,13 +1,14 @@
-# make demo   train, sample and evaluate a small model on handwritten digits
-# make test   the whole test suite
-# make lint   style
+# make demo       train, sample and evaluate a small model on handwritten digits
+# make test       the whole test suite
+# make lint       style
+# make tutorial   trains small models and draws the figures of docs/tutorial.md
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 DEMO := configs/vp/digits.py
 
-.PHONY: demo test lint
+.PHONY: demo test lint tutorial
 
 demo: .venv/installed
 	$(BIN)/python main.py --config $(DEMO) --mode train
@@ -15,6 +16,9 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+tutorial: .venv/installed-dev
+	$(BIN)/python -m tutorial
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

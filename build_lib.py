@@ -330,9 +330,15 @@ def _check(config: FrozenConfigDict) -> None:
   for name in ('eval.enable_bpd', 'sampling.task'):
     if config.data.dim and _field(config, name):
       raise UserError(f'config.{name} is for images, and config.data.dim = {config.data.dim}')
-  if config.training.objective == 'cd' and not (
-    config.model.output == score.ENERGY and config.training.single_scale
-  ):
+  if config.training.objective == 'cd':
+    _check_ebm(config)
+  if config.model.scale_by_sigma and config.training.sde != 'vesde':
+    raise UserError('config.model.scale_by_sigma is for config.training.sde = vesde')
+
+
+def _check_ebm(config: FrozenConfigDict) -> None:
+  """Raises UserError unless contrastive divergence goes with the rest."""
+  if not (config.model.output == score.ENERGY and config.training.single_scale):
     raise UserError(
       'config.training.objective = cd needs config.model.output = energy and '
       'config.training.single_scale'
@@ -342,8 +348,6 @@ def _check(config: FrozenConfigDict) -> None:
       f'config.ebm.buffer_size = {config.ebm.buffer_size} must not be below '
       f'config.training.batch_size = {config.training.batch_size}'
     )
-  if config.model.scale_by_sigma and config.training.sde != 'vesde':
-    raise UserError('config.model.scale_by_sigma is for config.training.sde = vesde')
 
 
 def check_shared(config: FrozenConfigDict, name: str) -> None:

@@ -59,7 +59,7 @@ def reverse(axes: list[Axes]) -> list[str]:
     'reverse diffusion': PCSampler(
       dataclasses.replace(sde, N=200), ReverseDiffusion(), NoCorrector()
     ),
-    'PC: the same and Langevin': PCSampler(
+    'PC: reverse diffusion, Langevin': PCSampler(
       dataclasses.replace(sde, N=100), ReverseDiffusion(), Langevin(0.16, 1)
     ),
     'ancestral': PCSampler(dataclasses.replace(sde, N=200), AncestralSampling(), NoCorrector()),
@@ -82,7 +82,8 @@ def reverse(axes: list[Axes]) -> list[str]:
   x, _ = sampler(jax.random.key(1), score_fn, (40, 2), observe=lambda _, x: seen.append(x))
   path = np.stack([np.asarray(v) for v in seen])
   axes[1].plot(*path[-60:].transpose(2, 0, 1), lw=0.6, color='0.5')
-  common.scatter(axes[1], x, 9.0, 'probability flow')
+  axes[1].plot(*np.asarray(x).T, 'o', ms=3)
+  common.frame(axes[1], 9.0, 'paths of the probability flow, and their ends')
   return lines
 
 

@@ -1,0 +1,88 @@
+"""How far learnt scores are from the truth, for every training objective and set of points.
+
+The error is that of the moving average of the parameters on held-out points, over the noise levels
+that the objective trains: E ||s - true||^2 / E ||true||^2, both weighed by sigma^2. A score of zero
+has an error of 1.
+
+  python -m benchmarks.objectives [--steps N] [--sets NAME ...] [--variants NAME ...] [--json PATH]
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import build_lib
+from build_lib import explicit_matching, Setup
+from configs import base
+from losses import eval_step
+from models.score import Params
+import run_lib
+import toy_data
+import train_lib
+
+POINTS = 5000  # that the error is measured on
+
+
+def config_of(name: str, variant: str, steps: int):
+  """The config of `configs/toy`, for so many steps."""
+  config = base.toy(name, variant, 10 if name == 'gaussian' else 2)
+  config.training.n_iters = min(steps, config.training.n_iters)
+  return config
+
+
+def train(setup: Setup) -> Params:
+  """The moving average of the parameters after training in memory."""
+  task, data = run_lib.score_task(setup), setup.config.data
+  source = toy_data.load(data.dataset, 'train', data.dim)
+  state = jax.jit(task.init)(setup.key('init'))
+  *_, (state, _, _) = train_lib.updates(setup, task, source, state)
+  return state.ema_params
+
+
+def error(setup: Setup, params: Params) -> float:
+  """The error of a learnt score, as a share of the score itself."""
+  data, true_score_fn = setup.config.data, setup.true_score_fn
+  points = toy_data.load(data.dataset, 'test', data.dim).batch(np.arange(POINTS))
+  matchings = {
+    'error': explicit_matching(true_score_fn),
+    'size': lambda score_fn, x, t, rng: 0.5 * jnp.square(true_score_fn(x, t)).sum(-1),
+  }
+  measured = {}
+  for what, matching in matchings.items():
+    objective = dataclasses.replace(setup.objective, matching=matching)
+    each = eval_step(params, points, setup.key('eval'), model=setup.model, objective=objective)
+    measured[what] = float(each.mean())
+  return measured['error'] / measured['size']
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--steps', type=int, default=4000, help='of training, at most')
+  parser.add_argument('--sets', nargs='+', choices=toy_data.DISTRIBUTIONS, metavar='NAME')
+  parser.add_argument('--variants', nargs='+', choices=base.TOY, metavar='NAME')
+  parser.add_argument('--json', type=Path, metavar='PATH', help='also write the errors here')
+  choices = parser.parse_args()
+  names = choices.sets or list(toy_data.DISTRIBUTIONS)
+  print('| objective | ' + ' | '.join(names) + ' | seconds each |')
+  print('|---' * (len(names) + 2) + '|', flush=True)
+  table = {}
+  for variant in choices.variants or base.TOY:
+    began, table[variant] = time.monotonic(), {}
+    for name in names:
+      setup = build_lib.build(config_of(name, variant, choices.steps))
+      table[variant][name] = error(setup, train(setup))
+    seconds = (time.monotonic() - began) / len(names)
+    cells = ' | '.join(f'{value:.4f}' for value in table[variant].values())
+    print(f'| {variant} | {cells} | {seconds:.0f} |', flush=True)
+  if choices.json:
+    choices.json.write_text(json.dumps(table, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  main()
