@@ -9,6 +9,7 @@ has an error of 1.
 
 import argparse
 import dataclasses
+from functools import partial
 import json
 from pathlib import Path
 import time
@@ -56,8 +57,8 @@ def error(setup: Setup, params: Params) -> float:
   measured = {}
   for what, matching in matchings.items():
     objective = dataclasses.replace(setup.objective, matching=matching)
-    each = eval_step(params, points, setup.key('eval'), model=setup.model, objective=objective)
-    measured[what] = float(each.mean())
+    measure = jax.jit(partial(eval_step, model=setup.model, objective=objective))
+    measured[what] = float(measure(params, points, setup.key('eval')).mean())
   return measured['error'] / measured['size']
 
 

@@ -60,10 +60,10 @@ def draw() -> tuple[Figure, list[str]]:
   )
   weights = jnp.linspace(0.0, 1.0, 8)
   z0, z1 = (jnp.repeat(z[i : i + 8], 8, axis=0) for i in (0, 8))
-  between, _ = decode(sde, score_fn, interpolate(z0, z1, jnp.tile(weights, 8)))
+  between, _ = decode(sde, score_fn, interpolate(z0, z1, jnp.tile(weights, 8)), 1e-3, 1e-3)
   common.show_images(axes[0], between, 8, 'interpolated between latents')
   scales = jnp.repeat(jnp.linspace(0.4, 1.2, 8), 8)[:, None, None, None]
-  cold, _ = decode(sde, score_fn, scales * jnp.tile(z[:8], (8, 1, 1, 1)))
+  cold, _ = decode(sde, score_fn, scales * jnp.tile(z[:8], (8, 1, 1, 1)), 1e-3, 1e-3)
   common.show_images(axes[1], cold, 8, 'temperature 0.4 (above) to 1.2')
 
   known = Mask(jnp.broadcast_to(jnp.arange(8)[:, None, None] < 4, (8, 8, 1)).astype(jnp.float32))
