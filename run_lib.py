@@ -23,6 +23,7 @@ from build_lib import build, check_shared, Setup
 import checkpoints as checkpoints_lib
 from checkpoints import Checkpoints
 import classifier_lib
+from configs.base import saved
 import datasets
 from draw_lib import classes_in_turn, draw
 import ebm
@@ -207,7 +208,7 @@ def load(workdir: str) -> tuple[Setup, Params]:
   path = root / 'config.json'
   if not path.exists():
     raise UserError(f'{path} does not exist; name the workdir of a run')
-  setup = build(ConfigDict(artifacts.read_json(path)))
+  setup = build(saved(artifacts.read_json(path)))
   return setup, _newest(setup, root)[1]
 
 

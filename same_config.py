@@ -8,6 +8,7 @@ from etils import epath
 from ml_collections import FrozenConfigDict
 
 import artifacts
+from configs.base import saved
 from errors import UserError
 
 # What a checkpoint depends on, which must not change when its run goes on or is evaluated; and
@@ -41,7 +42,9 @@ def check_unchanged(path: epath.Path, config: FrozenConfigDict, fixed: tuple[str
   if not path.exists():
     return
   # Through JSON, so that tuples are lists on both sides.
-  old, new = artifacts.read_json(path), json.loads(json.dumps(config.to_dict()))
+  old, new = (
+    json.loads(json.dumps(side.to_dict())) for side in (saved(artifacts.read_json(path)), config)
+  )
   old, new = dict(_flatten(old)), dict(_flatten(new))
   changes = [
     f'config.{name}: {old.get(name)!r} there, {new.get(name)!r} now'

@@ -221,6 +221,13 @@ def _default() -> ConfigDict:
   return config
 
 
+def saved(values: dict[str, Any]) -> ConfigDict:
+  """A config that was saved, perhaps before it had all fields: what is new has its default."""
+  config = _default()
+  config.update(values)
+  return config
+
+
 def ve(network: str) -> ConfigDict:
   """The settings of the VE SDE, with a network from `NETWORKS`."""
   config = _default()

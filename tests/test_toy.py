@@ -182,3 +182,17 @@ def test_points_have_no_classifier(tmp_path):
   config.training.objective = 'esm'
   with pytest.raises(UserError, match='needs a true score'):
     build_lib.build(config)
+
+
+def test_a_workdir_from_before_a_field_was_there_is_still_good(tmp_path):
+  """What its config lacks has the default; a value of one's own is another config."""
+  run_lib.train(tiny('ve', training__n_iters=6), tmp_path)
+  path = epath.Path(tmp_path / 'config.json')
+  config = artifacts.read_json(path)
+  del config['ebm'], config['model']['output'], config['training']['single_scale']
+  artifacts.write_json(path, config)
+  setup, _ = run_lib.load(tmp_path)
+  assert setup.model.output == 'scaled_score' and setup.data_shape == (2,)
+  with pytest.raises(UserError, match="config.model.output: '' there, 'energy' now"):
+    run_lib.train(tiny('ve', model__output='energy'), tmp_path)
+  run_lib.train(tiny('ve'), tmp_path)
