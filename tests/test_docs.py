@@ -12,9 +12,12 @@ import pytest
 
 from exponential_integrators import DDIM
 from sampler_lib import GridSampler
-from sde_lib import SDE
+from sde_lib import SDE, VESDE
+from tutorial import denoising, score_matching
+import tutorial.__main__ as tutorial
 
-DOCS = Path(__file__).parent.parent / 'docs'
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / 'docs'
 KEY = jax.random.key(0)
 
 
@@ -53,3 +56,44 @@ def test_the_new_solver_is_ddim(shown):
   theirs = GridSampler(ours.sde, DDIM(), ours.grid)
   (x, _), (y, _) = (s(KEY, DATA.score_fn(s.sde), (8, 2)) for s in (ours, theirs))
   np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('page', ['README.md', 'docs/tutorial.md', 'docs/extending.md'])
+def test_what_a_page_refers_to_is_there(page):
+  """Files that it links to, and what it calls by a name of this code."""
+  text = (ROOT / page).read_text()
+  for link in re.findall(r'\]\((?!http)([^)#]+)', text):
+    assert ((ROOT / page).parent / link).exists(), link
+  code = '\n'.join(path.read_text() for path in ROOT.glob('**/*.py') if '.venv' not in path.parts)
+  prose = re.sub(r'```.*?```', '', text, flags=re.DOTALL)
+  for name in re.findall(r'`(\w*[_A-Z]\w*)(?:\(.*?\))?`', prose):
+    assert re.search(rf'\b{name}\b', code), name
+
+
+def test_the_tutorial_puts_what_a_chapter_prints_in_its_place():
+  page = 'a\n<!-- printed by sdes -->\nold\n<!-- end -->\nb\n<!-- printed by x -->\n<!-- end -->\n'
+  new = tutorial.put(page, 'sdes', ['1', '2'])
+  assert new == page.replace('old\n', '```text\n1\n2\n```\n')
+  assert tutorial.put(new, 'sdes', ['1', '2']) == new
+  with pytest.raises(ValueError, match='0 places'):
+    tutorial.put(page, 'likelihoods', [])
+  text = (DOCS / 'tutorial.md').read_text()
+  for chapter in tutorial.CHAPTERS:  # each has its place, and its figure
+    tutorial.put(text, chapter, [])
+    assert f'(tutorial/{chapter}.png)' in text
+
+
+def test_the_parzen_identity_of_the_tutorial():
+  """Denoising less explicit score matching is the same for every score, to 1e-5."""
+  points = jnp.array([[0.0, 0.3], [0.5, -0.2], [-1.0, 0.1]])
+  sde = VESDE(0.4, 2.0, eps=0.0)
+  scores = (lambda x, t: -x, lambda x, t: jnp.sin(x), lambda x, t: jnp.zeros_like(x))
+  constants = [denoising.constant(points, sde, score_fn) for score_fn in scores]
+  np.testing.assert_allclose(constants, constants[0], rtol=1e-5)
+
+
+def test_the_tutorial_fits_a_gaussian_to_its_sample():
+  x = jax.random.normal(KEY, (100, 2)) @ jnp.array([[1.0, 0.3], [0.0, 0.5]]) + 1.0
+  mu, m = score_matching.fit_gaussian(x)
+  np.testing.assert_allclose(mu, x.mean(0), atol=1e-3)
+  np.testing.assert_allclose(jnp.linalg.inv(m), jnp.cov(x.T, bias=True), atol=1e-3)

@@ -63,7 +63,7 @@ def test_every_variant_can_be_built(module, variant):
   assert setup.objective.single_scale == (variant not in many_levels)
 
 
-@pytest.mark.parametrize('variant', ['ve', 'ssm', 'cd'])
+@pytest.mark.parametrize('variant', ['ve', 'cd'])
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, variant):
   """Also with a replay buffer."""
   run_lib.train(tiny(variant), tmp_path / 'whole')
@@ -117,7 +117,7 @@ def test_a_picture_of_points_is_darkest_where_most_are(tmp_path):
   assert at(1.0, 0.5) == 0 and 100 < at(-1.0, -1.0) < 250 and at(0.0, 0.0) == 255
 
 
-@pytest.mark.parametrize('variant', ['esm', 'ism', 'ssm_vr', 'dsm', 'energy'])
+@pytest.mark.parametrize('variant', ['ism', 'ssm_vr', 'energy'])
 def test_every_way_leads_to_the_score(tmp_path, variant):
   """Of a Gaussian: most of it is learnt in a few hundred steps."""
   fields = {'training__n_iters': 600, 'training__n_jitted_steps': 50, 'training__batch_size': 256}
@@ -193,6 +193,6 @@ def test_a_workdir_from_before_a_field_was_there_is_still_good(tmp_path):
   artifacts.write_json(path, config)
   setup, _ = run_lib.load(tmp_path)
   assert setup.model.output == 'scaled_score' and setup.data_shape == (2,)
-  with pytest.raises(UserError, match="config.model.output: '' there, 'energy' now"):
+  with pytest.raises(UserError, match=r"output: '' there, 'energy' now"):
     run_lib.train(tiny('ve', model__output='energy'), tmp_path)
   run_lib.train(tiny('ve'), tmp_path)
