@@ -39,16 +39,17 @@ def test_half_of_the_noise_is_typical_of_the_level_below(dim):
 
 
 @pytest.mark.parametrize(
-  ('dim', 'sigma_max', 'levels', 'epsilon'),
-  [(3 * 32**2, 50.0, 232, 6.2e-6), (3 * 64**2, 90.0, 500, 3.3e-6)],
-  ids=['CIFAR-10', 'CelebA'],
+  ('pixels', 'sigma_max', 'levels', 'n_steps', 'epsilon'),
+  [(32, 50, 232, 5, 6.2e-6), (64, 90, 500, 5, 3.3e-6), (128, 190, 1086, 3, 1.8e-6)],
+  ids=['CIFAR-10', 'CelebA', 'bedroom'],
 )
-def test_the_published_choices_are_near(dim, sigma_max, levels, epsilon):
-  """Their numbers of levels are those of an overlap of 0.43, not 0.5; ours are 6 % fewer."""
+def test_the_published_choices_are_near(pixels, sigma_max, levels, n_steps, epsilon):
+  """Their numbers of levels are those of an overlap of 0.567, not 0.5; ours are 6 % fewer."""
+  dim = 3 * pixels**2
   ours = num_scales(sigma_max, 0.01, geometric_ratio(dim))
   assert abs(ours / levels - 1) < 0.07
   ratio = (sigma_max / 0.01) ** (1 / (levels - 1))
-  np.testing.assert_allclose(step_size(0.01, ratio, 5), epsilon, rtol=0.05)
+  np.testing.assert_allclose(step_size(0.01, ratio, n_steps), epsilon, rtol=0.03)
 
 
 @pytest.mark.parametrize('n_steps', [1, 5, 100])

@@ -51,7 +51,7 @@ def main() -> None:
     figure, lines = importlib.import_module(f'tutorial.{chapter}').draw()
     picture = DOCS / 'tutorial' / f'{chapter}.png'
     picture.parent.mkdir(exist_ok=True)
-    figure.savefig(picture, dpi=100)
+    figure.savefig(picture, dpi=100, metadata={'Software': None})  # which would change with it
     path.write_text(put(path.read_text(), chapter, lines))
     print('\n'.join([f'{chapter} ({time.monotonic() - began:.0f} s)', *lines, '']), flush=True)
 
