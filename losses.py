@@ -105,7 +105,7 @@ def implicit_score_matching(score_fn: ScoreFn, x: Array, t: Array) -> Array:
 def sliced_score_matching(score_fn: ScoreFn, x: Array, t: Array, v: Array) -> Array:
   """v^T (ds/dx) v + 1/2 (v^T s)^2 for random directions v like x, E[v v^T] = I.
 
-  From Song et al. 2019, https://arxiv.org/abs/1905.07088, Eq. 7.
+  SSM of Song et al. 2019, https://arxiv.org/abs/1905.07088.
   """
   score, slope = jax.jvp(lambda x: score_fn(x, t), [x], [v])
   return _dot(v, slope) + 0.5 * jnp.square(_dot(v, score))
@@ -114,7 +114,7 @@ def sliced_score_matching(score_fn: ScoreFn, x: Array, t: Array, v: Array) -> Ar
 def hutchinson_score_matching(score_fn: ScoreFn, x: Array, t: Array, v: Array) -> Array:
   """v^T (ds/dx) v + 1/2 ||s||^2: implicit score matching with Hutchinson's estimate of the trace.
 
-  Of less variance than `sliced_score_matching` (its Eq. 8, SSM-VR).
+  Of less variance than `sliced_score_matching` (SSM-VR of the same paper).
   """
   score, slope = jax.jvp(lambda x: score_fn(x, t), [x], [v])
   return _dot(v, slope) + 0.5 * _square(score)
