@@ -166,8 +166,16 @@ def _log_normal_mass(low: Array, high: Array) -> Array:
   """log(Phi(high) - Phi(low)) for low < high, with all its digits in both tails."""
   right = low + high > 0  # then by symmetry of the left
   low, high = jnp.where(right, -high, low), jnp.where(right, -low, high)
-  log_low, log_high = (jax.scipy.special.log_ndtr(v) for v in (low, high))
+  log_low, log_high = (_log_normal_cdf(v) for v in (low, high))
   return log_high + jnp.log(-jnp.expm1(log_low - log_high))
+
+
+def _log_normal_cdf(x: Array) -> Array:
+  """log Phi(x), whose derivative is right far to the left too, where JAX loses it in float32."""
+  near, far = jnp.maximum(x, -30.0), jnp.minimum(x, -30.0)
+  # The first terms of the asymptotic series of the tail; the next is 15 / far^6.
+  tail = jnp.log1p(-1 / far**2 + 3 / far**4) - jnp.log(-far) - 0.5 * math.log(2 * math.pi)
+  return jnp.where(x > -30.0, jax.scipy.special.log_ndtr(near), tail - 0.5 * far**2)
 
 
 def _two_gaussians(dim: int) -> Mixture:

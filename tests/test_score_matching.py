@@ -287,3 +287,17 @@ def test_implicit_score_matching_is_known_for_a_gaussian():
   x = data.sample(KEY, 40_000)
   loss = implicit_score_matching(data.score_fn(sde), x, jnp.zeros(len(x)))
   assert abs(float(loss.mean()) + 0.5 * 3.5) < 4 * float(loss.std()) / 200
+
+
+def test_the_mean_over_dimensions_is_two_thirds_of_half_the_sum_in_three():
+  """For every objective as for denoising, so that they keep one scale in any dimension."""
+  x0, z = jax.random.normal(KEY, (2, 5, 3))
+  t = jnp.full(5, 0.4)
+  for matching in (None, *MATCHINGS.values()):
+    summed, mean = (
+      score_matching_loss(
+        SDE, lambda x, t: jnp.sin(x), x0, t, z, KEY, Objective(matching, reduce_mean=r)
+      )
+      for r in (False, True)
+    )
+    np.testing.assert_allclose(mean, 2 / 3 * summed, rtol=1e-5)

@@ -115,3 +115,14 @@ def test_what_is_not_there_is_said(name, dim, said):
   with pytest.raises(UserError, match=said) as error:
     toy_data.distribution(name, dim)
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(('x', 'std'), [(50.0, 1e-3), (5.5, 1e-3), (50.0, 0.05), (4.3, 0.05)])
+def test_the_checkerboard_leads_back_from_anywhere(x, std):
+  """Far outside, its score is that of the nearest edge, about (4 - x) / std^2; also in float32."""
+  data = toy_data.distribution('checkerboard', 2)
+  point = jnp.array([[x, 3.0]])  # beside the square in the corner
+  score = jax.grad(lambda x: data.log_density(x, 1.0, std).sum())(point)
+  edge = (4 - x) / std**2
+  # Beyond the edge the density falls as the normal tail, whose slope is more by 1 / (x - 4).
+  np.testing.assert_allclose(score[0, 0], edge - 1 / (x - 4), rtol=0.01)
