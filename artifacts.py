@@ -57,9 +57,9 @@ def write_png(path: epath.Path, image: np.ndarray) -> None:
   _write_image(path, Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image))
 
 
-def write_samples(path: epath.Path, samples: np.ndarray) -> None:
-  """Writes images [N, H, W, C] as `write_grid` does, or the density of points [N, d]."""
-  _write_image(path, _picture(samples))
+def write_samples(path: epath.Path, samples: np.ndarray, most: int | None = None) -> None:
+  """Writes images [N, H, W, C], at most so many, as `write_grid`, or the density of points [N, d]."""
+  _write_image(path, _picture(samples if samples.ndim == 2 else samples[:most]))
 
 
 def write_grid(path: epath.Path, images: np.ndarray, columns: int | None = None) -> None:

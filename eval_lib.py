@@ -153,10 +153,9 @@ def evaluate_samples(setup: Setup, params: Any, step: int, folder: epath.Path) -
         extra = {} if labels is None else {'labels': labels[:n]}
         artifacts.write_npz(path, samples=images[:n], nfe=np.int64(nfe), **extra)
       nfes.append(kept[1])
-      shown = kept[0] if setup.config.data.dim else kept[0][:100]
-      first = shown if first is None else first
+      first = kept[0] if first is None else first
       bar.update(done + n)
-  artifacts.write_samples(folder / 'samples.png', first)
+  artifacts.write_samples(folder / 'samples.png', first, most=100)
   seconds = time.monotonic() - began
   return {'samples': wanted.num_samples, 'nfe': float(np.mean(nfes)), 'sample_seconds': seconds}
 

@@ -67,6 +67,7 @@ def sample(
   `folder` then holds them as a grid `samples.png`, as uint8 in `samples.npz`, and one PNG each; in
   the grid of a task, every row begins with its input as it was measured. With
   `sampling.trajectory`, also `trajectory.gif` and `trajectory.png`, how the first became images.
+  Of points there is the density in `samples.png`, floats in `samples.npz`, and the GIF.
 
   Raises:
     UserError: for a mistake in the config, or in the files that it names.
@@ -102,9 +103,10 @@ def sample(
   images = np.concatenate(parts)[:total]
   arrays = {} if labels is None else {'labels': np.tile(labels, n_inputs)}
   artifacts.write_npz(folder / 'samples.npz', samples=images, nfe=np.int64(nfe), **arrays)
-  for i, image in enumerate([] if setup.config.data.dim else images):
-    name = f'{names[i // each]}_{i % each}' if names else f'sample_{i}'
-    artifacts.write_png(folder / f'{name}.png', image)
+  if not setup.config.data.dim:
+    for i, image in enumerate(images):
+      name = f'{names[i // each]}_{i % each}' if names else f'sample_{i}'
+      artifacts.write_png(folder / f'{name}.png', image)
   _write_overview(setup, folder, images, y, each)
   if stages:
     _write_trajectory(setup, folder, stages)
@@ -136,7 +138,7 @@ def _write_overview(
 ) -> None:
   path = folder / 'samples.png'
   if y is None:
-    artifacts.write_samples(path, images if setup.config.data.dim else images[:100])
+    artifacts.write_samples(path, images, most=100)
     return
   measured, columns = to_stored(setup, y), min(each, 9)
   rows = images.reshape(len(y), each, *setup.data_shape)[:20, :columns]
