@@ -58,7 +58,7 @@ def write_png(path: epath.Path, image: np.ndarray) -> None:
 
 
 def write_samples(path: epath.Path, samples: np.ndarray, most: int | None = None) -> None:
-  """Writes images [N, H, W, C], at most so many, as `write_grid`, or the density of points [N, d]."""
+  """Writes images [N, H, W, C], the first `most`, as a grid, or the density of points [N, d]."""
   _write_image(path, _picture(samples if samples.ndim == 2 else samples[:most]))
 
 
