@@ -28,7 +28,8 @@ def densities(grid) -> dict[str, np.ndarray]:
 
   def of(name: str) -> np.ndarray:
     data = toy_data.distribution(name, 2)
-    return cell * np.exp(np.float64(data.log_density(points, ALPHA, STD)))
+    log_density = jax.jit(lambda data: data.log_density(points, ALPHA, STD))
+    return cell * np.exp(np.float64(log_density(data)))
 
   return {name: of(name) for name in PLANAR}
 
@@ -59,10 +60,11 @@ def test_samples_follow_the_density(grid, densities, name):
 def test_scores_are_gradients_near_and_far(name):
   dim = max(2, min(3, DISTRIBUTIONS[name][2]))
   data = toy_data.distribution(name, dim)
-  score_fn = data.score_fn(VPSDE(eps=1e-5))
+  of_data = data.score_fn(VPSDE(eps=1e-5))
+  score_fn, log_density = jax.jit(of_data.__call__), jax.jit(of_data.log_density)
   x = 3 * jax.random.normal(KEY, (50, dim))
   t, v, h = jnp.full(50, 0.1), jax.random.normal(jax.random.key(1), (50, dim)), 1e-3
-  slope = (score_fn.log_density(x + h * v, t) - score_fn.log_density(x - h * v, t)) / (2 * h)
+  slope = (log_density(x + h * v, t) - log_density(x - h * v, t)) / (2 * h)
   np.testing.assert_allclose((score_fn(x, t) * v).sum(1), slope, rtol=0.05, atol=0.3)
   far = jnp.stack([20 * jnp.eye(dim)[0], -20 * jnp.ones(dim)])
   for time in (1e-5, 1.0):
@@ -85,8 +87,9 @@ def test_the_checkerboard_without_noise_is_uniform_on_half_of_the_board():
   x = data.sample(KEY, 1000)
   inside = (jnp.abs(x / 2 - jnp.round(x / 2)) > 1e-3).all(1)  # squares are 2 wide
   x = x[inside]
-  np.testing.assert_allclose(data.log_density(x), -np.log(32), atol=1e-5)
-  assert (data.log_density(jnp.array([[-3.0, -1.0], [5.0, 5.0]])) < -1000).all()
+  log_density = jax.jit(data.log_density)
+  np.testing.assert_allclose(log_density(x), -np.log(32), atol=1e-5)
+  assert (log_density(jnp.array([[-3.0, -1.0], [5.0, 5.0]])) < -1000).all()
 
 
 def test_a_parzen_window_is_the_mean_of_its_kernels():
@@ -122,7 +125,7 @@ def test_the_checkerboard_leads_back_from_anywhere(x, std):
   """Far outside, its score is that of the nearest edge, about (4 - x) / std^2; also in float32."""
   data = toy_data.distribution('checkerboard', 2)
   point = jnp.array([[x, 3.0]])  # beside the square in the corner
-  score = jax.grad(lambda x: data.log_density(x, 1.0, std).sum())(point)
+  score = jax.jit(jax.grad(lambda x: data.log_density(x, 1.0, std).sum()))(point)
   edge = (4 - x) / std**2
   # Beyond the edge the density falls as the normal tail, whose slope is more by 1 / (x - 4).
   np.testing.assert_allclose(score[0, 0], edge - 1 / (x - 4), rtol=0.01)
