@@ -40,9 +40,7 @@ def draw(
   progress: Callable[[float], None] | None = None,
   labels: np.ndarray | None = None,
 ) -> tuple[np.ndarray, int]:
-  """Draws n images, uint8 [n, H, W, C], or points, the same on every process.
-
-  The devices share n.
+  """Draws n images, uint8 [n, H, W, C], or points, the same on every process; n suits the devices.
 
   Of a label-conditional model they belong to the classes `labels`, int32 [n].
 

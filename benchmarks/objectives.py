@@ -10,6 +10,7 @@ has an error of 1.
 import argparse
 import dataclasses
 from functools import partial
+import importlib
 import json
 from pathlib import Path
 import time
@@ -20,7 +21,7 @@ import numpy as np
 
 import build_lib
 from build_lib import explicit_matching, Setup
-from configs import base
+from configs import points
 from losses import eval_step
 from models.score import Params
 import run_lib
@@ -32,7 +33,7 @@ POINTS = 5000  # that the error is measured on
 
 def config_of(name: str, variant: str, steps: int):
   """The config of `configs/toy`, for so many steps."""
-  config = base.toy(name, variant, 10 if name == 'gaussian' else 2)
+  config = importlib.import_module(f'configs.toy.{name}').get_config(variant)
   config.training.n_iters = min(steps, config.training.n_iters)
   return config
 
@@ -49,7 +50,7 @@ def train(setup: Setup) -> Params:
 def error(setup: Setup, params: Params) -> float:
   """The error of a learnt score, as a share of the score itself."""
   data, true_score_fn = setup.config.data, setup.true_score_fn
-  points = toy_data.load(data.dataset, 'test', data.dim).batch(np.arange(POINTS))
+  held_out = toy_data.load(data.dataset, 'test', data.dim).batch(np.arange(POINTS))
   matchings = {
     'error': explicit_matching(true_score_fn),
     'size': lambda score_fn, x, t, rng: 0.5 * jnp.square(true_score_fn(x, t)).sum(-1),
@@ -58,7 +59,7 @@ def error(setup: Setup, params: Params) -> float:
   for what, matching in matchings.items():
     objective = dataclasses.replace(setup.objective, matching=matching)
     measure = jax.jit(partial(eval_step, model=setup.model, objective=objective))
-    measured[what] = float(measure(params, points, setup.key('eval')).mean())
+    measured[what] = float(measure(params, held_out, setup.key('eval')).mean())
   return measured['error'] / measured['size']
 
 
@@ -66,14 +67,14 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--steps', type=int, default=4000, help='of training, at most')
   parser.add_argument('--sets', nargs='+', choices=toy_data.DISTRIBUTIONS, metavar='NAME')
-  parser.add_argument('--variants', nargs='+', choices=base.TOY, metavar='NAME')
+  parser.add_argument('--variants', nargs='+', choices=points.VARIANTS, metavar='NAME')
   parser.add_argument('--json', type=Path, metavar='PATH', help='also write the errors here')
   choices = parser.parse_args()
   names = choices.sets or list(toy_data.DISTRIBUTIONS)
   print('| objective | ' + ' | '.join(names) + ' | seconds each |')
   print('|---' * (len(names) + 2) + '|', flush=True)
   table = {}
-  for variant in choices.variants or base.TOY:
+  for variant in choices.variants or points.VARIANTS:
     began, table[variant] = time.monotonic(), {}
     for name in names:
       setup = build_lib.build(config_of(name, variant, choices.steps))

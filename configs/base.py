@@ -5,7 +5,6 @@ released code (https://github.com/yang-song/score_sde) unless a comment says oth
 a comment are not in it. `python -m configs` lists them all.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -37,6 +36,8 @@ _DDPM = _UNET | {'name': 'ddpm', 'num_res_blocks': 2}
 _PYRAMIDS = {'progressive': 'output_skip', 'progressive_input': 'input_skip', 'dropout': 0.0}
 _REFINENET = {'nf': 128, 'nonlinearity': 'elu', 'normalization': 'InstanceNorm++'}
 _REFINENET |= {'interpolation': 'bilinear'}
+_MLP = {'name': 'mlp', 'nf': 64, 'num_layers': 3, 'nonlinearity': 'swish', 'conditional': True}
+_MLP |= {'embedding_type': 'fourier', 'fourier_scale': 0.2}
 NETWORKS = {
   'ddpm': _DDPM,
   'ddpm_256': _DDPM | {'ch_mult': (1, 1, 2, 2, 4, 4), 'dropout': 0.0},
@@ -50,16 +51,7 @@ NETWORKS = {
   'ncsnv2_64': _REFINENET | {'name': 'ncsnv2_64'},
   'ncsnv2_128': _REFINENET | {'name': 'ncsnv2_128'},
   'ncsnv2_256': _REFINENET | {'name': 'ncsnv2_256'},
-}
-
-NETWORKS['mlp'] = {
-  'name': 'mlp',
-  'nf': 64,
-  'num_layers': 3,
-  'nonlinearity': 'swish',
-  'conditional': True,
-  'embedding_type': 'fourier',
-  'fourier_scale': 0.2,
+  'mlp': _MLP,
 }
 
 _ANNEALED = ('ncsn', 'ncsnv2_64', 'ncsnv2_128', 'ncsnv2_256')
@@ -380,83 +372,4 @@ def digits(config: ConfigDict) -> ConfigDict:
   config.eval.batch_size = 128
   config.eval.enable_sampling = True
   config.eval.num_samples = 128
-  return config
-
-
-_SINGLE_SCALE = {
-  'training.single_scale': True,
-  'model.conditional': False,
-  'model.sigma_min': 0.1,
-  'model.sigma_max': 4.0,  # of where samples begin
-  'sampling.method': 'langevin',
-  'sampling.num_steps': 500,
-}
-_CHAIN = {
-  'training.continuous': False,
-  'model.num_scales': 10,
-  'model.sigma_min': 0.1,
-  'sampling.predictor': 'none',
-  'sampling.corrector': 'ald',
-  'sampling.num_steps': 0,
-  'sampling.n_steps_each': 100,
-  'sampling.snr': 0.2,
-}
-_CD = {'training.objective': 'cd', 'model.output': 'energy', 'training.n_iters': 2000}
-_CD |= {'training.snapshot_freq': 2000}
-TOY: dict[str, tuple[Callable[[str], ConfigDict], Changes]] = {
-  've': (ve, {}),
-  'vp': (vp, {}),
-  'subvp': (subvp, {}),
-  'energy': (ve, {'model.output': 'energy'}),
-  'ncsn': (ve, _CHAIN),
-  'esm': (ve, _SINGLE_SCALE | {'training.objective': 'esm'}),
-  'ism': (ve, _SINGLE_SCALE | {'training.objective': 'ism'}),
-  'ssm': (ve, _SINGLE_SCALE | {'training.objective': 'ssm'}),
-  'ssm_vr': (ve, _SINGLE_SCALE | {'training.objective': 'ssm_vr'}),
-  'dsm': (ve, _SINGLE_SCALE),
-  'dae': (ve, _SINGLE_SCALE | {'model.output': 'denoised'}),
-  'cd': (ve, _SINGLE_SCALE | _CD),
-}
-
-
-def toy(dataset: str, variant: str, dim: int = 2) -> ConfigDict:
-  """Points of `toy_data.DISTRIBUTIONS`, trained in less than a minute on two CPU cores.
-
-  A variant is one of the ways to a score, from score matching at one level of noise to the SDEs.
-  Not in the released code.
-
-  Raises:
-    UserError: if there is no such variant.
-  """
-  if variant not in TOY:
-    raise unknown(f'variant (toy, {dataset})', variant, TOY)
-  make, changes = TOY[variant]
-  config = make('mlp')
-  config.data.dataset = dataset
-  config.data.dim = dim
-  config.data.centered = True
-  config.data.random_flip = False
-  config.model.sigma_min = 0.05
-  config.model.sigma_max = 20.0  # about the largest distance between two points
-  config.model.ema_rate = 0.999
-  config.model.ema_warmup = True
-  config.training.reduce_mean = True
-  config.training.batch_size = 256
-  config.training.n_iters = 4000
-  config.training.n_jitted_steps = 50
-  config.training.log_freq = 500
-  config.training.eval_freq = 500
-  config.training.snapshot_freq = 4000
-  config.training.snapshot_freq_for_preemption = 2000
-  config.training.snapshot_samples = 2000
-  config.optim.lr = 5e-3
-  config.optim.warmup = 100
-  config.sampling.num_steps = 200
-  config.sampling.predictor = 'reverse_diffusion'
-  config.eval.begin_ckpt = 1
-  config.eval.end_ckpt = 1000
-  config.eval.batch_size = 5000
-  config.eval.enable_sampling = True
-  config.eval.num_samples = 5000
-  config.update_from_flattened_dict(changes)
   return config

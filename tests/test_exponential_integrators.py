@@ -20,7 +20,24 @@ from sde_lib import SDE, subVPSDE, VESDE, VPSDE
 import time_grids
 from time_grids import GRIDS
 
-SDES = [VESDE(sigma_max=20.0, eps=1e-3), VPSDE(eps=1e-2), subVPSDE(eps=1e-2)]
+
+def alpha_of_linear_beta(t: float) -> float:
+  """exp of -1/2 the integral of beta(t) = 0.1 + 19.9 t."""
+  return np.exp(-0.25 * t**2 * 19.9 - 0.5 * t * 0.1)
+
+
+# With alpha and sigma at time t, in NumPy.
+SDES = {
+  VESDE(0.01, 20.0, eps=1e-3): lambda t: (1.0, 0.01 * 2000**t),
+  VPSDE(eps=1e-2): lambda t: (
+    alpha_of_linear_beta(t),
+    np.sqrt(-np.expm1(2 * np.log(alpha_of_linear_beta(t)))),
+  ),
+  subVPSDE(eps=1e-2): lambda t: (
+    alpha_of_linear_beta(t),
+    -np.expm1(2 * np.log(alpha_of_linear_beta(t))),
+  ),
+}
 every_sde = pytest.mark.parametrize('sde', SDES, ids=lambda s: type(s).__name__)
 KEY = jax.random.key(0)
 SMALL = (3, 2)
@@ -46,20 +63,11 @@ def walk(
   return x
 
 
-def kernel(sde: SDE, t: float) -> tuple[float, float]:
-  """alpha and sigma at time t, in NumPy, for the SDEs' default parameters."""
-  if isinstance(sde, VESDE):
-    return 1.0, sde.sigma_min * (sde.sigma_max / sde.sigma_min) ** t
-  log_alpha = -0.25 * t**2 * 19.9 - 0.5 * t * 0.1
-  variance = -np.expm1(2 * log_alpha)
-  return np.exp(log_alpha), np.sqrt(variance) if isinstance(sde, VPSDE) else variance
-
-
 def denoiser(sde: SDE, mean: float, std: float):
   """E[x_0 | x_t = x] for data N(mean, std^2)."""
 
   def denoise(x: np.ndarray, t: float) -> np.ndarray:
-    alpha, sigma = kernel(sde, t)
+    alpha, sigma = SDES[sde](t)
     return mean + alpha * std**2 * (x - alpha * mean) / ((alpha * std) ** 2 + sigma**2)
 
   return denoise
@@ -67,7 +75,7 @@ def denoiser(sde: SDE, mean: float, std: float):
 
 def exact_flow(sde: SDE, mean: float, std: float, x: np.ndarray) -> np.ndarray:
   """Where the probability flow takes x from T to eps."""
-  (a, s), (a_T, s_T) = kernel(sde, sde.eps), kernel(sde, sde.T)
+  (a, s), (a_T, s_T) = SDES[sde](sde.eps), SDES[sde](sde.T)
   return a * mean + np.hypot(a * std, s) / np.hypot(a_T * std, s_T) * (x - a_T * mean)
 
 

@@ -11,7 +11,7 @@ import pytest
 import artifacts
 import build_lib
 from checkpoints import Checkpoints
-from configs import base
+from configs import points
 from configs.toy import checkerboard, gaussian, ring, swiss_roll, two_gaussians, two_moons
 from configs.ve import digits
 from errors import UserError
@@ -52,7 +52,7 @@ def final(workdir) -> TrainState:
   return state
 
 
-@pytest.mark.parametrize('variant', base.TOY)
+@pytest.mark.parametrize('variant', points.VARIANTS)
 @pytest.mark.parametrize(
   'module', [checkerboard, gaussian, ring, swiss_roll, two_gaussians, two_moons]
 )

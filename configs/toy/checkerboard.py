@@ -1,11 +1,11 @@
-"""A checkerboard: `configs/toy/checkerboard.py:VARIANT`, a key of `base.TOY`."""
+"""A checkerboard: `configs/toy/checkerboard.py:VARIANT`."""
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import points
 
-VARIANTS = base.TOY
+VARIANTS = points.VARIANTS
 
 
 def get_config(variant: str = 've') -> ConfigDict:
-  return base.toy('checkerboard', variant)
+  return points.config_of('checkerboard', variant)

@@ -1,11 +1,11 @@
-"""A Gaussian in ten dimensions: `configs/toy/gaussian.py:VARIANT`, a key of `base.TOY`."""
+"""A Gaussian in ten dimensions: `configs/toy/gaussian.py:VARIANT`."""
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import points
 
-VARIANTS = base.TOY
+VARIANTS = points.VARIANTS
 
 
 def get_config(variant: str = 've') -> ConfigDict:
-  return base.toy('gaussian', variant, dim=10)
+  return points.config_of('gaussian', variant, dim=10)

@@ -1,11 +1,11 @@
-"""Eight Gaussians on a circle: `configs/toy/ring.py:VARIANT`, a key of `base.TOY`."""
+"""Eight Gaussians on a circle: `configs/toy/ring.py:VARIANT`."""
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import points
 
-VARIANTS = base.TOY
+VARIANTS = points.VARIANTS
 
 
 def get_config(variant: str = 've') -> ConfigDict:
-  return base.toy('ring', variant)
+  return points.config_of('ring', variant)

@@ -1,11 +1,11 @@
-"""A swiss roll: `configs/toy/swiss_roll.py:VARIANT`, a key of `base.TOY`."""
+"""A swiss roll: `configs/toy/swiss_roll.py:VARIANT`."""
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import points
 
-VARIANTS = base.TOY
+VARIANTS = points.VARIANTS
 
 
 def get_config(variant: str = 've') -> ConfigDict:
-  return base.toy('swiss_roll', variant)
+  return points.config_of('swiss_roll', variant)

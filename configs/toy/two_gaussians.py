@@ -1,11 +1,11 @@
-"""Two Gaussians of unequal weight: `configs/toy/two_gaussians.py:VARIANT`, a key of `base.TOY`."""
+"""Two Gaussians of unequal weight: `configs/toy/two_gaussians.py:VARIANT`."""
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import points
 
-VARIANTS = base.TOY
+VARIANTS = points.VARIANTS
 
 
 def get_config(variant: str = 've') -> ConfigDict:
-  return base.toy('two_gaussians', variant)
+  return points.config_of('two_gaussians', variant)

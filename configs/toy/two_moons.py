@@ -1,11 +1,11 @@
-"""Two moons: `configs/toy/two_moons.py:VARIANT`, a key of `base.TOY`."""
+"""Two moons: `configs/toy/two_moons.py:VARIANT`."""
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import points
 
-VARIANTS = base.TOY
+VARIANTS = points.VARIANTS
 
 
 def get_config(variant: str = 've') -> ConfigDict:
-  return base.toy('two_moons', variant)
+  return points.config_of('two_moons', variant)
