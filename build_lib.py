@@ -4,12 +4,11 @@ Data parallelism is `jax.jit` over a mesh of all devices of all processes, with 
 and the state replicated; the mathematics does not know of it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 import dataclasses
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
@@ -17,23 +16,19 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import numpy as np
 import optax
 
-from adaptive_sde import AdaptiveSDESampler
+from build_networks import halvings, NETWORKS
+from build_samplers import make_sampler, METHODS
 from ebm import ContrastiveDivergence
 from errors import unknown, UserError
-import exponential_integrators as fast
-from langevin import LangevinSampler
 import losses
 from losses import Matching, Objective
 from models import ncsn, ncsnpp, score
 from models.classifier import Classifier
-from models.ddpm import DDPM
 from models.layers import ACTIVATIONS
-from models.mlp import MLP
-from models.normalization import NORMALIZATIONS
 from models.score import ScoreModel
 from models.wideresnet import WideResnet
 import ode
-from sampler_lib import GridSampler, Sampler, Solver
+from sampler_lib import Sampler
 import sampling
 from sde_lib import ScoreFn, SDE, subVPSDE, VESDE, VPSDE
 from time_grids import GRIDS
@@ -112,7 +107,7 @@ def build(config: ConfigDict) -> Setup:
     sde = _SDES[training.sde](config.model, training.eps)
     model = _score_model(config, sde)
     true_score_fn = _true_score_fn(config, sde)
-    sampler = _sampler(config, sde)
+    sampler = make_sampler(config, sde)
   except ValueError as error:  # an SDE that can't be
     raise UserError(str(error)) from None
   mesh = jax.sharding.Mesh(np.array(jax.devices()), ('data',))
@@ -157,88 +152,11 @@ _SDES: dict[str, Callable[[Any, float], SDE]] = {
   ),
 }
 
-# Methods that take the steps of a time grid: what makes them, and the grid that they take unless
-# the config names one.
-_SOLVERS: dict[str, tuple[Callable[[Any], Solver], str]] = {
-  'ddim': (lambda choice: fast.DDIM(choice.eta), 'log_snr'),
-  'dpm_solver++': (lambda choice: fast.DPMSolver(choice.order, choice.eta), 'log_snr'),
-  'dpm_solver++_2s': (lambda choice: fast.DPMSolver2S(), 'log_snr'),
-  'deis': (lambda choice: fast.DEIS(choice.order), 'quadratic'),
-  'unipc': (lambda choice: fast.UniPC(choice.order), 'log_snr'),
-  'euler': (lambda choice: _edm(choice, 1), 'edm'),
-  'heun': (lambda choice: _edm(choice, 2), 'edm'),
-}
-
-
-def _unet_fields(model: FrozenConfigDict) -> dict[str, Any]:
-  return {
-    'nf': model.nf,
-    'ch_mult': tuple(model.ch_mult),
-    'num_res_blocks': model.num_res_blocks,
-    'attn_resolutions': tuple(model.attn_resolutions),
-    'nonlinearity': model.nonlinearity,
-    'dropout': model.dropout,
-    'conditional': model.conditional,
-    'resamp_with_conv': model.resamp_with_conv,
-    'dtype': model.dtype,
-    'num_classes': model.num_classes,
-  }
-
-
-def _ncsnpp(model: FrozenConfigDict) -> nn.Module:
-  return ncsnpp.NCSNpp(
-    **_unet_fields(model),
-    resblock_type=model.resblock_type,
-    embedding_type=model.embedding_type,
-    fourier_scale=model.fourier_scale,
-    fir_kernel=tuple(model.fir_kernel) if model.fir else None,
-    progressive=model.progressive,
-    progressive_input=model.progressive_input,
-    progressive_combine=model.progressive_combine,
-    skip_rescale=model.skip_rescale,
-    init_scale=model.init_scale,
-  )
-
-
-def _mlp(model: FrozenConfigDict) -> nn.Module:
-  return MLP(
-    nf=model.nf,
-    num_layers=model.num_layers,
-    nonlinearity=model.nonlinearity,
-    conditional=model.conditional,
-    fourier_scale=model.fourier_scale,
-    dtype=model.dtype,
-  )
-
-
-def _refinenet(model: FrozenConfigDict) -> nn.Module:
-  return ncsn.RefineNet(
-    nf=model.nf,
-    stages=ncsn.STAGES[model.name],
-    nonlinearity=model.nonlinearity,
-    normalization=model.normalization,
-    interpolation=model.interpolation,
-    num_classes=model.num_scales if model.name == 'ncsn' else None,
-    dtype=model.dtype,
-  )
-
-
 _OPTIMIZERS = {'Adam': losses.adam}
-
-# By name: how to make a network, and the normalisations that it can have, if any.
-_NETWORKS: dict[str, tuple[Callable[[FrozenConfigDict], nn.Module], Iterable[str]]] = {
-  'ncsnpp': (_ncsnpp, ('GroupNorm',)),
-  'ddpm': (lambda model: DDPM(**_unet_fields(model)), ('GroupNorm',)),
-  'ncsn': (_refinenet, ('InstanceNorm++',)),
-  'ncsnv2_64': (_refinenet, NORMALIZATIONS),
-  'ncsnv2_128': (_refinenet, NORMALIZATIONS),
-  'ncsnv2_256': (_refinenet, NORMALIZATIONS),
-  'mlp': (_mlp, ()),
-}
 
 _CHOICES = {
   'training.sde': _SDES,
-  'model.name': _NETWORKS,
+  'model.name': NETWORKS,
   'model.nonlinearity': ACTIVATIONS,
   'model.resblock_type': ncsnpp.RESBLOCK_TYPES,
   'model.embedding_type': ncsnpp.EMBEDDING_TYPES,
@@ -250,7 +168,7 @@ _CHOICES = {
   'model.output': ('', *score.OUTPUTS, score.ENERGY),
   'training.objective': ('dsm', 'esm', *losses.MATCHINGS, 'cd'),
   'optim.optimizer': _OPTIMIZERS,
-  'sampling.method': ('pc', 'ode', 'adaptive_sde', 'langevin', 'mala', *_SOLVERS),
+  'sampling.method': METHODS,
   'sampling.predictor': sampling.PREDICTORS,
   'sampling.corrector': sampling.CORRECTORS,
   'sampling.grid': ('', *GRIDS),
@@ -295,13 +213,13 @@ def _check(config: FrozenConfigDict) -> None:
       f'config.eval.num_samples = {config.eval.num_samples}, where less than a batch, must be a '
       f'multiple of the number of devices, {devices}'
     )
-  halvings = 0 if config.data.dim else _halvings(config.model)
-  if config.data.image_size % 2**halvings:
+  times = halvings(config.model)
+  if config.data.image_size % 2**times:
     raise UserError(
-      f'config.data.image_size = {config.data.image_size} must be a multiple of {2**halvings}: '
-      f'the network ({config.model.name}) halves it {halvings} times'
+      f'config.data.image_size = {config.data.image_size} must be a multiple of {2**times}: '
+      f'the network ({config.model.name}) halves it {times} times'
     )
-  _, normalizations = _NETWORKS[config.model.name]
+  _, normalizations = NETWORKS[config.model.name]
   if config.data.dim and config.model.name != 'mlp':
     raise UserError(
       f'config.data.dim = {config.data.dim} is for points, which need config.model.name = mlp; '
@@ -359,14 +277,8 @@ def check_shared(config: FrozenConfigDict, name: str) -> None:
     )
 
 
-def _halvings(model: FrozenConfigDict) -> int:
-  return (
-    ncsn.halvings(model.name) if model.name in ncsn.STAGES else len(model.get('ch_mult', [1])) - 1
-  )
-
-
 def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
-  make, _ = _NETWORKS[config.model.name]
+  make, _ = NETWORKS[config.model.name]
   continuous = config.training.continuous
   fourier = config.model.get('embedding_type') == 'fourier'
   if config.training.sde == 'vesde':
@@ -422,50 +334,3 @@ def _optimizer(
     warmup=warmup,
     grad_clip=optim.grad_clip,
   )
-
-
-def _sampler(config: FrozenConfigDict, sde: SDE) -> Sampler:
-  choice = config.sampling
-  sde = dataclasses.replace(sde, eps=choice.eps)
-  if choice.method == 'ode':
-    return sampling.ODESampler(
-      sde, choice.rtol, choice.atol, choice.noise_removal, choice.ode_solver
-    )
-  if choice.method == 'adaptive_sde':
-    return AdaptiveSDESampler(sde, choice.sde_rtol, choice.sde_atol, choice.noise_removal)
-  sde = dataclasses.replace(sde, N=choice.num_steps or sde.N)
-  if choice.method in ('langevin', 'mala'):
-    return _langevin(config, sde)
-  if choice.method == 'pc':
-    return _pc_sampler(config, sde)
-  make, grid = _SOLVERS[choice.method]
-  grid = GRIDS[choice.grid or grid](choice.rho)
-  return GridSampler(sde, make(choice), grid, choice.noise_removal)
-
-
-def _pc_sampler(config: FrozenConfigDict, sde: SDE) -> sampling.PCSampler:
-  choice = config.sampling
-  if choice.predictor == 'ancestral_sampling' and choice.probability_flow:
-    raise UserError('config.sampling.probability_flow does not go with ancestral_sampling')
-  predictor = sampling.PREDICTORS[choice.predictor]()
-  if predictor.own_steps or choice.corrector != 'none':
-    sde.langevin_alpha(np.ones(1))  # says so if the chain has too few steps
-  return sampling.PCSampler(
-    sde,
-    predictor,
-    sampling.CORRECTORS[choice.corrector](choice.snr, choice.n_steps_each),
-    choice.probability_flow,
-    choice.noise_removal,
-    GRIDS[choice.grid or 'uniform'](choice.rho),
-  )
-
-
-def _langevin(config: FrozenConfigDict, sde: SDE) -> LangevinSampler:
-  choice = config.sampling
-  if choice.method == 'mala' and config.model.output != score.ENERGY:
-    raise UserError('config.sampling.method = mala needs config.model.output = energy')
-  return LangevinSampler(sde, choice.step_size, sde.N, choice.method == 'mala')
-
-
-def _edm(choice: FrozenConfigDict, order: int) -> Solver:
-  return fast.EDM(order, choice.s_churn, choice.s_tmin, choice.s_tmax, choice.s_noise)

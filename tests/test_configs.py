@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import build_lib
+import build_samplers
 from configs import __main__ as listing
 from errors import UserError
 
@@ -87,7 +88,7 @@ def test_mended_configs_are_what_they_were_meant_to_be():
 def fields_read() -> set[str]:
   """The fields that the code reads as <section>.<field>, or under another name of the section."""
   sections, reads = set(config_of('ve', 'cifar10')), {'seed'}
-  for path in ROOT.glob('*_lib.py'):
+  for path in [*ROOT.glob('*_lib.py'), *ROOT.glob('build_*.py')]:
     tree = ast.parse(path.read_text())
     section_of = {name: name for name in sections}
     for node in ast.walk(tree):
@@ -196,7 +197,7 @@ def test_values_that_do_not_go_together_are_told():
 
 
 @pytest.mark.parametrize('sde', ['ve', 'vp', 'subvp'])
-@pytest.mark.parametrize('method', build_lib._CHOICES['sampling.method'])
+@pytest.mark.parametrize('method', build_samplers.METHODS)
 def test_every_sampling_method_can_be_built(sde, method):
   config = config_of(sde, 'digits')
   config.sampling.method = method

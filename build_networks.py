@@ -1,0 +1,84 @@
+"""From the section `model` of a config to a network, which does not know of configs."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import flax.linen as nn
+from ml_collections import FrozenConfigDict
+
+from models import ncsn, ncsnpp
+from models.ddpm import DDPM
+from models.mlp import MLP
+from models.normalization import NORMALIZATIONS
+
+
+def _unet_fields(model: FrozenConfigDict) -> dict[str, Any]:
+  return {
+    'nf': model.nf,
+    'ch_mult': tuple(model.ch_mult),
+    'num_res_blocks': model.num_res_blocks,
+    'attn_resolutions': tuple(model.attn_resolutions),
+    'nonlinearity': model.nonlinearity,
+    'dropout': model.dropout,
+    'conditional': model.conditional,
+    'resamp_with_conv': model.resamp_with_conv,
+    'dtype': model.dtype,
+    'num_classes': model.num_classes,
+  }
+
+
+def _ncsnpp(model: FrozenConfigDict) -> nn.Module:
+  return ncsnpp.NCSNpp(
+    **_unet_fields(model),
+    resblock_type=model.resblock_type,
+    embedding_type=model.embedding_type,
+    fourier_scale=model.fourier_scale,
+    fir_kernel=tuple(model.fir_kernel) if model.fir else None,
+    progressive=model.progressive,
+    progressive_input=model.progressive_input,
+    progressive_combine=model.progressive_combine,
+    skip_rescale=model.skip_rescale,
+    init_scale=model.init_scale,
+  )
+
+
+def _mlp(model: FrozenConfigDict) -> nn.Module:
+  return MLP(
+    nf=model.nf,
+    num_layers=model.num_layers,
+    nonlinearity=model.nonlinearity,
+    conditional=model.conditional,
+    fourier_scale=model.fourier_scale,
+    dtype=model.dtype,
+  )
+
+
+def _refinenet(model: FrozenConfigDict) -> nn.Module:
+  return ncsn.RefineNet(
+    nf=model.nf,
+    stages=ncsn.STAGES[model.name],
+    nonlinearity=model.nonlinearity,
+    normalization=model.normalization,
+    interpolation=model.interpolation,
+    num_classes=model.num_scales if model.name == 'ncsn' else None,
+    dtype=model.dtype,
+  )
+
+
+# By name: how to make a network, and the normalisations that it can have, if any.
+NETWORKS: dict[str, tuple[Callable[[FrozenConfigDict], nn.Module], Iterable[str]]] = {
+  'ncsnpp': (_ncsnpp, ('GroupNorm',)),
+  'ddpm': (lambda model: DDPM(**_unet_fields(model)), ('GroupNorm',)),
+  'ncsn': (_refinenet, ('InstanceNorm++',)),
+  'ncsnv2_64': (_refinenet, NORMALIZATIONS),
+  'ncsnv2_128': (_refinenet, NORMALIZATIONS),
+  'ncsnv2_256': (_refinenet, NORMALIZATIONS),
+  'mlp': (_mlp, ()),
+}
+
+
+def halvings(model: FrozenConfigDict) -> int:
+  """How often the network of a config halves the size of an image."""
+  return (
+    ncsn.halvings(model.name) if model.name in ncsn.STAGES else len(model.get('ch_mult', [1])) - 1
+  )
