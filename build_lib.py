@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import numpy as np
 import optax
 
-from build_networks import halvings, NETWORKS
+from build_networks import halvings, LABELLED, NETWORKS
 from build_samplers import make_sampler, METHODS
 from ebm import ContrastiveDivergence
 from errors import unknown, UserError
@@ -235,7 +235,8 @@ def _check(config: FrozenConfigDict) -> None:
     )
   if config.training.likelihood_weighting and not config.training.continuous:
     raise UserError('config.training.likelihood_weighting needs config.training.continuous')
-  if config.model.num_classes and not config.model.get('conditional'):
+  takes_labels = config.model.name in LABELLED and config.model.conditional
+  if config.model.num_classes and not takes_labels:
     raise UserError(
       f'config.model.num_classes = {config.model.num_classes} needs a network with an embedding of '
       'the time: config.model.name = ncsnpp or ddpm, with config.model.conditional'

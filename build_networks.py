@@ -77,6 +77,9 @@ NETWORKS: dict[str, tuple[Callable[[FrozenConfigDict], nn.Module], Iterable[str]
 }
 
 
+LABELLED = ('ncsnpp', 'ddpm')  # can be told the class
+
+
 def halvings(model: FrozenConfigDict) -> int:
   """How often the network of a config halves the size of an image."""
   return (

@@ -50,7 +50,8 @@ from train_lib import Task
 
 logger = logging.getLogger('score_sde')
 
-STATS_EXAMPLES = 5000  # whose distances `stats` compares
+STATS_EXAMPLES = 5000  # whose distances `stats` compares, fewer if they are large:
+STATS_NUMBERS = 2**28  # pixels and channels of all of them, a gigabyte
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -176,7 +177,7 @@ def stats(config: ConfigDict) -> NoiseScales:
   """
   setup = build(config)
   source, size = _load(setup, 'train'), setup.config.eval.batch_size
-  n = min(len(source), STATS_EXAMPLES)
+  n = min(len(source), STATS_EXAMPLES, STATS_NUMBERS // math.prod(setup.data_shape))
   batches = datasets.train_batches(source, min(size, n), seed=setup.config.seed)
   parts = [next(batches)['data'] for _ in range(math.ceil(n / min(size, n)))]
   data, rng = np.concatenate(parts)[:n], jax.random.key(0)  # of nothing: there are no flips
