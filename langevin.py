@@ -8,6 +8,7 @@ which a Metropolis test takes away (MALA, Roberts & Tweedie 1996).
 
 import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 from jax import Array
@@ -66,13 +67,15 @@ class LangevinSampler:
     score_fn, constraint = sampler_lib.as_pytree(score_fn), sampler_lib.as_pytree(constraint)
     rng_prior, rng_steps = jax.random.split(rng)
     x = sampler_lib.draw_prior(self.sde, rng_prior, shape, sharding)
+    start = _mala_start(self, score_fn, x) if self.adjusted else (x,)
+    segment = _mala_segment if self.adjusted else _segment
 
-    def advance(state: tuple[Array], start: int, stop: int) -> tuple[Array]:
-      return _segment(self, score_fn, constraint, rng_steps, state, start, stop)
+    def advance(state: tuple[Array, ...], start: int, stop: int) -> tuple[Array, ...]:
+      return segment(self, score_fn, constraint, rng_steps, state, start, stop)
 
-    (x,) = sampler_lib.in_segments(advance, (x,), self.n_steps, observe)
+    x, *_ = sampler_lib.in_segments(advance, start, self.n_steps, observe)
     sampler_lib.show_samples(observe, x)
-    return x, self.n_steps * (2 if self.adjusted else 1)
+    return x, self.n_steps + (1 if self.adjusted else 0)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -81,8 +84,6 @@ def _segment(sampler, score_fn, constraint, rng, state, start, stop):
     (x,) = state
     rngs = jax.random.split(jax.random.fold_in(rng, i))
     t = jnp.full(x.shape[:1], sampler.sde.eps)
-    if sampler.adjusted:
-      return (mala_step(rngs[0], score_fn, x, t, sampler.step_size)[0],)
     z = jax.random.normal(rngs[0], x.shape)
     update = langevin_step(x, score_fn(x, t), sampler.step_size, z)
     return (sampler_lib.constrain(constraint, rngs[1], update, t)[0],)
@@ -90,30 +91,63 @@ def _segment(sampler, score_fn, constraint, rng, state, start, stop):
   return jax.lax.fori_loop(start, stop, step, state)
 
 
-def mala_step(rng: Array, score_fn: ScoreFn, x: Array, t: Array, h: float) -> tuple[Array, Array]:
+@partial(jax.jit, static_argnums=0)
+def _mala_start(sampler, score_fn, x):
+  return mala_state(score_fn, x, jnp.full(x.shape[:1], sampler.sde.eps))
+
+
+@partial(jax.jit, static_argnums=0)
+def _mala_segment(sampler, score_fn, constraint, rng, state, start, stop):
+  del constraint  # None
+
+  def step(i: Array, state: MALAState) -> MALAState:
+    t = jnp.full(state.x.shape[:1], sampler.sde.eps)
+    return mala_step(jax.random.fold_in(rng, i), score_fn, state, t, sampler.step_size)[0]
+
+  return jax.lax.fori_loop(start, stop, step, state)
+
+
+class MALAState(NamedTuple):
+  """Where a chain is, and what is known of it there."""
+
+  x: Array  # [B, ...]
+  score: Array  # [B, ...]
+  log_p: Array  # [B], up to a constant
+
+
+def mala_state(score_fn: ScoreFn, x: Array, t: Array) -> MALAState:
+  """The state at x [B, ...] and t [B], for a score with a method `log_density(x, t)` [B]."""
+  return MALAState(x, score_fn(x, t), score_fn.log_density(x, t))
+
+
+def mala_step(
+  rng: Array, score_fn: ScoreFn, state: MALAState, t: Array, h: float
+) -> tuple[MALAState, Array]:
   """A Langevin step that is taken with probability min(1, p(y) q(x | y) / (p(x) q(y | x))).
 
   q(y | x) = N(y; x + h s(x), 2 h I) is what proposes y. That leaves p as it is, whatever h.
 
   Args:
     rng: a key.
-    score_fn: a score with a method `log_density(x, t)` [B], up to a constant.
-    x: [B, ...].
+    score_fn: what made the state.
+    state: of `mala_state`, or of the step before.
     t: [B].
     h: the step size.
 
   Returns:
-    The new x, and which examples took the step, bool [B]. It takes two score evaluations.
+    The new state, and which examples took the step, bool [B]. It takes one score evaluation.
   """
   rng_z, rng_u = jax.random.split(rng)
-  score = score_fn(x, t)
-  y, _ = langevin_step(x, score, h, jax.random.normal(rng_z, x.shape))
+  x = state.x
+  y, _ = langevin_step(x, state.score, h, jax.random.normal(rng_z, x.shape))
+  proposed = mala_state(score_fn, y, t)
 
-  def log_q(to: Array, origin: Array, score: Array) -> Array:
-    away = (to - origin - h * score).reshape(len(x), -1)
+  def log_q(to: Array, origin: MALAState) -> Array:
+    away = (to - origin.x - h * origin.score).reshape(len(x), -1)
     return -jnp.square(away).sum(-1) / (4 * h)
 
-  log_ratio = score_fn.log_density(y, t) - score_fn.log_density(x, t)
-  log_ratio += log_q(x, y, score_fn(y, t)) - log_q(y, x, score)
+  log_ratio = proposed.log_p - state.log_p + log_q(x, proposed) - log_q(y, state)
   taken = jnp.log(jax.random.uniform(rng_u, x.shape[:1])) < log_ratio
-  return jnp.where(expand(taken, x), y, x), taken
+  return jax.tree.map(
+    lambda new, old: jnp.where(expand(taken, new), new, old), proposed, state
+  ), taken

@@ -7,7 +7,7 @@ import pytest
 
 from controllable_generation import Known, Mask
 from errors import UserError
-from langevin import langevin_step, LangevinSampler, mala_step
+from langevin import langevin_step, LangevinSampler, mala_state, mala_step
 from sde_lib import VESDE
 import toy_data
 from toy_data import Gaussian
@@ -37,13 +37,15 @@ def test_the_bias_of_unadjusted_steps_is_known(h):
 def test_adjusted_steps_have_no_bias(h):
   sampler = LangevinSampler(SDE, h, 200, adjusted=True)
   x, nfe = sampler(KEY, DATA.score_fn(SDE), (5000, 2))
-  assert nfe == 400
+  assert nfe == 201  # one at the start
   check_variance(x, VARIANCE)
 
 
 def test_small_steps_are_mostly_taken():
   x, t = DATA.sample(KEY, 4000), jnp.zeros(4000)
-  shares = [float(mala_step(KEY, DATA.score_fn(SDE), x, t, h)[1].mean()) for h in (0.01, 0.3, 1.0)]
+  score_fn = DATA.score_fn(SDE)
+  state = mala_state(score_fn, x, t)
+  shares = [float(mala_step(KEY, score_fn, state, t, h)[1].mean()) for h in (0.01, 0.3, 1.0)]
   assert shares[0] > 0.98 and 0.5 < shares[1] < shares[0] and shares[2] < shares[1]
 
 
@@ -51,7 +53,10 @@ def test_adjusted_steps_are_reversible():
   """p(x) k(x -> y) is symmetric: in equilibrium, moves over a point go both ways as often."""
   data = toy_data.Mixture(jnp.array([0.3, 0.7]), jnp.array([[-1.0], [1.0]]), jnp.array([0.5, 0.4]))
   x = data.sample(KEY, 60_000)
-  y, _ = mala_step(jax.random.key(1), data.score_fn(SDE), x, jnp.zeros(len(x)), 0.4)
+  t, score_fn = jnp.zeros(len(x)), data.score_fn(SDE)
+  (y, score, log_p), _ = mala_step(jax.random.key(1), score_fn, mala_state(score_fn, x, t), t, 0.4)
+  np.testing.assert_allclose(score, score_fn(y, t), rtol=1e-5, atol=1e-5)  # of where it is now
+  np.testing.assert_allclose(log_p, score_fn.log_density(y, t), rtol=1e-5, atol=1e-5)
   x, y = np.asarray(x)[:, 0], np.asarray(y)[:, 0]
   for between in (-0.8, 0.0, 0.9):
     up, down = ((x < between) & (y > between)).sum(), ((x > between) & (y < between)).sum()

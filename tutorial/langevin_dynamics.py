@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
 
-from langevin import langevin_step, mala_step
+from langevin import langevin_step, mala_state, mala_step, MALAState
 from sde_lib import ScoreFn, VESDE
 from sgld import polynomial_decay, TiedMeans
 from toy_data import Gaussian
@@ -17,15 +17,20 @@ H = (0.01, 0.1, 0.3, 0.5)  # step sizes
 
 def run(rng: jax.Array, score_fn: ScoreFn, x: jax.Array, h: float, adjusted: bool, steps: int):
   """x after so many Langevin steps at time 0, and the share of them that were taken."""
-  t = jnp.zeros(len(x))
+  t, rngs = jnp.zeros(len(x)), jax.random.split(rng, steps)
 
   def step(x: jax.Array, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-    if adjusted:
-      x, taken = mala_step(rng, score_fn, x, t, h)
-      return x, taken.mean()
-    return langevin_step(x, score_fn(x, t), h, jax.random.normal(rng, x.shape))[0], jnp.ones(())
+    z = jax.random.normal(rng, x.shape)
+    return langevin_step(x, score_fn(x, t), h, z)[0], jnp.ones(())
 
-  x, taken = jax.lax.scan(step, x, jax.random.split(rng, steps))
+  def adjusted_step(state: MALAState, rng: jax.Array) -> tuple[MALAState, jax.Array]:
+    state, taken = mala_step(rng, score_fn, state, t, h)
+    return state, taken.mean()
+
+  if adjusted:
+    (x, _, _), taken = jax.lax.scan(adjusted_step, mala_state(score_fn, x, t), rngs)
+  else:
+    x, taken = jax.lax.scan(step, x, rngs)
   return x, taken.mean()
 
 
