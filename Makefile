@@ -12,6 +12,7 @@ DEMO := configs/vp/digits.py
 
 demo: .venv/installed
 	$(BIN)/python main.py --config $(DEMO) --mode train
+	$(BIN)/python main.py --config $(DEMO) --mode stats
 	$(BIN)/python main.py --config $(DEMO) --mode eval
 
 test: .venv/installed-dev

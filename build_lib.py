@@ -20,6 +20,7 @@ from build_networks import halvings, LABELLED, NETWORKS
 from build_samplers import make_sampler, METHODS
 from ebm import ContrastiveDivergence
 from errors import unknown, UserError
+import feature_networks
 import losses
 from losses import Matching, Objective
 from models import ncsn, ncsnpp, score
@@ -177,6 +178,8 @@ _CHOICES = {
   'sampling.task': ('', 'inpaint', 'colorize', 'superres', 'deblur'),
   'sampling.conditioning': ('constraint', 'posterior'),
   'eval.bpd_dataset': ('train', 'test'),
+  'eval.features': ('', *feature_networks.NETWORKS),
+  'eval.stats_split': ('train', 'test'),
 }
 _POSITIVE = (
   'data.image_size', 'data.num_channels', 'model.nf', 'model.num_res_blocks', 'training.batch_size',
@@ -246,7 +249,7 @@ def _check(config: FrozenConfigDict) -> None:
       'config.model.num_classes must be at least 0, and config.training.label_dropout from 0 to 1; '
       f'got {config.model.num_classes} and {config.training.label_dropout}'
     )
-  for name in ('eval.enable_bpd', 'sampling.task'):
+  for name in ('eval.enable_bpd', 'eval.features', 'sampling.task'):
     if config.data.dim and _field(config, name):
       raise UserError(f'config.{name} is for images, and config.data.dim = {config.data.dim}')
   if config.training.objective == 'cd':

@@ -67,7 +67,8 @@ class Checkpoints:
     self._meta.wait_until_finished()
 
   def steps(self) -> list[int]:
-    """The steps of the snapshots, ascending."""
+    """The steps of the snapshots that are there now, ascending."""
+    self._kept.reload()
     return sorted(self._kept.all_steps())
 
   def restore(self, step: int, like: TrainState) -> TrainState:

@@ -20,11 +20,11 @@ import checkpoints as checkpoints_lib
 from checkpoints import Checkpoints
 import datasets
 from errors import UserError
-from eval_lib import processes
 import losses
 from losses import Batch, Metrics, Objective, TrainState
 from models.classifier import Classifier, ClassLogProb
 from models.score import Params
+import processes
 from progress import Bar
 from same_config import check_unchanged, FIXED_IN_CLASSIFIER
 from sde_lib import expand
@@ -162,7 +162,7 @@ def evaluate(setup: Setup, params: Params, held_out: datasets.Source) -> dict[st
   sums = jax.jit(sums, out_shardings=setup.replicated)
   totals = np.zeros((LEVELS, 2))
   with Bar('accuracy', n, unit='images') as bar:
-    for i, rows in enumerate(datasets.eval_batches(held_out, size, **processes())):
+    for i, rows in enumerate(datasets.eval_batches(held_out, size, **processes.share())):
       batch = setup.put(rows)
       for level in range(LEVELS):
         rng = jax.random.fold_in(setup.key('classifier_report', i), level)

@@ -1,16 +1,15 @@
-"""From a score to images: the classes that are asked for, and arrays on all processes."""
+"""From a score to images, as a dataset has them; and the classes that are asked for."""
 
 from collections.abc import Callable
 
-import jax
 from jax import Array
-from jax.experimental import multihost_utils
 import numpy as np
 
 from build_lib import Setup
 from controllable_generation import ClassifierFreeGuidance, ClassifierGuidance
 from models.classifier import ClassLogProb
 from models.score import Params
+import processes
 from sde_lib import ScoreFn
 
 
@@ -47,11 +46,13 @@ def draw(
   Returns:
     The samples, and the number of score evaluations that each took.
   """
-  score_fn = class_score(setup, params, None if labels is None else shard(setup, labels))
+  score_fn = class_score(
+    setup, params, None if labels is None else processes.shard(labels, setup.batch)
+  )
   observe = progress and (lambda fraction, x: progress(fraction))
   shape = (n, *setup.data_shape)
   x, nfe = setup.sampler(rng, score_fn, shape, sharding=setup.batch, observe=observe)
-  return to_stored(setup, gather(x)), nfe
+  return to_stored(setup, processes.gather(x)), nfe
 
 
 def to_stored(setup: Setup, x: np.ndarray) -> np.ndarray:
@@ -63,19 +64,7 @@ def to_stored(setup: Setup, x: np.ndarray) -> np.ndarray:
   return np.clip(255 * x + half, 0, 255).astype(np.uint8)
 
 
-def shard(setup: Setup, rows: np.ndarray) -> Array:
-  """The rows of a batch, the same on every process, as a batch on the devices."""
-  return jax.make_array_from_callback(rows.shape, setup.batch, rows.__getitem__)
-
-
 def classes_in_turn(setup: Setup, start: int, n: int) -> np.ndarray | None:
   """Labels 0, 1, 2, ... int32 [n] for samples `start` to `start` + n, or None without classes."""
   classes = setup.model.num_classes
   return np.arange(start, start + n, dtype=np.int32) % classes if classes else None
-
-
-def gather(x: Array) -> np.ndarray:
-  """The global array, on every process."""
-  return (
-    multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else np.asarray(x)
-  )

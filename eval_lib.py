@@ -1,13 +1,16 @@
 """What an evaluation measures of a checkpoint: loss, bits per dimension, samples.
 
-Each function returns its part of the report. What takes long is done in rounds, each of which is a
-file, so that an evaluation that is stopped and started again repeats at most one.
+Each function returns its part of the report. What takes long is done in `rounds`, so that an
+evaluation that is stopped and started again repeats at most one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+import functools
 from functools import partial
+import logging
 import math
+import operator
 import time
 from typing import Any
 
@@ -15,23 +18,66 @@ from etils import epath
 import jax
 from jax import Array
 import jax.numpy as jnp
+from ml_collections import FrozenConfigDict
 import numpy as np
 
 import artifacts
 from build_lib import explicit_matching, Setup
+from checkpoints import Checkpoints
 import datasets
-from draw_lib import classes_in_turn, draw, gather
+from draw_lib import classes_in_turn, draw
 from errors import UserError
+import evaluation
+from evaluation import Moments
+from feature_networks import FeatureNetwork
 from likelihood import bits_per_dim, Likelihood
 import losses
+import processes
 from progress import Bar
+from reference import Reference
+from reports import Report
+import rounds
+from rounds import Arrays
 
-Report = dict[str, Any]
+logger = logging.getLogger('score_sde')
+
+WAIT_SECONDS = 30.0  # between two looks for a new checkpoint
 LossSums = Callable[[Any, losses.Batch, Array], dict[str, Array]]
 
 
-def processes() -> dict[str, int]:
-  return {'process_index': jax.process_index(), 'process_count': jax.process_count()}
+def steps(config: FrozenConfigDict, checkpoints: Checkpoints) -> Iterator[int]:
+  """The steps of the checkpoints begin_ckpt to end_ckpt, in units of snapshot_freq, ascending.
+
+  With `eval.wait` it waits for those that training has still to write; without, the newest stands
+  for them if there is none.
+
+  Raises:
+    UserError: if there is none and will be none.
+  """
+  unit, begin, end = config.training.snapshot_freq, config.eval.begin_ckpt, config.eval.end_ckpt
+  last, done = min(end * unit, config.training.n_iters), begin * unit - 1
+  while True:
+    found = [step for step in checkpoints.steps() if done < step <= end * unit]
+    step = processes.from_first(min(found, default=-1))
+    if step >= 0:
+      yield step
+      done = step
+    elif not config.eval.wait or done >= last:
+      break
+    else:
+      logger.info('waiting for the next checkpoint, up to step %d', last)
+      time.sleep(WAIT_SECONDS)
+  if done >= begin * unit:
+    return
+  there = f'checkpoints {begin} to {end} (steps {begin * unit} to {end * unit})'
+  others = checkpoints.steps()
+  if not others or others[-1] > end * unit:
+    raise UserError(
+      f'no {there}; there are those of steps {others}: set config.eval.begin_ckpt and end_ckpt, '
+      f'which count in units of config.training.snapshot_freq = {unit}'
+    )
+  logger.warning('no %s yet; evaluating the newest, of step %d', there, others[-1])
+  yield others[-1]
 
 
 def compile_loss_sums(setup: Setup) -> LossSums:
@@ -61,7 +107,7 @@ def evaluate_loss(
   sums, began = [], time.monotonic()
   size, n = setup.config.eval.batch_size, len(held_out)
   with Bar('loss', n, unit='examples') as bar:
-    for i, batch in enumerate(datasets.eval_batches(held_out, size, **processes())):
+    for i, batch in enumerate(datasets.eval_batches(held_out, size, **processes.share())):
       sums.append(jax.device_get(loss_sums(params, setup.put(batch), setup.key('eval', i))))
       bar.update(min((i + 1) * size, n))
   means = {name: sum(float(part[name]) for part in sums) / n for name in sums[0]}
@@ -81,31 +127,32 @@ def evaluate_bpd(setup: Setup, source: datasets.Source, params: Any, folder: epa
   so that the size of the batches matters only within the tolerance of the solver. The standard
   error is that of the mean over images of what the repeats give on average.
   """
-  wanted, began, n_images = setup.config.eval, time.monotonic(), len(source)
+  wanted, n_images = setup.config.eval, len(source)
   size, repeats = wanted.batch_size, wanted.bpd_repeats
-  rounds = math.ceil(n_images / size)
-  likelihood, values, nfes = Likelihood(setup.model.sde), np.zeros((repeats, n_images)), []
+  per_repeat = math.ceil(n_images / size)
+  values, nfes, seconds = np.zeros((repeats, n_images)), [], 0.0
+  likelihood = Likelihood(setup.model.sde)
   dequantize = jax.jit(_dequantize, static_argnums=3, out_shardings=setup.batch)
+
+  def bits_of(batch: datasets.Batch, repeat: int, first: int) -> Arrays:
+    images, rng = setup.put(batch['data']), setup.key('bpd', repeat)
+    x0, rngs = dequantize(rng, first, images, setup.model.centered)
+    labels = setup.put(batch['label']) if setup.model.num_classes else None
+    logp, _, nfe = likelihood(rngs, setup.model.bind(params, labels=labels), x0)
+    bits = bits_per_dim(logp, math.prod(setup.data_shape), setup.model.centered)
+    return {'bpd': processes.gather(bits)[: n_images - first], 'nfe': np.int64(nfe)}
+
   with Bar('bits/dim', repeats * n_images, unit='images') as bar:
     for repeat in range(repeats):
-      batches = datasets.eval_batches(source, size, **processes())
-      for i, batch in enumerate(batches):
-        k, done = repeat * rounds + i, i * size
-        n = min(size, n_images - done)
-        path = folder / f'bpd_{wanted.bpd_dataset}_{k}.npz'
-        kept = _read_round(path, 'bpd', n)
-        if kept is None:
-          images, rng = setup.put(batch['data']), setup.key('bpd', repeat)
-          x0, rngs = dequantize(rng, done, images, setup.model.centered)
-          labels = setup.put(batch['label']) if setup.model.num_classes else None
-          score_fn = setup.model.bind(params, labels=labels)
-          logp, _, nfe = likelihood(rngs, score_fn, x0)
-          bits = bits_per_dim(logp, math.prod(setup.data_shape), setup.model.centered)
-          kept = gather(bits)[:n], nfe
-          artifacts.write_npz(path, bpd=kept[0], nfe=np.int64(nfe))
-        values[repeat, done : done + n] = kept[0]
-        nfes.append(kept[1])
-        bar.update(repeat * n_images + done + n)
+      for i, batch in enumerate(datasets.eval_batches(source, size, **processes.share())):
+        begin, end = i * size, min((i + 1) * size, n_images)
+        path = folder / f'bpd_{wanted.bpd_dataset}_{repeat * per_repeat + i}.npz'
+        make = partial(bits_of, batch, repeat, begin)
+        arrays = rounds.kept_or_made(path, 'bpd', end - begin, make)
+        values[repeat, begin:end] = arrays['bpd']
+        nfes.append(int(arrays['nfe']))
+        seconds += float(arrays['seconds'])
+        bar.update(repeat * n_images + end)
   of_images, name = values.mean(0), f'bpd_{wanted.bpd_dataset}'
   return {
     name: float(of_images.mean()),
@@ -113,7 +160,7 @@ def evaluate_bpd(setup: Setup, source: datasets.Source, params: Any, folder: epa
     f'{name}_images': n_images,
     f'{name}_repeats': repeats,
     f'{name}_nfe': float(np.mean(nfes)),
-    f'{name}_seconds': time.monotonic() - began,
+    f'{name}_seconds': seconds,
   }
 
 
@@ -132,32 +179,76 @@ def step_folder(out: epath.Path, step: int) -> epath.Path:
   return out / f'step_{step}'
 
 
-def evaluate_samples(setup: Setup, params: Any, step: int, folder: epath.Path) -> Report:
-  """Samples in rounds of one batch, each a file; a round that is there is not drawn again."""
-  wanted, began, nfes = setup.config.eval, time.monotonic(), []
+def has_samples(
+  setup: Setup, report: Report, network: FeatureNetwork | None, reference: Reference | None
+) -> bool:
+  """Whether a report tells of as many samples as the config asks for, and of this comparison."""
+  if report.get('samples') != setup.config.eval.num_samples:
+    return False
+  return network is None or report.get(f'reference_{network.name}') == reference.identity
+
+
+def evaluate_samples(
+  setup: Setup,
+  params: Any,
+  step: int,
+  folder: epath.Path,
+  network: FeatureNetwork | None,
+  reference: Reference | None,
+) -> Report:
+  """Draws samples and compares their features with those of the reference, in rounds of a batch."""
+  wanted, first, features = setup.config.eval, None, []
   # The last round is as large as the others, so that samples do not depend on their number.
   size = min(wanted.batch_size, wanted.num_samples)
-  rounds = math.ceil(wanted.num_samples / size)
-  first = None
+  extract = network and network.compile(setup.batch.mesh)
+  nfes, seconds, feature_seconds = [], 0.0, 0.0
   with Bar('sample', wanted.num_samples, unit='samples') as bar:
-    for i in range(rounds):
-      done, path = i * size, folder / f'samples_{i}.npz'
-      n = min(size, wanted.num_samples - done)
-      kept = _read_round(path, 'samples', n)
-      if kept is None:
-        rng = jax.random.fold_in(setup.key('sample', step), i)
-        labels = classes_in_turn(setup, done, size)
-        progress = partial(_show, bar, done, n)
-        images, nfe = draw(setup, params, rng, size, progress, labels)
-        kept = images[:n], nfe
-        extra = {} if labels is None else {'labels': labels[:n]}
-        artifacts.write_npz(path, samples=images[:n], nfe=np.int64(nfe), **extra)
-      nfes.append(kept[1])
-      first = kept[0] if first is None else first
-      bar.update(done + n)
+    for i, begin in enumerate(range(0, wanted.num_samples, size)):
+      n = min(size, wanted.num_samples - begin)
+      progress = partial(_show, bar, begin, n)
+      make = partial(_draw_round, setup, params, step, i, size, n, progress)
+      arrays = rounds.kept_or_made(folder / f'samples_{i}.npz', 'samples', n, make)
+      samples = arrays['samples']
+      nfes.append(int(arrays['nfe']))
+      seconds += float(arrays['seconds'])
+      first = samples if first is None else first
+      if network:
+        path = folder / f'features_{network.name}_{i}.npz'
+        make = partial(_features_round, extract, samples)
+        arrays = rounds.kept_or_made(path, 'features', n, make)
+        features.append(arrays['features'])
+        feature_seconds += float(arrays['seconds'])
+      bar.update(begin + n)
   artifacts.write_samples(folder / 'samples.png', first, most=100)
-  seconds = time.monotonic() - began
-  return {'samples': wanted.num_samples, 'nfe': float(np.mean(nfes)), 'sample_seconds': seconds}
+  report = {'samples': wanted.num_samples, 'nfe': float(np.mean(nfes)), 'sample_seconds': seconds}
+  if network:
+    began = time.monotonic()
+    report |= distances(features, network, reference, setup.batch.mesh)
+    report |= {f'reference_{network.name}': reference.identity}
+    report |= {'feature_seconds': feature_seconds, 'distance_seconds': time.monotonic() - began}
+  return report
+
+
+def _draw_round(
+  setup: Setup,
+  params: Any,
+  step: int,
+  i: int,
+  size: int,
+  n: int,
+  progress: Callable[[float], None],
+) -> Arrays:
+  rng = jax.random.fold_in(setup.key('sample', step), i)
+  labels = classes_in_turn(setup, i * size, size)
+  samples, nfe = draw(setup, params, rng, size, progress, labels)
+  extra = {} if labels is None else {'labels': labels[:n]}
+  return {'samples': samples[:n], 'nfe': np.int64(nfe), **extra}
+
+
+def _features_round(extract: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> Arrays:
+  n, devices = len(images), jax.device_count()
+  rows = np.arange(math.ceil(n / devices) * devices).clip(max=n - 1)
+  return {'features': extract(processes.own_rows(images[rows]))[:n]}
 
 
 def _show(bar: Bar, done: int, n: int, fraction: float) -> None:
@@ -165,13 +256,26 @@ def _show(bar: Bar, done: int, n: int, fraction: float) -> None:
   bar.update(done + fraction * n)
 
 
-def _read_round(path: epath.Path, name: str, n: int) -> tuple[np.ndarray, int] | None:
-  """The array `name` [n, ...] and nfe of a round that is there already, or None."""
-  if not path.exists():
-    return None
-  try:
-    with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
-      values, nfe = arrays[name], int(arrays['nfe'])
-  except Exception as error:  # zipfile, zlib and NumPy raise many kinds
-    raise UserError(f'{path} is damaged ({error}); move it away, and it is made again') from None
-  return (values, nfe) if len(values) == n else None
+def distances(
+  features: Sequence[np.ndarray],
+  network: FeatureNetwork,
+  reference: Reference,
+  mesh: jax.sharding.Mesh,
+) -> Report:
+  """All that `evaluation` knows of features [n_i, d] of samples, in the order of the samples."""
+  moments, x = functools.reduce(operator.add, map(Moments.of, features)), np.concatenate(features)
+  kernel, kernel_std = evaluation.kernel_distance(x, reference.features)
+  precision, recall = evaluation.precision_recall(x, reference.features, mesh)
+  report = {
+    network.frechet: evaluation.frechet_distance(
+      moments.mean, moments.cov, reference.mean, reference.cov
+    ),
+    network.kernel: kernel,
+    f'{network.kernel}_std': kernel_std,
+    f'precision{network.suffix}': precision,
+    f'recall{network.suffix}': recall,
+  }
+  if network.logits:
+    score, score_std = evaluation.inception_score(network.logits(x))
+    report |= {'inception_score': score, 'inception_score_std': score_std}
+  return report

@@ -32,10 +32,14 @@ _MODE = flags.DEFINE_enum('mode', None, _MODES, 'What to do.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; runs/<config>[-<variant>].')
 _EVAL_FOLDER = flags.DEFINE_string('eval_folder', 'eval', 'Folder of an evaluation in workdir.')
 _SAMPLE_FOLDER = flags.DEFINE_string('sample_folder', 'sample', 'Folder of samples in workdir.')
-_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Join the processes of a pod or SLURM job.')
+_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Join the processes of a pod or SLURM job;')
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'elsewhere: host:port of process 0,')
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'how many processes there are,')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'and the number of this one, from 0.')
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Released checkpoint to import.')
 _FLAGS = (
-  _CONFIG, _MODE, _WORKDIR, _EVAL_FOLDER, _SAMPLE_FOLDER, _DISTRIBUTED, _CHECKPOINT,
+  _CONFIG, _MODE, _WORKDIR, _EVAL_FOLDER, _SAMPLE_FOLDER, _CHECKPOINT,
+  _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID,
 )  # fmt: skip
 
 
@@ -101,7 +105,13 @@ def main(argv: Sequence[str]) -> None:
   import jax
 
   if _DISTRIBUTED.value:
-    jax.distributed.initialize()
+    try:
+      jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    except ValueError as error:  # it found no cluster, or the three don't go together
+      raise UserError(
+        f'--distributed: {error} Outside a pod or SLURM job give --coordinator=HOST:PORT, '
+        '--num_processes and --process_id'
+      ) from None
     if jax.process_index() > 0:
       logging.getLogger('score_sde').setLevel(logging.WARNING)
   import run_lib

@@ -9,14 +9,11 @@ and started again, with the same final result.
 import dataclasses
 from functools import partial
 import logging
-import math
 
 from etils import epath
 import jax
 from jax import Array
-import jax.numpy as jnp
-from ml_collections import ConfigDict, FrozenConfigDict
-import numpy as np
+from ml_collections import ConfigDict
 
 import artifacts
 from build_lib import build, check_shared, Setup
@@ -29,13 +26,17 @@ from draw_lib import classes_in_turn, draw
 import ebm
 from errors import UserError
 import eval_lib
-from eval_lib import Report
+import feature_networks
 import losses
 from losses import Batch, Metrics, TrainState
 from models.score import Params
-from noise_scales import NoiseScales, recommend
+from noise_scales import NoiseScales
+import processes
 from progress import Bar, Stop
+import reference
 import released_checkpoints
+import reports
+from reports import Report
 from same_config import (
   check_unchanged,
   FIXED_IN_CLASSIFIER,
@@ -44,14 +45,13 @@ from same_config import (
   FIXED_NOISE,
 )
 import sample_lib
+import stats_lib
 import toy_data
 import train_lib
 from train_lib import Task
+import versions
 
 logger = logging.getLogger('score_sde')
-
-STATS_EXAMPLES = 5000  # whose distances `stats` compares, fewer if they are large:
-STATS_NUMBERS = 2**28  # pixels and channels of all of them, a gigabyte
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -100,8 +100,9 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   With `eval.enable_loss`, the loss over the held-out images, each counted once. With
   `eval.enable_bpd`, their bits per dimension, or those of the training images. With
   `eval.enable_sampling`, `eval.num_samples` samples in `<eval_folder>/step_<step>/`: a grid
-  `samples.png`, and `samples_<round>.npz` with uint8 [N, H, W, C]. What is there already is not
-  made again.
+  `samples.png`, and `samples_<round>.npz` with uint8 [N, H, W, C]; and, with `eval.features`, how
+  far they are from the data, as `evaluation` measures it. What is there already is not made again.
+  `<eval_folder>/table.md` compares the checkpoints.
 
   Returns:
     For each checkpoint, what `<eval_folder>/report_<step>.json` holds.
@@ -111,34 +112,39 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   """
   setup, root = build(config), epath.Path(workdir)
   wanted, out = setup.config.eval, root / eval_folder
-  if not checkpoints_lib.exist(root):
+  if not checkpoints_lib.exist(root) and not wanted.wait:
     raise UserError(f'{root} holds no checkpoints to evaluate; train first (--mode train)')
   check_unchanged(root / 'config.json', setup.config, FIXED_IN_RUN)
+  network = feature_networks.load(wanted) if wanted.enable_sampling else None
+  compared_with = reference.load(setup, network) if network else None
   _open(out, setup, FIXED_IN_EVAL)
   held_out = _load(setup, 'test') if wanted.enable_loss else None
   loss_sums = eval_lib.compile_loss_sums(setup)
-  reports = []
+  all_reports = []
   with Checkpoints(root) as checkpoints:
-    for step in _steps_to_evaluate(setup.config, checkpoints.steps()):
+    for step in eval_lib.steps(setup.config, checkpoints):
       params = checkpoints.restore(step, _like(setup)).ema_params
-      path = out / f'report_{step}.json'
-      report = artifacts.read_json(path) if path.exists() else {'step': step}
+      folder, report = eval_lib.step_folder(out, step), reports.read(out, step)
       if held_out is not None and 'loss' not in report:
         report |= eval_lib.evaluate_loss(setup, loss_sums, held_out, params)
-        artifacts.write_json(path, report)
+        reports.write(out, report)
       if wanted.enable_bpd and not eval_lib.has_bpd(setup, report):
-        folder = eval_lib.step_folder(out, step)
         report |= eval_lib.evaluate_bpd(setup, _load(setup, wanted.bpd_dataset), params, folder)
-        artifacts.write_json(path, report)
-      if wanted.enable_sampling and report.get('samples') != wanted.num_samples:
-        report |= eval_lib.evaluate_samples(setup, params, step, eval_lib.step_folder(out, step))
-        artifacts.write_json(path, report)
-      values = ', '.join(f'{name} {value:.6g}' for name, value in report.items())
-      logger.info('%s; report in %s', values, path)
+        reports.write(out, report)
+      if wanted.enable_sampling and not eval_lib.has_samples(setup, report, network, compared_with):
+        report |= eval_lib.evaluate_samples(setup, params, step, folder, network, compared_with)
+      report['versions'] = versions.here()
+      reports.write(out, report)
+      all_reports.append(report)
+      reports.publish(out, all_reports)
+      values = ', '.join(f'{name} {value:.6g}' for name, value in reports.scalars(report).items())
+      logger.info('step %d: %s; report in %s', step, values, reports.path_of(out, step))
       if wanted.enable_sampling:
-        logger.info('samples are in %s', eval_lib.step_folder(out, step) / 'samples.png')
-      reports.append(report)
-  return reports
+        logger.info('samples are in %s', folder / 'samples.png')
+  if len(all_reports) > 1:
+    logger.info('%s', reports.table(all_reports).splitlines()[-1])
+    logger.info('the table of all is in %s', out / 'table.md')
+  return all_reports
 
 
 def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> Report:
@@ -167,35 +173,20 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
 
 
 def stats(config: ConfigDict) -> NoiseScales:
-  """Prints the noise levels that NCSNv2 recommends for the training data; see `noise_scales`.
+  """Prints the noise levels that the training data ask for, and writes the statistics of features.
 
-  They are those of at most `STATS_EXAMPLES` examples, drawn by the seed; sigma_min and the number
-  of Langevin steps at a level are the config's.
+  The former are NCSNv2's, see `stats_lib`; the latter are what samples are compared with, see
+  `reference`, of the images of `eval.stats_split` by the network `eval.features`, if any.
 
   Raises:
     UserError: for a mistake in the config or the data.
   """
   setup = build(config)
-  source, size = _load(setup, 'train'), setup.config.eval.batch_size
-  n = min(len(source), STATS_EXAMPLES, STATS_NUMBERS // math.prod(setup.data_shape))
-  batches = datasets.train_batches(source, min(size, n), seed=setup.config.seed)
-  parts = [next(batches)['data'] for _ in range(math.ceil(n / min(size, n)))]
-  data, rng = np.concatenate(parts)[:n], jax.random.key(0)  # of nothing: there are no flips
-  x = losses.preprocess(rng, jnp.asarray(data), setup.model.centered, False, False)
-  n_steps = setup.config.sampling.n_steps_each
-  chosen = recommend(np.asarray(x), setup.config.model.sigma_min, n_steps)
-  logger.info('%d examples of dimension %d', n, math.prod(setup.data_shape))
-  logger.info('largest distance between two of them: %.4g', chosen.sigma_max)
-  logger.info(
-    'NCSNv2 recommends --config.model.sigma_max=%.4g --config.model.num_scales=%d (a ratio of %.4f '
-    'down to sigma_min = %g)',
-    chosen.sigma_max, chosen.num_scales, chosen.ratio, chosen.sigma_min,
-  )  # fmt: skip
-  logger.info(
-    'and, for annealed Langevin dynamics with sampling.n_steps_each = %d, '
-    '--config.sampling.snr=%.4g (epsilon %.3g)',
-    n_steps, chosen.snr, chosen.epsilon,
-  )  # fmt: skip
+  chosen = stats_lib.noise_scales(setup, _load(setup, 'train'))
+  network = feature_networks.load(setup.config.eval)
+  if network:
+    path = reference.make(setup, network, _load(setup, setup.config.eval.stats_split))
+    logger.info('statistics of the features are in %s', path)
   return chosen
 
 
@@ -327,7 +318,7 @@ def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop
   """A grid of samples; left out, and drawn by the next run, if a signal comes."""
   step, training = int(state.step), setup.config.training
   path = root / 'samples' / f'iter_{step}' / 'sample.png'
-  if not training.snapshot_sampling or path.exists():
+  if not training.snapshot_sampling or processes.from_first(path.exists()):
     return
 
   with Bar('sample', 100, unit='%') as bar:
@@ -346,19 +337,3 @@ def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop
       return
   artifacts.write_samples(path, images)
   logger.info('step %d: samples are in %s', step, path)
-
-
-def _steps_to_evaluate(config: FrozenConfigDict, steps: list[int]) -> list[int]:
-  """The steps of the checkpoints begin_ckpt to end_ckpt, in units of snapshot_freq."""
-  unit, begin, end = config.training.snapshot_freq, config.eval.begin_ckpt, config.eval.end_ckpt
-  chosen = [step for step in steps if begin * unit <= step <= end * unit]
-  if chosen:
-    return chosen
-  there = f'checkpoints {begin} to {end} (steps {begin * unit} to {end * unit})'
-  if not steps or steps[-1] > end * unit:
-    raise UserError(
-      f'no {there}; there are those of steps {steps}: set config.eval.begin_ckpt and end_ckpt, '
-      f'which count in units of config.training.snapshot_freq = {unit}'
-    )
-  logger.warning('no %s yet; evaluating the newest, of step %d', there, steps[-1])
-  return steps[-1:]

@@ -28,12 +28,13 @@ from controllable_generation import (
   Operator,
   PosteriorGuidance,
 )
-from draw_lib import class_score, gather, shard, to_stored
+from draw_lib import class_score, to_stored
 from errors import UserError
 import geometry
 import image_folder
 from models.classifier import ClassLogProb
 from models.score import Params
+import processes
 from progress import Bar
 from sampler_lib import Constraint
 from sde_lib import ScoreFn
@@ -81,24 +82,24 @@ def sample(
   with Bar('sample', total, unit='samples') as bar:
     for i, start in enumerate(range(0, total, size)):
       rows = np.arange(start, start + size) % total  # the last batch is as large as the others
-      of_rows = None if labels is None else shard(setup, labels[rows % each])
+      of_rows = None if labels is None else processes.shard(labels[rows % each], setup.batch)
       score_fn = class_score(setup, params, of_rows, log_prob)
       constraint = None
       if choice.task:
-        y_of_rows = shard(setup, y[rows // each])
+        y_of_rows = processes.shard(y[rows // each], setup.batch)
         score_fn, constraint = _condition(setup, score_fn, operator, y_of_rows)
 
       def progress(fraction: float, x: Array, start: int = start) -> None:
         bar.update(min(total, start + fraction * size))
         if choice.trajectory and start == 0:
-          stages.append(gather(x if setup.config.data.dim else x[:SHOWN]))
+          stages.append(processes.gather(x if setup.config.data.dim else x[:SHOWN]))
 
       rng = jax.random.fold_in(setup.key('draw'), i)
       shape = (size, *setup.data_shape)
       x, nfe = setup.sampler(
         rng, score_fn, shape, sharding=setup.batch, constraint=constraint, observe=progress
       )
-      parts.append(to_stored(setup, gather(x)))
+      parts.append(to_stored(setup, processes.gather(x)))
       bar.update(min(total, start + size))
   images = np.concatenate(parts)[:total]
   arrays = {} if labels is None else {'labels': np.tile(labels, n_inputs)}

@@ -17,9 +17,9 @@ from build_lib import Setup
 from checkpoints import Checkpoints
 import datasets
 from errors import UserError
-from eval_lib import processes
 from losses import Batch, Metrics, TrainState
 from models.score import Params
+import processes
 from progress import Stop, TrainLog
 
 logger = logging.getLogger('score_sde')
@@ -137,7 +137,7 @@ def updates(
   """Trains to the end; yields state, step and metrics after every call of the device."""
   step, n, rng = int(state.step), setup.steps_per_call, setup.key(task.purposes[1])
   batches = datasets.train_batches(
-    source, task.batch_size, seed=setup.config.seed, start=step, **processes()
+    source, task.batch_size, seed=setup.config.seed, start=step, **processes.share()
   )
 
   def scan(state: TrainState, batches: Batch, rng: Array) -> tuple[TrainState, Metrics]:
@@ -174,6 +174,8 @@ def _held_out_batches(
 ) -> Iterator[tuple[Batch, Array]]:
   """Batches of held-out images on the devices, without end, each with a key."""
   seed = setup.config.seed
-  batches = datasets.train_batches(held_out, task.batch_size, seed=seed, start=start, **processes())
+  batches = datasets.train_batches(
+    held_out, task.batch_size, seed=seed, start=start, **processes.share()
+  )
   for i, batch in enumerate(batches, start):
     yield setup.put(batch), setup.key(task.purposes[2], i)

@@ -209,7 +209,13 @@ def _default() -> ConfigDict:
   evaluation.bpd_dataset = 'test'
   evaluation.bpd_repeats = 5  # of the dequantisation; the released code has it in run_lib.py
   evaluation.enable_sampling = False
-  evaluation.num_samples = 50_000
+  evaluation.num_samples = 50_000  # of all processes together; the released code: of each
+  # What follows is not in the released configs.
+  evaluation.wait = False  # for checkpoints up to end_ckpt that training has still to write
+  evaluation.features = 'inception'  # samples are compared by: inception or pixels; empty: not
+  evaluation.inception_path = ''  # file of Inception's weights; empty to download them once
+  evaluation.stats_split = 'train'  # that samples are compared with: train or test
+  evaluation.stats_path = ''  # file of --mode stats; empty for assets/stats/<its name>
   return config
 
 
@@ -372,4 +378,5 @@ def digits(config: ConfigDict) -> ConfigDict:
   config.eval.batch_size = 128
   config.eval.enable_sampling = True
   config.eval.num_samples = 128
+  config.eval.features = 'pixels'
   return config

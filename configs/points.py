@@ -81,5 +81,6 @@ def config_of(dataset: str, variant: str, dim: int = 2) -> ConfigDict:
   config.eval.batch_size = 5000
   config.eval.enable_sampling = True
   config.eval.num_samples = 5000
+  config.eval.features = ''
   config.update_from_flattened_dict(changes)
   return config

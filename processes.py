@@ -1,0 +1,48 @@
+"""What the processes of a run share out, and what they must agree on; trivial for one process."""
+
+from typing import Any
+
+import jax
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+import numpy as np
+
+
+def share() -> dict[str, int]:
+  """This process's number and how many there are, as `datasets` takes them."""
+  return {'process_index': jax.process_index(), 'process_count': jax.process_count()}
+
+
+def from_first(value: Any) -> Any:
+  """A number or truth value as process 0 has it.
+
+  What depends on files or clocks, which processes may see differently, is decided there.
+  """
+  if jax.process_count() == 1:
+    return value
+  return type(value)(multihost_utils.broadcast_one_to_all(np.int64(value)))
+
+
+def shard(rows: np.ndarray, sharding: Sharding) -> Array:
+  """The rows of a batch, the same on every process, as a batch on the devices."""
+  return jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
+
+
+def own_rows(rows: np.ndarray) -> np.ndarray:
+  """The part of the rows, the same on every process, that this process works on."""
+  own = len(rows) // jax.process_count()
+  return rows[jax.process_index() * own :][:own]
+
+
+def gather(x: Array | np.ndarray) -> np.ndarray:
+  """The global array, or the rows of all processes in their order, on every process."""
+  return (
+    multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else np.asarray(x)
+  )
+
+
+def local(x: Array) -> np.ndarray:
+  """The rows of a batch on the devices that this process holds."""
+  shards = sorted(x.addressable_shards, key=lambda part: part.index[0].start or 0)
+  return np.concatenate([part.data for part in shards])

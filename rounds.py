@@ -1,0 +1,41 @@
+"""Long work in rounds, each a file: what is stopped and started again repeats at most one."""
+
+from collections.abc import Callable
+import time
+
+from etils import epath
+import numpy as np
+
+import artifacts
+from errors import UserError
+import processes
+
+Arrays = dict[str, np.ndarray]
+
+
+def kept_or_made(path: epath.Path, name: str, n: int, make: Callable[[], Arrays]) -> Arrays:
+  """The arrays of a round: those of its file, if `name` has n rows there, else made and written.
+
+  Returns:
+    The arrays, and 'seconds', float [], that it took to make them.
+
+  Raises:
+    UserError: if the file is damaged.
+  """
+  if processes.from_first(path.exists()):
+    kept = _read(path)
+    if len(kept.get(name, ())) == n:
+      return kept
+  began = time.monotonic()
+  made = make()
+  made['seconds'] = np.float64(time.monotonic() - began)
+  artifacts.write_npz(path, **made)
+  return made
+
+
+def _read(path: epath.Path) -> Arrays:
+  try:
+    with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
+      return {'seconds': np.float64(0), **arrays}
+  except Exception as error:  # zipfile, zlib and NumPy raise many kinds
+    raise UserError(f'{path} is damaged ({error}); move it away, and it is made again') from None

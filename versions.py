@@ -1,0 +1,34 @@
+"""What made a result: the code, its libraries, the devices."""
+
+import importlib.metadata
+from pathlib import Path
+import platform
+import subprocess
+
+import jax
+
+_LIBRARIES = ('jax', 'jaxlib', 'flax', 'numpy')
+
+
+def here() -> dict[str, str | int]:
+  """The commit of this code, versions of the libraries, and what it runs on."""
+  return {
+    'commit': _commit(),
+    'python': platform.python_version(),
+    **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+    'device': jax.devices()[0].device_kind,
+    'devices': jax.device_count(),
+    'processes': jax.process_count(),
+  }
+
+
+def _commit() -> str:
+  """As git describes it, '-dirty' where files differ from it; 'unknown' without git."""
+  command = ['git', 'describe', '--always', '--dirty', '--abbrev=12']
+  try:
+    found = subprocess.run(
+      command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+  except OSError:
+    return 'unknown'
+  return found.stdout.strip() or 'unknown'
