@@ -44,6 +44,9 @@ PURPOSES = (
 )  # fmt: skip
 
 
+FEWEST = 10  # samples that can be compared with data: an Inception score has ten parts
+
+
 @dataclasses.dataclass(frozen=True)
 class Setup:
   """What a config stands for.
@@ -252,6 +255,12 @@ def _check(config: FrozenConfigDict) -> None:
   for name in ('eval.enable_bpd', 'eval.features', 'sampling.task'):
     if config.data.dim and _field(config, name):
       raise UserError(f'config.{name} is for images, and config.data.dim = {config.data.dim}')
+  wanted = config.eval
+  if wanted.enable_sampling and wanted.features and wanted.num_samples < FEWEST:
+    raise UserError(
+      f'config.eval.num_samples = {wanted.num_samples} is too few to be compared with data: at '
+      f'least {FEWEST}; --config.eval.features= draws samples without comparing them'
+    )
   if config.training.objective == 'cd':
     _check_ebm(config)
   if config.model.scale_by_sigma and config.training.sde != 'vesde':

@@ -116,7 +116,7 @@ def _features(extract: Any, batch: datasets.Batch, n: int) -> rounds.Arrays:
 def _provenance(setup: Setup, network: FeatureNetwork) -> dict[str, Any]:
   data = setup.config.data
   return {
-    'dataset': data.dataset,
+    'dataset': data.dataset.lower(),
     'category': data.category,
     'path': data.path,
     'split': setup.config.eval.stats_split,

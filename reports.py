@@ -34,6 +34,13 @@ def scalars(report: Report) -> dict[str, float]:
   return {name: value for name, value in numbers.items() if name != 'step'}
 
 
+def summary(report: Report) -> str:
+  """The measures of a report in a line, without what they cost and how many images they are of."""
+  details = ('_seconds', '_images', '_repeats', '_std', '_std_error')
+  shown = {k: v for k, v in scalars(report).items() if not k.endswith(details)}
+  return ', '.join(f'{name} {value:.6g}' for name, value in shown.items())
+
+
 def best(reports: list[Report]) -> tuple[int, str] | None:
   """The step of the best checkpoint, and what it is best in, if they have a measure in common."""
   for name in RANKING:

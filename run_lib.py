@@ -137,8 +137,9 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
       reports.write(out, report)
       all_reports.append(report)
       reports.publish(out, all_reports)
-      values = ', '.join(f'{name} {value:.6g}' for name, value in reports.scalars(report).items())
-      logger.info('step %d: %s; report in %s', step, values, reports.path_of(out, step))
+      logger.info(
+        'step %d: %s; report in %s', step, reports.summary(report), reports.path_of(out, step)
+      )
       if wanted.enable_sampling:
         logger.info('samples are in %s', folder / 'samples.png')
   if len(all_reports) > 1:

@@ -1,107 +1,21 @@
 """Whole runs of main.py in processes of their own: resuming, stopping, devices, bad input."""
 
 import json
-import os
 from pathlib import Path
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from PIL import Image
 import pytest
 
 import run_lib
+from runs import assert_same_bits, command, refused, run, state_of, succeed, UNSEEN
 
-ROOT = Path(__file__).parent.parent
-# A network of a few thousand parameters, and a checkpoint every other step.
-TINY = {
-  'model.nf': 8,
-  'model.ch_mult': '(1,)',
-  'model.num_res_blocks': 1,
-  'model.attn_resolutions': '()',
-  'training.batch_size': 8,
-  'training.n_iters': 12,
-  'training.log_freq': 1,
-  'training.eval_freq': 4,
-  'training.snapshot_freq': 6,
-  'training.snapshot_freq_for_preemption': 2,
-  'training.snapshot_samples': 8,
-  'sampling.num_steps': 25,
-  'sampling.corrector': 'langevin',
-  'eval.begin_ckpt': 1,
-  'eval.batch_size': 16,
-  'eval.num_samples': 24,
-}
-UNSEEN = {'training__snapshot_sampling': False}
-
-
-@pytest.fixture(scope='module', autouse=True)
-def environment(tmp_path_factory) -> None:
-  """Processes compile quickly, and once for all of them."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path_factory.mktemp('cache')))
-    patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
-    patch.setenv('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
-    yield
-
-
-def command(
-  mode: str,
-  workdir: Path,
-  config: str = 'configs/vp/digits.py',
-  eval_folder: str = 'eval',
-  **fields,
-) -> list[str]:
-  """The command line of a tiny run; a field section.name is passed as section__name."""
-  values = TINY | {name.replace('__', '.'): value for name, value in fields.items()}
-  overrides = [f'--config.{name}={value}' for name, value in values.items()]
-  return [
-    sys.executable, str(ROOT / 'main.py'), '--config', str(ROOT / config), '--mode', mode,
-    '--workdir', str(workdir), '--eval_folder', eval_folder, *overrides,
-  ]  # fmt: skip
-
-
-def run(mode: str, workdir: Path, devices: int = 1, **fields) -> subprocess.CompletedProcess:
-  """Runs main.py to its end on so many host devices."""
-  flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'
-  return subprocess.run(
-    command(mode, workdir, **fields),
-    env=os.environ | {'XLA_FLAGS': flags},
-    capture_output=True,
-    text=True,
-    check=False,
-    timeout=600,
-  )
-
-
-def succeed(*args, **kwargs) -> subprocess.CompletedProcess:
-  done = run(*args, **kwargs)
-  assert done.returncode == 0, done.stderr
-  return done
-
-
-def state_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
-  """The arrays of a kept checkpoint, by name."""
-  checkpointer = ocp.StandardCheckpointer()
-  path = workdir / 'checkpoints' / str(step) / 'default'
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  like = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-    dict(checkpointer.metadata(path).item_metadata),
-  )
-  leaves = jax.tree_util.tree_leaves_with_path(checkpointer.restore(path, like)['state'])
-  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-def assert_same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
-  assert a.keys() == b.keys()
-  for name, value in a.items():
-    np.testing.assert_array_equal(value, b[name], err_msg=name)
+pytestmark = pytest.mark.usefixtures('compiled_once')
 
 
 @pytest.fixture(scope='module')
@@ -176,65 +90,6 @@ def test_eight_devices_give_the_parameters_of_one(whole, tmp_path):
   assert np.abs(a - b).max() <= 2
 
 
-@pytest.fixture(scope='module')
-def evaluated(whole) -> Path:
-  """The workdir of that run, and what evaluation adds."""
-  succeed('eval', whole)
-  return whole
-
-
-def repeat_evaluation(folder: Path, lost: list[str], **fields) -> dict[str, dict[str, np.ndarray]]:
-  """Evaluates step 12 again without its report and some rounds; all comes out as it was.
-
-  Returns:
-    The arrays of every round.
-  """
-  report, rounds = folder / 'report_12.json', sorted((folder / 'step_12').glob('*.npz'))
-  first = json.loads(report.read_text())
-  arrays, stamps = [load(path) for path in rounds], [os.stat(path).st_mtime_ns for path in rounds]
-  for path in (report, *(folder / 'step_12' / name for name in lost)):
-    path.unlink()
-  succeed('eval', folder.parent, eval_folder=folder.name, **fields)
-  again = json.loads(report.read_text())
-  timeless = [k for k in first if not k.endswith('seconds')]
-  assert [first[k] for k in timeless] == [again[k] for k in timeless]
-  for path, stamp, before in zip(rounds, stamps, arrays, strict=True):
-    assert (os.stat(path).st_mtime_ns == stamp) == (path.name not in lost)
-    assert_same_bits(load(path), before)
-  return {path.name: values for path, values in zip(rounds, arrays, strict=True)}
-
-
-def load(path: Path) -> dict[str, np.ndarray]:
-  with np.load(path) as arrays:
-    return dict(arrays)
-
-
-def test_evaluation_resumes_where_it_was_stopped(evaluated):
-  report = json.loads((evaluated / 'eval' / 'report_12.json').read_text())
-  assert report['step'] == 12 and report['samples'] == 24 and report['loss_images'] == 297
-  assert 'report_6.json' in {p.name for p in (evaluated / 'eval').iterdir()}
-  rounds = repeat_evaluation(evaluated / 'eval', ['samples_1.npz'])
-  assert [len(arrays['samples']) for arrays in rounds.values()] == [16, 8]
-  assert rounds['samples_0.npz']['samples'].shape == (16, 8, 8, 1)
-
-
-def test_bits_per_dimension_resume_where_they_were_stopped(whole, tmp_path):
-  """Of ten images in batches of eight, twice, by the network of the last checkpoint."""
-  rng = np.random.default_rng(0)
-  for i in range(10):
-    Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(tmp_path / f'{i}.png')
-  fields = {'data__dataset': 'folder', 'data__path': tmp_path, 'eval__batch_size': 8}
-  fields |= {'eval__begin_ckpt': 2, 'eval__enable_loss': False, 'eval__enable_sampling': False}
-  fields |= {'eval__enable_bpd': True, 'eval__bpd_repeats': 2}
-  succeed('eval', whole, eval_folder='bits', **fields)
-  report = json.loads((whole / 'bits' / 'report_12.json').read_text())
-  rounds = repeat_evaluation(whole / 'bits', ['bpd_test_1.npz'], **fields)
-  bits = [arrays['bpd'] for arrays in rounds.values()]
-  assert report['bpd_test_images'] == 10 and [len(of_round) for of_round in bits] == [8, 2, 8, 2]
-  assert report['bpd_test'] == pytest.approx(np.concatenate(bits).mean(), rel=1e-6)
-  assert all(bool(arrays['nfe'] > 10) for arrays in rounds.values())
-
-
 def test_samples_are_drawn_from_the_newest_checkpoint(whole):
   few = {'sampling__num_samples': 5, 'sampling__method': 'ddim', 'sampling__num_steps': 4}
   succeed('sample', whole, **few)
@@ -256,22 +111,8 @@ def test_samples_are_drawn_from_the_newest_checkpoint(whole):
 # Mistakes: one line, exit code 2, nothing lost.
 
 
-def refused(done: subprocess.CompletedProcess) -> str:
-  """The one line that a mistake gets."""
-  assert done.returncode == 2, done.stderr
-  *said, error = done.stderr.splitlines()
-  assert error.startswith('error: ')
-  assert not [line for line in said if 'Traceback' in line or 'Error' in line]
-  return error
-
-
 def test_another_model_is_refused_on_resuming(whole):
   assert 'config.model.nf: 8 there, 16 now' in refused(run('train', whole, model__nf=16))
-
-
-def test_other_samples_are_refused_in_an_eval_folder(evaluated):
-  error = refused(run('eval', evaluated, sampling__num_steps=30))
-  assert 'config.sampling.num_steps: 25 there, 30 now' in error
 
 
 def test_evaluation_without_a_checkpoint_is_refused(tmp_path):

@@ -1,0 +1,96 @@
+"""Runs of main.py in processes of their own, with a tiny network, for the tests of whole runs."""
+
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+ROOT = Path(__file__).parent.parent
+# A network of a few thousand parameters, and a checkpoint every other step.
+TINY = {
+  'model.nf': 8,
+  'model.ch_mult': '(1,)',
+  'model.num_res_blocks': 1,
+  'model.attn_resolutions': '()',
+  'training.batch_size': 8,
+  'training.n_iters': 12,
+  'training.log_freq': 1,
+  'training.eval_freq': 4,
+  'training.snapshot_freq': 6,
+  'training.snapshot_freq_for_preemption': 2,
+  'training.snapshot_samples': 8,
+  'sampling.num_steps': 25,
+  'sampling.corrector': 'langevin',
+  'eval.begin_ckpt': 1,
+  'eval.batch_size': 16,
+  'eval.num_samples': 24,
+  'eval.features': '',
+}
+UNSEEN = {'training__snapshot_sampling': False}
+
+
+def command(
+  mode: str,
+  workdir: Path,
+  config: str = 'configs/vp/digits.py',
+  eval_folder: str = 'eval',
+  **fields,
+) -> list[str]:
+  """The command line of a tiny run; a field section.name is passed as section__name."""
+  values = TINY | {name.replace('__', '.'): value for name, value in fields.items()}
+  overrides = [f'--config.{name}={value}' for name, value in values.items()]
+  return [
+    sys.executable, str(ROOT / 'main.py'), '--config', str(ROOT / config), '--mode', mode,
+    '--workdir', str(workdir), '--eval_folder', eval_folder, *overrides,
+  ]  # fmt: skip
+
+
+def run(mode: str, workdir: Path, devices: int = 1, **fields) -> subprocess.CompletedProcess:
+  """Runs main.py to its end on so many host devices."""
+  flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'
+  return subprocess.run(
+    command(mode, workdir, **fields),
+    env=os.environ | {'XLA_FLAGS': flags},
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=600,
+  )
+
+
+def succeed(*args, **kwargs) -> subprocess.CompletedProcess:
+  done = run(*args, **kwargs)
+  assert done.returncode == 0, done.stderr
+  return done
+
+
+def state_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
+  """The arrays of a kept checkpoint, by name."""
+  checkpointer = ocp.StandardCheckpointer()
+  path = workdir / 'checkpoints' / str(step) / 'default'
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+    dict(checkpointer.metadata(path).item_metadata),
+  )
+  leaves = jax.tree_util.tree_leaves_with_path(checkpointer.restore(path, like)['state'])
+  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+  assert a.keys() == b.keys()
+  for name, value in a.items():
+    np.testing.assert_array_equal(value, b[name], err_msg=name)
+
+
+def refused(done: subprocess.CompletedProcess) -> str:
+  """The one line that a mistake gets."""
+  assert done.returncode == 2, done.stderr
+  *said, error = done.stderr.splitlines()
+  assert error.startswith('error: ')
+  assert not [line for line in said if 'Traceback' in line or 'Error' in line]
+  return error
