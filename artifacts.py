@@ -18,12 +18,23 @@ MIN_TILE = 64  # pixels
 POINT_BINS = 100  # of a picture of points, along each side
 
 
+def is_remote(path: epath.Path) -> bool:
+  """Whether a path lies in an object store, as gs://bucket/run does."""
+  return '://' in str(path)
+
+
 def write(path: epath.Path, data: bytes) -> None:
-  """Writes a file by way of a temporary name beside it; on process 0 only."""
+  """Writes a file, by way of a temporary name beside it; on process 0 only.
+
+  An object store shows a file whole or not at all, and has no renaming.
+  """
   if jax.process_index() > 0:
     return
-  temporary = path.parent / f'.{path.name}.tmp'
   path.parent.mkdir(parents=True, exist_ok=True)
+  if is_remote(path):
+    path.write_bytes(data)
+    return
+  temporary = path.parent / f'.{path.name}.tmp'
   temporary.write_bytes(data)
   temporary.replace(path)
 
@@ -118,17 +129,19 @@ def _grid(images: np.ndarray, columns: int | None) -> Image.Image:
 class Metrics:
   """Scalars over training steps, in `metrics.jsonl` and as TensorBoard events; on process 0 only.
 
-  What an earlier run wrote after `step`, where this one resumes, is taken back.
+  What an earlier run wrote after `step`, where this one resumes, is taken back. An object store
+  cannot append to a file: there, `metrics.jsonl` is written anew with every `flush`.
   """
 
   def __init__(self, workdir: epath.Path, step: int):
     self._events = self._lines = None
     if jax.process_index() > 0:
       return
-    path = workdir / 'metrics.jsonl'
-    lines = path.read_text().splitlines() if path.exists() else []
-    write(path, ''.join(line + '\n' for line in lines if _step(line) <= step).encode())
-    self._lines = path.open('a')
+    self._path = workdir / 'metrics.jsonl'
+    former = self._path.read_text().splitlines() if self._path.exists() else []
+    self._all = [line + '\n' for line in former if _step(line) <= step]
+    write(self._path, ''.join(self._all).encode())
+    self._lines = None if is_remote(workdir) else self._path.open('a')
     self._events = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
 
   def __enter__(self) -> 'Metrics':
@@ -137,17 +150,28 @@ class Metrics:
   def __exit__(
     self, kind: type | None, value: BaseException | None, trace: TracebackType | None
   ) -> None:
+    self.flush()
     if self._lines:
       self._lines.close()
+    if self._events:
       self._events.close()
 
   def write(self, step: int, **scalars: float) -> None:
     """Adds the scalars of a training step."""
+    if not self._events:
+      return
+    line = json.dumps({'step': step, **scalars}) + '\n'
+    self._all.append(line)
     if self._lines:
-      self._lines.write(json.dumps({'step': step, **scalars}) + '\n')
+      self._lines.write(line)
       self._lines.flush()
-      for name, value in scalars.items():
-        self._events.add_scalar(name, value, step)
+    for name, value in scalars.items():
+      self._events.add_scalar(name, value, step)
+
+  def flush(self) -> None:
+    """Sees to it that what was added so far is there, whatever comes."""
+    if self._events and not self._lines:
+      write(self._path, ''.join(self._all).encode())
 
 
 def _step(line: str) -> float:

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from artifacts import is_remote
 from errors import UserError
 from losses import TrainState
 
@@ -108,7 +109,9 @@ def exist(workdir: epath.PathLike) -> bool:
 
 def _manager(directory: epath.Path, max_to_keep: int | None) -> ocp.CheckpointManager:
   options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True)
-  return ocp.CheckpointManager(directory.resolve(), options=options)
+  if not is_remote(directory):  # of which epath would make a path below this folder
+    directory = directory.resolve()
+  return ocp.CheckpointManager(directory, options=options)
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:

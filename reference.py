@@ -105,7 +105,8 @@ def make(setup: Setup, network: FeatureNetwork, source: datasets.Source) -> epat
   if jax.process_index() == 0:
     for part in parts:
       part.unlink()
-    folder.rmdir()
+    if not artifacts.is_remote(folder):  # an object store has no folders
+      folder.rmdir()
   return path
 
 

@@ -89,6 +89,7 @@ def train(
         leave = step < task.n_iters and stop.agreed(step, training.log_freq)
         if snapshot or leave or step % training.snapshot_freq_for_preemption == 0:
           log.settle(step)
+          metrics.flush()
           checkpoints.save(state, keep=snapshot)
         if snapshot and not leave:
           at_snapshot(state, stop)
