@@ -5,11 +5,12 @@
 #   scripts/tpu_pod.sh run NAME ZONE --config configs/ve/cifar10.py --mode train --workdir gs://BUCKET/run
 #
 # `setup` copies the last commit here to ~/score_sde of every host and installs it; do it again
-# after a change. PYTHON names the hosts' Python, 3.11 or newer. `run` starts main.py on all of them; interrupted, it may be given again as it was.
+# after a change. PYTHON names the hosts' Python, 3.11 or newer, by default python3. `run` starts
+# main.py on all of them; interrupted, it may be given again as it was.
 set -euo pipefail
 
 usage() {
-  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 
@@ -23,7 +24,9 @@ on_all_hosts() {
 
 case $action in
   setup)
-    archive=$(mktemp -d)/score_sde.tar.gz
+    folder=$(mktemp -d)
+    trap 'rm -r "$folder"' EXIT
+    archive=$folder/score_sde.tar.gz
     git archive --format=tar.gz --output="$archive" HEAD
     gcloud compute tpus tpu-vm scp "$archive" "$name:" --zone "$zone" --worker=all
     on_all_hosts 'mkdir -p score_sde && tar -xzf score_sde.tar.gz -C score_sde && cd score_sde &&
