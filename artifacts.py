@@ -10,7 +10,6 @@ from etils import epath
 import jax
 import numpy as np
 from PIL import Image
-import tensorboardX
 
 from errors import UserError
 
@@ -142,7 +141,7 @@ class Metrics:
     self._all = [line + '\n' for line in former if _step(line) <= step]
     write(self._path, ''.join(self._all).encode())
     self._lines = None if is_remote(workdir) else self._path.open('a')
-    self._events = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
+    self._events = events_writer(workdir / 'tensorboard', step + 1)
 
   def __enter__(self) -> 'Metrics':
     return self
@@ -172,6 +171,13 @@ class Metrics:
     """Sees to it that what was added so far is there, whatever comes."""
     if self._events and not self._lines:
       write(self._path, ''.join(self._all).encode())
+
+
+def events_writer(folder: epath.Path, purge_step: int) -> Any:
+  """A tensorboardX.SummaryWriter; of what is there already, steps from `purge_step` on are void."""
+  import tensorboardX  # here, as it imports PyTorch where there is one, which takes seconds
+
+  return tensorboardX.SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def _step(line: str) -> float:

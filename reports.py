@@ -4,7 +4,6 @@ from typing import Any
 
 from etils import epath
 import jax
-import tensorboardX
 
 import artifacts
 
@@ -67,7 +66,7 @@ def publish(out: epath.Path, reports: list[Report]) -> None:
   artifacts.write(out / 'table.md', table(reports).encode())
   if jax.process_index() > 0:
     return
-  with tensorboardX.SummaryWriter(str(out / 'tensorboard'), purge_step=0) as events:
+  with artifacts.events_writer(out / 'tensorboard', purge_step=0) as events:
     for report in reports:
       for name, value in scalars(report).items():
         events.add_scalar(f'eval/{name}', value, report['step'])

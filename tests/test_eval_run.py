@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
+from whole_runs import assert_same_bits, command, refusal, state_of, succeed, UNSEEN
 
 from build_lib import build
 from checkpoints import Checkpoints
@@ -25,7 +26,6 @@ import feature_networks
 import reference
 import reports
 import run_lib
-from runs import assert_same_bits, command, refused, run, state_of, succeed, UNSEEN
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 
@@ -204,9 +204,15 @@ def test_two_processes_are_one_with_two_devices(tmp_path, photos):
 # What samples are compared with.
 
 
+def test_other_samples_are_refused_in_an_eval_folder(evaluated, wanted):
+  other = wanted | {'eval__stats_path': str(wanted['eval__stats_path']), 'sampling__num_steps': 30}
+  error = refusal(run_lib.evaluate, evaluated, **other)
+  assert 'config.sampling.num_steps: 25 there, 30 now' in error
+
+
 def test_a_missing_reference_names_the_command(evaluated, tmp_path):
-  nowhere = {'eval__features': 'pixels', 'eval__stats_path': tmp_path / 'none.npz'}
-  error = refused(run('eval', evaluated, **nowhere))
+  nowhere = {'eval__features': 'pixels', 'eval__stats_path': str(tmp_path / 'none.npz')}
+  error = refusal(run_lib.evaluate, evaluated, **nowhere)
   assert f'{tmp_path}/none.npz does not exist' in error and '--mode stats makes it' in error
 
 

@@ -1,4 +1,9 @@
-"""Whole runs of main.py in processes of their own: resuming, stopping, devices, bad input."""
+"""Whole runs of main.py: resuming, stopping, devices, bad input.
+
+What is killed, resumed or shared by devices runs in a process of its own, and so do mistakes in
+flags and configs, on devices, of an evaluation and in mid-training. The others are made in this
+process, which need not load the libraries again.
+"""
 
 import json
 from pathlib import Path
@@ -11,9 +16,18 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
+from whole_runs import (
+  assert_same_bits,
+  command,
+  refusal,
+  refused,
+  run,
+  state_of,
+  succeed,
+  UNSEEN,
+)
 
 import run_lib
-from runs import assert_same_bits, command, refused, run, state_of, succeed, UNSEEN
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 
@@ -80,8 +94,12 @@ def test_a_signal_saves_and_leaves(whole, tmp_path):
 
 
 def test_eight_devices_give_the_parameters_of_one(whole, tmp_path):
-  """The mathematics does not know of devices; only the order of sums differs."""
-  succeed('train', tmp_path, devices=8)
+  """The mathematics does not know of devices; only the order of sums differs.
+
+  Eight devices take long to write a checkpoint, so that only the last is.
+  """
+  last = {'training__snapshot_freq': 12, 'training__snapshot_freq_for_preemption': 12}
+  succeed('train', tmp_path, devices=8, **last)
   one, eight = state_of(whole, 12), state_of(tmp_path, 12)
   for name, value in one.items():
     np.testing.assert_allclose(value, eight[name], rtol=1e-4, atol=1e-5, err_msg=name)
@@ -112,7 +130,7 @@ def test_samples_are_drawn_from_the_newest_checkpoint(whole):
 
 
 def test_another_model_is_refused_on_resuming(whole):
-  assert 'config.model.nf: 8 there, 16 now' in refused(run('train', whole, model__nf=16))
+  assert 'config.model.nf: 8 there, 16 now' in refusal(run_lib.train, whole, model__nf=16)
 
 
 def test_evaluation_without_a_checkpoint_is_refused(tmp_path):
@@ -162,13 +180,13 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path):
 
 
 def test_an_unknown_dataset_is_refused_with_the_nearest(tmp_path):
-  assert "did you mean 'CIFAR10'" in refused(run('train', tmp_path, data__dataset='CIFAR1O'))
+  assert "did you mean 'CIFAR10'" in refusal(run_lib.train, tmp_path, data__dataset='CIFAR1O')
 
 
 def test_an_empty_image_folder_is_refused(tmp_path):
   folder = tmp_path / 'photos'
   folder.mkdir()
-  error = refused(run('train', tmp_path, data__dataset='folder', data__path=folder))
+  error = refusal(run_lib.train, tmp_path, data__dataset='folder', data__path=str(folder))
   assert f'no images in {folder}' in error
 
 
@@ -180,7 +198,7 @@ def test_a_corrupt_image_is_named(tmp_path):
     Image.fromarray(rng.integers(0, 256, (9, 12), np.uint8)).save(folder / f'{i}.png')
   broken = folder / '3.png'
   broken.write_bytes(broken.read_bytes()[:60])
-  error = refused(run('train', tmp_path / 'run', data__dataset='folder', data__path=folder))
+  error = refusal(run_lib.train, tmp_path / 'run', data__dataset='folder', data__path=str(folder))
   assert f'{broken} cannot be read' in error
 
 
@@ -194,7 +212,7 @@ def test_a_loss_that_is_not_finite_stops_and_is_never_saved(tmp_path):
 
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
   (tmp_path / 'file').touch()
-  assert 'cannot write to' in refused(run('train', tmp_path / 'file' / 'run'))
+  assert 'cannot write to' in refusal(run_lib.train, tmp_path / 'file' / 'run')
 
 
 def damage(folder: Path) -> None:
@@ -216,7 +234,7 @@ def half(tmp_path_factory) -> Path:
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(whole, half, tmp_path):
   shutil.copytree(half, tmp_path, dirs_exist_ok=True)
   damage(tmp_path / 'checkpoints' / '6')
-  assert 'checkpoints/6 is damaged' in refused(run('eval', tmp_path))
+  assert 'checkpoints/6 is damaged' in refusal(run_lib.evaluate, tmp_path)
   done = succeed('train', tmp_path, **UNSEEN)
   assert 'checkpoints/6 is damaged' in done.stderr and 'resuming' in done.stderr
   assert 'Traceback' not in done.stderr and 'Exception' not in done.stderr
@@ -229,5 +247,5 @@ def test_damaged_checkpoints_are_never_taken_for_a_new_run(half, tmp_path):
   for checkpoint in tmp_path.glob('checkpoints*/*'):
     damage(checkpoint)
   before = sorted(tmp_path.rglob('*'))
-  assert 'can be restored; move' in refused(run('train', tmp_path))
+  assert 'can be restored; move' in refusal(run_lib.train, tmp_path)
   assert sorted(tmp_path.rglob('*')) == before

@@ -1,21 +1,27 @@
 """Runs of main.py in processes of their own, with a tiny network, for the tests of whole runs."""
 
+from collections.abc import Callable
 import os
 from pathlib import Path
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
+
+from configs.vp import digits
+from errors import UserError
 
 ROOT = Path(__file__).parent.parent
 # A network of a few thousand parameters, and a checkpoint every other step.
 TINY = {
   'model.nf': 8,
-  'model.ch_mult': '(1,)',
+  'model.ch_mult': (1,),
   'model.num_res_blocks': 1,
-  'model.attn_resolutions': '()',
+  'model.attn_resolutions': (),
   'training.batch_size': 8,
   'training.n_iters': 12,
   'training.log_freq': 1,
@@ -33,6 +39,11 @@ TINY = {
 UNSEEN = {'training__snapshot_sampling': False}
 
 
+def values_of(fields: dict) -> dict:
+  """The fields of a tiny run by name, section.name; one is given as section__name."""
+  return TINY | {name.replace('__', '.'): value for name, value in fields.items()}
+
+
 def command(
   mode: str,
   workdir: Path,
@@ -40,9 +51,8 @@ def command(
   eval_folder: str = 'eval',
   **fields,
 ) -> list[str]:
-  """The command line of a tiny run; a field section.name is passed as section__name."""
-  values = TINY | {name.replace('__', '.'): value for name, value in fields.items()}
-  overrides = [f'--config.{name}={value}' for name, value in values.items()]
+  """The command line of a tiny run."""
+  overrides = [f'--config.{name}={value}' for name, value in values_of(fields).items()]
   return [
     sys.executable, str(ROOT / 'main.py'), '--config', str(ROOT / config), '--mode', mode,
     '--workdir', str(workdir), '--eval_folder', eval_folder, *overrides,
@@ -85,6 +95,16 @@ def assert_same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None
   assert a.keys() == b.keys()
   for name, value in a.items():
     np.testing.assert_array_equal(value, b[name], err_msg=name)
+
+
+def refusal(what: Callable[..., Any], workdir: Path, **fields) -> str:
+  """What a function of run_lib says of a mistake, which is the line that main.py prints."""
+  config = digits.get_config()
+  config.update_from_flattened_dict(values_of(fields))
+  with pytest.raises(UserError) as caught:
+    what(config, str(workdir))
+  (line,) = str(caught.value).splitlines()
+  return line
 
 
 def refused(done: subprocess.CompletedProcess) -> str:
