@@ -88,6 +88,19 @@ def test_grey_images_are_colour_images_of_three_equal_channels():
   assert of_grey.shape == (1, 299, 299, 3) and -1 <= of_grey.min() < of_grey.max() < 1
 
 
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_a_constant_image_of_any_size_stays_exactly_so(size):
+  """Between equal pixels interpolation adds nothing, and (x - 128) / 128 does not round."""
+  for value in (0, 128, 255):
+    x = inception.preprocess(jnp.full((1, *size, 3), value, jnp.uint8))
+    np.testing.assert_array_equal(x, np.full((1, 299, 299, 3), (value - 128) / 128, np.float32))
+
+
+def test_images_of_the_size_that_the_network_sees_are_not_interpolated():
+  x = jnp.asarray(images(299, 299), jnp.float32)
+  np.testing.assert_array_equal(inception.resize_as_tf1(x, 299), x)
+
+
 def test_means_at_the_border_count_no_padding():
   np.testing.assert_allclose(inception.average_pool(jnp.ones((1, 5, 4, 2))), 1, rtol=1e-6)
 
@@ -115,6 +128,17 @@ def test_weights_are_downloaded_and_converted_once(torch_file, monkeypatch):
   (cache / 'inception-2015-12-05.npz').write_bytes(b'PK')
   with pytest.raises(UserError, match=r'is damaged .* remove it'):
     inception_weights.load(str(torch_file))
+
+
+def test_a_file_of_pytorch_is_read_as_its_arrays(tmp_path, monkeypatch):
+  """With the counters that PyTorch's batch normalisation keeps, which convert ignores."""
+  torch = pytest.importorskip('torch')
+  path, weights = tmp_path / 'weights.pth', inception_example.weights()
+  counter = {'Conv2d_1a_3x3.bn.num_batches_tracked': np.array(7)}
+  torch.save({k: torch.from_numpy(v) for k, v in (counter | weights).items()}, path)
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  monkeypatch.setattr(inception_weights, 'SHA256', hashlib.sha256(path.read_bytes()).hexdigest())
+  jax.tree.map(np.testing.assert_array_equal, inception_weights.load(str(path)), params())
 
 
 def test_other_weights_than_those_of_fid_are_refused(torch_file, monkeypatch):
