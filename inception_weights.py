@@ -7,11 +7,11 @@ weights are kept in `$XDG_CACHE_HOME/score_sde/`, by default below `~/.cache`.
 
 from collections.abc import Mapping
 import hashlib
+import http.client
 import logging
 import os
 from pathlib import Path
 from typing import Any
-import urllib.error
 import urllib.request
 
 from flax import traverse_util
@@ -37,28 +37,36 @@ def load(path: str = '') -> Params:
   """The parameters of `InceptionV3`, and 'fc', its last layer.
 
   Args:
-    path: the file of weights, `NAME`; empty to download it where it was never converted before.
+    path: the file of weights, `NAME`, or an `.npz` that this function kept; empty to download the
+      weights where they were never converted before.
 
   Raises:
     UserError: if the file cannot be had, is another one, or PyTorch is missing to read it.
   """
+  if path.endswith('.npz'):
+    return _load_converted(Path(path).expanduser())
   if path:
     data = _read(path)
   cache = _cache()
   if cache.exists():
     return _load_converted(cache)
-  content = read_torch(data if path else _download())
-  params = convert(content)
-  flat = traverse_util.flatten_dict(params, sep='/')
+  params = convert(read_torch(data if path else _download()))
   try:
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_name(f'.{cache.name}.{os.getpid()}.tmp')  # others may do the same now
-    with temporary.open('wb') as file:
-      np.savez(file, **flat)
-    temporary.replace(cache)
+    _keep(params, cache)
   except OSError as error:
     logger.warning('cannot keep the converted weights in %s (%s)', cache, error.strerror)
   return params
+
+
+def _keep(params: Params, cache: Path) -> None:
+  cache.parent.mkdir(parents=True, exist_ok=True)
+  temporary = cache.with_name(f'.{cache.name}.{os.getpid()}.tmp')  # others may do the same now
+  try:
+    with temporary.open('wb') as file:
+      np.savez(file, sha256=SHA256, **traverse_util.flatten_dict(params, sep='/'))
+    temporary.replace(cache)
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def _cache() -> Path:
@@ -66,12 +74,21 @@ def _cache() -> Path:
   return Path(root, 'score_sde', 'inception-2015-12-05.npz')
 
 
-def _load_converted(cache: Path) -> Params:
+def _load_converted(file: Path) -> Params:
   try:
-    with np.load(cache, allow_pickle=False) as arrays:
-      return traverse_util.unflatten_dict(dict(arrays), sep='/')
+    with np.load(file, allow_pickle=False) as arrays:
+      flat = dict(arrays)
+  except FileNotFoundError:
+    raise UserError(f'config.eval.inception_path={str(file)!r} does not exist; {_HELP}') from None
   except Exception as error:  # zipfile, zlib and NumPy raise many kinds
-    raise UserError(f'{cache} is damaged ({error}); remove it, and it is made again') from None
+    raise UserError(f'{file} is damaged ({error}); remove it, and it is made again') from None
+  source = str(flat.pop('sha256', 'none'))
+  if source != SHA256 or {name: x.shape for name, x in flat.items()} != shapes():
+    raise UserError(
+      f'{file} was not converted from the weights with sha256 {SHA256}, it names {source}; '
+      'remove it, and it is made again'
+    )
+  return traverse_util.unflatten_dict(flat, sep='/')
 
 
 def _read(path: str) -> bytes:
@@ -87,8 +104,9 @@ def _download() -> bytes:
   try:
     with urllib.request.urlopen(URL, timeout=60) as response:
       return _checked(response.read(), URL)
-  except (OSError, urllib.error.URLError) as error:
-    raise UserError(f'cannot download {URL} ({error}); {_HELP}') from None
+  except (OSError, http.client.HTTPException) as error:  # the latter if it breaks off
+    reason = ' '.join(str(error).split())
+    raise UserError(f'cannot download {URL} ({reason}); {_HELP}') from None
 
 
 def _checked(data: bytes, source: str) -> bytes:
@@ -104,22 +122,40 @@ def convert(content: Mapping[str, np.ndarray]) -> Params:
   """From the PyTorch names to the Flax tree, with batch normalisation in kernels and biases.
 
   Raises:
-    UserError: naming the first array that is missing or has another shape.
+    UserError: naming the first array that is missing, unknown or of another shape.
   """
-  flat = {}
-  try:
-    for name in [k.removesuffix('/kernel') for k in shapes() if k.endswith('/kernel')]:
-      convert_layer = _linear if name == 'fc' else _convolution
-      kernel, bias = convert_layer(content, name.replace('/', '.'))
-      flat |= {f'{name}/kernel': kernel, f'{name}/bias': bias}
-  except KeyError as missing:
-    raise UserError(f'these are not the weights of Inception: {missing} is missing') from None
-  for name, shape in shapes().items():
-    if flat[name].shape != shape:
+  found = {k: v for k, v in content.items() if not k.endswith('.num_batches_tracked')}
+  wanted, flat = _torch_shapes(), {}
+  for name, shape in wanted.items():
+    if name not in found:
+      raise UserError(f'these are not the weights of Inception: {name} {shape} is missing')
+    if np.shape(found[name]) != shape:
       raise UserError(
-        f'these are not the weights of Inception: {name} is {flat[name].shape}, not {shape}'
+        f'these are not the weights of Inception: {name} is {np.shape(found[name])}, not {shape}'
       )
+  for name in found:
+    if name not in wanted:
+      raise UserError(f'these are not the weights of Inception: they have {name}, it does not')
+  for name in [k.removesuffix('/kernel') for k in shapes() if k.endswith('/kernel')]:
+    convert_layer = _linear if name == 'fc' else _convolution
+    kernel, bias = convert_layer(found, name.replace('/', '.'))
+    flat |= {f'{name}/kernel': kernel, f'{name}/bias': bias}
   return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def _torch_shapes() -> dict[str, tuple[int, ...]]:
+  """The shapes in the PyTorch file, by name."""
+  wanted = {}
+  for name, shape in shapes().items():
+    layer, kind = name.replace('/', '.').rsplit('.', 1)
+    if layer == 'fc':
+      wanted[f'fc.{"weight" if kind == "kernel" else "bias"}'] = shape[::-1]
+    elif kind == 'kernel':
+      height, width, n_in, n_out = shape
+      wanted[f'{layer}.conv.weight'] = (n_out, n_in, height, width)
+      parts = ('weight', 'bias', 'running_mean', 'running_var')
+      wanted |= {f'{layer}.bn.{part}': (n_out,) for part in parts}
+  return wanted
 
 
 def _convolution(content: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -133,7 +169,8 @@ def _convolution(content: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarr
 
 
 def _linear(content: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
-  return np.asarray(content[f'{name}.weight']).T, np.asarray(content[f'{name}.bias'])
+  kernel, bias = (np.asarray(content[f'{name}.{part}'], np.float32) for part in ('weight', 'bias'))
+  return kernel.T, bias
 
 
 def shapes() -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,9 @@
 """The Inception network of FID and the distances between features, beside torch-fidelity's."""
 
+import errno
 from functools import cache
 import hashlib
+import http.client
 
 from agreement import error, GOLDEN
 import inception_example
@@ -125,9 +127,24 @@ def test_weights_are_downloaded_and_converted_once(torch_file, monkeypatch):
   jax.tree.map(np.testing.assert_array_equal, first, again)
   cache = torch_file.parent / 'score_sde'
   assert [p.name for p in cache.iterdir()] == ['inception-2015-12-05.npz']
-  (cache / 'inception-2015-12-05.npz').write_bytes(b'PK')
+  kept = cache / 'inception-2015-12-05.npz'
+  jax.tree.map(np.testing.assert_array_equal, first, inception_weights.load(str(kept)))
+  np.savez(kept, sha256=inception_weights.SHA256, some=np.zeros(3))
+  with pytest.raises(UserError, match=r'was not converted from .* remove it'):
+    inception_weights.load()
+  kept.write_bytes(b'PK')
   with pytest.raises(UserError, match=r'is damaged .* remove it'):
     inception_weights.load(str(torch_file))
+
+
+def test_a_full_disk_costs_the_cache_alone(torch_file, monkeypatch):
+  def full(file, **arrays):
+    file.write(b'part')
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(np, 'savez', full)
+  inception_weights.load()
+  assert not list((torch_file.parent / 'score_sde').iterdir())
 
 
 def test_a_file_of_pytorch_is_read_as_its_arrays(tmp_path, monkeypatch):
@@ -151,14 +168,26 @@ def test_other_weights_than_those_of_fid_are_refused(torch_file, monkeypatch):
   monkeypatch.setattr(inception_weights, 'URL', 'file:///nowhere')
   with pytest.raises(UserError, match='cannot download file:///nowhere'):
     inception_weights.load()
+
+  def breaks_off(*args, **kwargs):
+    raise http.client.IncompleteRead(b'part', 100)
+
+  monkeypatch.setattr(inception_weights.urllib.request, 'urlopen', breaks_off)
+  with pytest.raises(UserError, match=r'cannot download .* 100 more expected'):
+    inception_weights.load()
   assert not (torch_file.parent / 'score_sde').exists()
 
 
 def test_weights_of_another_network_are_refused():
   weights = inception_example.weights()
-  name = 'Mixed_6b.branch7x7_2.conv.weight'
-  with pytest.raises(UserError, match=r'Mixed_6b/branch7x7_2/kernel is \(7, 1, 128, 128\)'):
+  name, bn = 'Mixed_6b.branch7x7_2.conv.weight', 'Mixed_5b.branch1x1.bn.weight'
+  with pytest.raises(UserError, match=r'7x7_2\.conv\.weight is \(128, 128, 7, 1\), not'):
     inception_weights.convert(weights | {name: weights[name].swapaxes(2, 3)})
+  for n in (1, 63):  # of which one would do for all 64 channels, if it were not looked at
+    with pytest.raises(UserError, match=rf'1x1\.bn\.weight is \({n},\), not \(64,\)'):
+      inception_weights.convert(weights | {bn: weights[bn][:n]})
+  with pytest.raises(UserError, match=r'they have AuxLogits\.fc\.bias'):
+    inception_weights.convert(weights | {'AuxLogits.fc.bias': np.zeros(1000)})
   del weights['fc.bias']
-  with pytest.raises(UserError, match=r"'fc\.bias' is missing"):
+  with pytest.raises(UserError, match=r'fc\.bias \(1008,\) is missing'):
     inception_weights.convert(weights)
