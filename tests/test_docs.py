@@ -58,6 +58,14 @@ def test_the_new_solver_is_ddim(shown):
   np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
 
 
+def test_the_new_feature_network_does_not_see_brightness(shown):
+  images = np.random.default_rng(0).integers(0, 200, (5, 8, 8, 3), np.uint8)
+  extract = shown['edges'].compile(jax.sharding.Mesh(np.array(jax.devices()), ('data',)))
+  features = extract(images)
+  assert features.shape == (5, 7 * 7 * 6) and features.std() > 0.1
+  np.testing.assert_allclose(extract(images + 55), features, atol=1e-6)
+
+
 @pytest.mark.parametrize('page', ['README.md', 'docs/tutorial.md', 'docs/extending.md'])
 def test_what_a_page_refers_to_is_there(page):
   """Files that it links to, and what it calls by a name of this code."""
