@@ -6,6 +6,7 @@ from etils import epath
 import jax
 
 import artifacts
+import versions
 
 Report = dict[str, Any]
 
@@ -24,6 +25,8 @@ def read(out: epath.Path, step: int) -> Report:
 
 
 def write(out: epath.Path, report: Report) -> None:
+  """Writes a report to which something was added, with what that was computed by."""
+  report['versions'] = versions.here()
   artifacts.write_json(path_of(out, report['step']), report)
 
 

@@ -49,7 +49,6 @@ import stats_lib
 import toy_data
 import train_lib
 from train_lib import Task
-import versions
 
 logger = logging.getLogger('score_sde')
 
@@ -133,8 +132,7 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
         reports.write(out, report)
       if wanted.enable_sampling and not eval_lib.has_samples(setup, report, network, compared_with):
         report |= eval_lib.evaluate_samples(setup, params, step, folder, network, compared_with)
-      report['versions'] = versions.here()
-      reports.write(out, report)
+        reports.write(out, report)
       all_reports.append(report)
       reports.publish(out, all_reports)
       logger.info(
