@@ -37,6 +37,8 @@ TINY = {
   'ebm.n_steps': 3,
 }
 
+UNSEEN = {'training__snapshot_sampling': False}
+
 
 def tiny(variant: str, module=two_moons, **fields):
   config = module.get_config(variant)
@@ -65,9 +67,9 @@ def test_every_variant_can_be_built(module, variant):
 
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
   """Its replay buffer, too."""
-  run_lib.train(tiny('cd'), tmp_path / 'whole')
-  run_lib.train(tiny('cd', training__n_iters=6), tmp_path / 'parts')
-  run_lib.train(tiny('cd'), tmp_path / 'parts')
+  run_lib.train(tiny('cd', **UNSEEN), tmp_path / 'whole')
+  run_lib.train(tiny('cd', **UNSEEN, training__n_iters=6), tmp_path / 'parts')
+  run_lib.train(tiny('cd', **UNSEEN), tmp_path / 'parts')
   whole, parts = (final(tmp_path / name) for name in ('whole', 'parts'))
   assert int(whole.step) == 12
   jax.tree.map(np.testing.assert_array_equal, whole, parts)
@@ -122,7 +124,7 @@ def test_every_way_leads_to_the_score(tmp_path, variant):
   fields = {'training__n_iters': 600, 'training__n_jitted_steps': 50, 'training__batch_size': 256}
   fields |= {'training__snapshot_freq': 600, 'training__snapshot_freq_for_preemption': 600}
   fields |= {'training__log_freq': 600, 'training__eval_freq': 600, 'model__nf': 32, 'data__dim': 2}
-  fields |= {'training__snapshot_sampling': False, 'eval__enable_sampling': False}
+  fields |= UNSEEN | {'eval__enable_sampling': False}
   fields |= {'eval__batch_size': 5000, 'model__sigma_min': 0.5}
   config = tiny(variant, gaussian, **fields)
   run_lib.train(config, tmp_path / 'run')
@@ -186,7 +188,7 @@ def test_points_have_no_classifier(tmp_path):
 
 def test_a_workdir_from_before_a_field_was_there_is_still_good(tmp_path):
   """What its config lacks has the default; a value of one's own is another config."""
-  run_lib.train(tiny('ve', training__n_iters=6), tmp_path)
+  run_lib.train(tiny('ve', **UNSEEN, training__n_iters=6), tmp_path)
   path = epath.Path(tmp_path / 'config.json')
   config = artifacts.read_json(path)
   del config['ebm'], config['model']['output'], config['training']['single_scale']
@@ -195,4 +197,4 @@ def test_a_workdir_from_before_a_field_was_there_is_still_good(tmp_path):
   assert setup.model.output == 'scaled_score' and setup.data_shape == (2,)
   with pytest.raises(UserError, match=r"output: '' there, 'energy' now"):
     run_lib.train(tiny('ve', model__output='energy'), tmp_path)
-  run_lib.train(tiny('ve'), tmp_path)
+  run_lib.train(tiny('ve', **UNSEEN), tmp_path)
