@@ -193,8 +193,8 @@ def evaluate_samples(
   params: Any,
   step: int,
   folder: epath.Path,
-  network: FeatureNetwork | None,
-  reference: Reference | None,
+  network: FeatureNetwork | None = None,
+  reference: Reference | None = None,
 ) -> Report:
   """Draws samples and compares their features with those of the reference, in rounds of a batch."""
   wanted, first, features = setup.config.eval, None, []

@@ -10,7 +10,6 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import FrozenConfigDict
 import numpy as np
 
 import inception_weights
@@ -69,17 +68,21 @@ def _in_parts(
   return processes.gather(np.concatenate(parts)[: len(images)])
 
 
-def load(choice: FrozenConfigDict) -> FeatureNetwork | None:
-  """The feature network of the section `eval` of a config, or None if it names none.
+def load(name: str, inception_path: str = '') -> FeatureNetwork | None:
+  """The feature network of a name in `NETWORKS`, or None for an empty name.
+
+  Args:
+    name: of the network.
+    inception_path: the file of the weights of Inception, see `inception_weights.load`.
 
   Raises:
     UserError: if its weights cannot be had.
   """
-  return NETWORKS[choice.features](choice) if choice.features else None
+  return NETWORKS[name](inception_path) if name else None
 
 
-def _inception(choice: FrozenConfigDict) -> FeatureNetwork:
-  params, net = inception_weights.load(choice.inception_path), inception.InceptionV3()
+def _inception(inception_path: str) -> FeatureNetwork:
+  params, net = inception_weights.load(inception_path), inception.InceptionV3()
   return FeatureNetwork(
     name='inception',
     version=inception_weights.SHA256,
@@ -92,7 +95,7 @@ def _inception(choice: FrozenConfigDict) -> FeatureNetwork:
   )
 
 
-def _pixels(choice: FrozenConfigDict) -> FeatureNetwork:
+def _pixels(_: str) -> FeatureNetwork:
   """The pixels themselves, from 0 to 1; of large images, means over blocks of them.
 
   No trained network: what distances between these say depends on no download, and is not FID.

@@ -27,6 +27,7 @@ import ebm
 from errors import UserError
 import eval_lib
 import feature_networks
+from feature_networks import FeatureNetwork
 import losses
 from losses import Batch, Metrics, TrainState
 from models.score import Params
@@ -114,7 +115,7 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   if not checkpoints_lib.exist(root) and not wanted.wait:
     raise UserError(f'{root} holds no checkpoints to evaluate; train first (--mode train)')
   check_unchanged(root / 'config.json', setup.config, FIXED_IN_RUN)
-  network = feature_networks.load(wanted) if wanted.enable_sampling else None
+  network = _feature_network(setup) if wanted.enable_sampling else None
   compared_with = reference.load(setup, network) if network else None
   _open(out, setup, FIXED_IN_EVAL)
   held_out = _load(setup, 'test') if wanted.enable_loss else None
@@ -182,11 +183,16 @@ def stats(config: ConfigDict) -> NoiseScales:
   """
   setup = build(config)
   chosen = stats_lib.noise_scales(setup, _load(setup, 'train'))
-  network = feature_networks.load(setup.config.eval)
+  network = _feature_network(setup)
   if network:
     path = reference.make(setup, network, _load(setup, setup.config.eval.stats_split))
     logger.info('statistics of the features are in %s', path)
   return chosen
+
+
+def _feature_network(setup: Setup) -> FeatureNetwork | None:
+  choice = setup.config.eval
+  return feature_networks.load(choice.features, choice.inception_path)
 
 
 def load(workdir: str) -> tuple[Setup, Params]:

@@ -83,7 +83,10 @@ def moments(x: np.ndarray) -> Moments:
 
 def sanity(config: ConfigDict, limit: int) -> None:
   setup, data = build_lib.build(config), config.data
-  network, mesh = feature_networks.load(setup.config.eval), setup.batch.mesh
+  network, mesh = (
+    feature_networks.load(config.eval.features, config.eval.inception_path),
+    setup.batch.mesh,
+  )
   extract = network.compile(mesh)
 
   def load(split: str) -> np.ndarray:

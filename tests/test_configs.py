@@ -88,7 +88,8 @@ def test_mended_configs_are_what_they_were_meant_to_be():
 def fields_read() -> set[str]:
   """The fields that the code reads as <section>.<field>, or under another name of the section."""
   sections, reads = set(config_of('ve', 'cifar10')), {'seed'}
-  for path in [*ROOT.glob('*_lib.py'), *ROOT.glob('build_*.py')]:
+  paths = [*ROOT.glob('*_lib.py'), *ROOT.glob('build_*.py'), ROOT / 'reference.py']
+  for path in paths:
     tree = ast.parse(path.read_text())
     section_of = {name: name for name in sections}
     for node in ast.walk(tree):

@@ -226,7 +226,7 @@ def setup_with(stats: Path, **fields):
 
 def test_a_reference_of_something_else_is_refused(stats, tmp_path):
   setup = setup_with(stats, eval__stats_split='test')
-  pixels = feature_networks.load(setup.config.eval)
+  pixels = feature_networks.load('pixels')
   with pytest.raises(UserError, match=r"split: 'train' there, 'test' now"):
     reference.load(setup, pixels)
   broken = tmp_path / 'broken.npz'
@@ -239,7 +239,7 @@ def test_statistics_that_are_stopped_go_on_and_end_the_same(stats, tmp_path):
   path = tmp_path / 'again.npz'
   setup = setup_with(path, eval__batch_size=400)
   source = datasets.load('digits', 'train', image_size=8, num_channels=1)
-  pixels = feature_networks.load(setup.config.eval)
+  pixels = feature_networks.load('pixels')
   calls = []
 
   class Stopping(feature_networks.FeatureNetwork):
@@ -273,7 +273,7 @@ def test_the_released_statistics_are_read(tmp_path):
   pool_3 = np.random.default_rng(0).random((50, 64), np.float32)
   np.savez(tmp_path / 'released.npz', pool_3=pool_3)
   setup = setup_with(tmp_path / 'released.npz')
-  pixels = feature_networks.load(setup.config.eval)
+  pixels = feature_networks.load('pixels')
   with pytest.raises(UserError, match="features: 'inception' there, 'pixels' now"):
     reference.load(setup, pixels)
   values = {name: getattr(pixels, name) for name in pixels.__dataclass_fields__}

@@ -144,9 +144,11 @@ def true_square(setup) -> float:
   return float(np.square(sigma * setup.true_score_fn(x, t)).mean())
 
 
-def test_noise_levels_are_recommended_for_any_data(caplog):
+def test_noise_levels_are_recommended_for_any_data(caplog, tmp_path):
   caplog.set_level(logging.INFO, 'score_sde')
-  chosen = run_lib.stats(digits.get_config())
+  config = digits.get_config()
+  config.eval.stats_path = str(tmp_path / 'digits.npz')
+  chosen = run_lib.stats(config)
   assert 4 < chosen.sigma_max < 8  # the images are in [0, 1]^64
   assert f'--config.model.num_scales={chosen.num_scales}' in caplog.text
   of_points = run_lib.stats(two_gaussians.get_config())
