@@ -6,6 +6,7 @@ nothing to do with the number of noise scales that a model was trained with.
 
 from collections.abc import Callable
 import dataclasses
+from functools import partial
 import math
 
 import jax
@@ -61,7 +62,13 @@ GRIDS: dict[str, Callable[[float], Grid]] = {
 def in_float64(f: Callable[[Array], Array], v: np.ndarray) -> np.ndarray:
   """f(v), computed now and in float64: differences of neighbouring times lose digits."""
   with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-    return np.array(jax.jit(f)(jnp.asarray(v, jnp.float64)))
+    return np.array(_call(f, jnp.asarray(v, jnp.float64)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _call(f: Callable[[Array], Array], v: Array) -> Array:
+  """f(v), compiled once for a method of an SDE; `jax.jit` of the method itself forgets it."""
+  return f(v)
 
 
 def finite_log_snr(sde: SDE, times: np.ndarray) -> np.ndarray:
