@@ -4,13 +4,11 @@ Each function returns its part of the report. What takes long is done in `rounds
 evaluation that is stopped and started again repeats at most one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 import dataclasses
-import functools
 from functools import partial
 import logging
 import math
-import operator
 import time
 from typing import Any
 
@@ -223,7 +221,7 @@ def evaluate_samples(
   report = {'samples': wanted.num_samples, 'nfe': float(np.mean(nfes)), 'sample_seconds': seconds}
   if network:
     began = time.monotonic()
-    report |= distances(features, network, reference, setup.batch.mesh)
+    report |= distances(np.concatenate(features), network, reference, setup.batch.mesh)
     report |= {f'reference_{network.name}': reference.identity}
     report |= {'feature_seconds': feature_seconds, 'distance_seconds': time.monotonic() - began}
   return report
@@ -257,13 +255,13 @@ def _show(bar: Bar, done: int, n: int, fraction: float) -> None:
 
 
 def distances(
-  features: Sequence[np.ndarray],
+  x: np.ndarray,
   network: FeatureNetwork,
   reference: Reference,
   mesh: jax.sharding.Mesh,
 ) -> Report:
-  """All that `evaluation` knows of features [n_i, d] of samples, in the order of the samples."""
-  moments, x = functools.reduce(operator.add, map(Moments.of, features)), np.concatenate(features)
+  """All that `evaluation` knows of features [N, d] of samples, in the order of the samples."""
+  moments = Moments.of(x)
   kernel, kernel_std = evaluation.kernel_distance(x, reference.features)
   precision, recall = evaluation.precision_recall(x, reference.features, mesh)
   report = {

@@ -6,7 +6,9 @@ run in float64, except for the distances of `precision_recall`.
 """
 
 import dataclasses
-from functools import partial
+from functools import partial, reduce
+import math
+from operator import add
 
 import jax
 from jax import Array
@@ -19,6 +21,7 @@ import processes
 
 SUBSETS, SUBSET_SIZE = 100, 1000  # of `kernel_distance`
 NEIGHBOURS = 3  # of `precision_recall`
+_PIECE = 4096  # rows that `Moments.of` takes at a time
 _ROWS = 512  # that `precision_recall` compares with all others at once, on each device
 
 
@@ -41,7 +44,11 @@ class Moments:
 
   @classmethod
   def of(cls, x: np.ndarray) -> 'Moments':
-    """The moments of features [N, d]."""
+    """The moments of features [N, d], in pieces, so that float64 takes little memory."""
+    return reduce(add, map(cls._of_piece, np.array_split(x, math.ceil(len(x) / _PIECE))))
+
+  @classmethod
+  def _of_piece(cls, x: np.ndarray) -> 'Moments':
     x = np.asarray(x, np.float64)
     mean = x.mean(0)
     return cls(len(x), mean, (x - mean).T @ (x - mean))

@@ -77,7 +77,18 @@ def make(setup: Setup, network: FeatureNetwork, source: datasets.Source) -> epat
   Raises:
     UserError: if an image cannot be read, or the file not be written.
   """
-  path, size, n = path_of(setup), setup.config.eval.batch_size, len(source)
+  path = path_of(setup)
+  try:
+    _make(setup, network, source, path)
+  except OSError as error:
+    raise UserError(
+      f'cannot write {path} ({error.strerror}); set config.eval.stats_path to another'
+    ) from None
+  return path
+
+
+def _make(setup: Setup, network: FeatureNetwork, source: datasets.Source, path: epath.Path) -> None:
+  size, n = setup.config.eval.batch_size, len(source)
   provenance = _provenance(setup, network) | {'count': n}
   mark = zlib.crc32(json.dumps(provenance).encode())
   folder = path.parent / f'.{path.stem}-{mark:08x}'  # not of other data or another network
@@ -94,20 +105,14 @@ def make(setup: Setup, network: FeatureNetwork, source: datasets.Source) -> epat
       kept.append(features[chosen[(chosen >= begin) & (chosen < end)] - begin])
       bar.update(end)
   text = json.dumps(provenance | {'versions': versions.here()}, indent=2)
-  try:
-    artifacts.write_npz(
-      path, mean=total.mean, cov=total.cov, features=np.concatenate(kept), provenance=text
-    )
-  except OSError as error:
-    raise UserError(
-      f'cannot write {path} ({error.strerror}); set config.eval.stats_path to another'
-    ) from None
+  artifacts.write_npz(
+    path, mean=total.mean, cov=total.cov, features=np.concatenate(kept), provenance=text
+  )
   if jax.process_index() == 0:
     for part in parts:
       part.unlink()
     if not artifacts.is_remote(folder):  # an object store has no folders
       folder.rmdir()
-  return path
 
 
 def _features(extract: Any, batch: datasets.Batch, n: int) -> rounds.Arrays:

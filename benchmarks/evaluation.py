@@ -12,11 +12,11 @@ latter blurred, and of noise of uniform pixels.
 """
 
 import argparse
-from functools import reduce
-import operator
+from collections.abc import Callable
 import resource
 import runpy
 import time
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -62,31 +62,25 @@ def costs(rows: int, n_images: int) -> None:
   print(f'peak so far {gigabytes():.1f} GiB')
   x, y = (rng.random((rows, inception.FEATURES), np.float32) for _ in range(2))
   print(f'two sets of {rows} features of dimension {inception.FEATURES}: {gigabytes():.1f} GiB')
-  a = timed('mean and covariance', lambda: moments(x))
-  b = moments(y)
+  a = timed('mean and covariance', lambda: Moments.of(x))
+  b = Moments.of(y)
   timed('Frechet distance', lambda: evaluation.frechet_distance(a.mean, a.cov, b.mean, b.cov))
   timed('kernel distance', lambda: evaluation.kernel_distance(x, y))
   timed('Inception score', lambda: evaluation.inception_score(x[:, : inception.CLASSES]))
   timed('precision and recall', lambda: evaluation.precision_recall(x, y, mesh))
 
 
-def timed(what: str, function):
+def timed(what: str, function: Callable[[], Any]) -> Any:
   began = time.monotonic()
   result = function()
   print(f'{what}: {time.monotonic() - began:.1f} s, peak {gigabytes():.1f} GiB', flush=True)
   return result
 
 
-def moments(x: np.ndarray) -> Moments:
-  return reduce(operator.add, map(Moments.of, np.array_split(x, max(1, len(x) // 1024))))
-
-
 def sanity(config: ConfigDict, limit: int) -> None:
   setup, data = build_lib.build(config), config.data
-  network, mesh = (
-    feature_networks.load(config.eval.features, config.eval.inception_path),
-    setup.batch.mesh,
-  )
+  network = feature_networks.load(config.eval.features, config.eval.inception_path)
+  mesh = setup.batch.mesh
   extract = network.compile(mesh)
 
   def load(split: str) -> np.ndarray:
@@ -101,7 +95,7 @@ def sanity(config: ConfigDict, limit: int) -> None:
   half = len(train) // 2
   noise = np.random.default_rng(0).integers(0, 256, train[:half].shape, np.uint8)
   of_half = extract(train[:half])
-  total = moments(of_half)
+  total = Moments.of(of_half)
   against = Reference(half, total.mean, total.cov, of_half)
   sets = {
     'the same images': train[:half],
@@ -113,17 +107,14 @@ def sanity(config: ConfigDict, limit: int) -> None:
   print(f'| from {half} training images | images | ' + ' | '.join(names(network)) + ' |')
   print('|---' * (2 + len(names(network))) + '|', flush=True)
   for what, images in sets.items():
-    found = distances([extract(images)], network, against, mesh)
+    found = distances(extract(images), network, against, mesh)
     cells = ' | '.join(f'{found[name]:.5g}' for name in names(network))
     print(f'| {what} | {len(images)} | {cells} |', flush=True)
 
 
 def names(network: FeatureNetwork) -> list[str]:
-  return [
-    network.frechet,
-    network.kernel,
-    *(f'{n}{network.suffix}' for n in ('precision', 'recall')),
-  ]
+  shares = [f'{name}{network.suffix}' for name in ('precision', 'recall')]
+  return [network.frechet, network.kernel, *shares]
 
 
 def blurred(image: np.ndarray) -> np.ndarray:
