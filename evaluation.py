@@ -186,7 +186,8 @@ def _squared_distances(x: Array, y: Array) -> Array:
 def _kth_distance(k: int, x: Array, y: Array) -> Array:
   """Squared distances [B] from x [B, d] to the k-th nearest of y [N, d], x itself not counted."""
   nearest, _ = jax.lax.top_k(-_squared_distances(x, y), k + 1)
-  return -nearest[:, -1]
+  # Of which one is wanted; XLA would see that, and sort whole rows in place of the selection.
+  return -jax.lax.optimization_barrier(nearest)[:, -1]
 
 
 def _inside(x: Array, y: Array, radius: Array) -> Array:
