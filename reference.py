@@ -90,8 +90,8 @@ def make(setup: Setup, network: FeatureNetwork, source: datasets.Source) -> epat
 def _make(setup: Setup, network: FeatureNetwork, source: datasets.Source, path: epath.Path) -> None:
   size, n = setup.config.eval.batch_size, len(source)
   provenance = _provenance(setup, network) | {'count': n}
-  mark = zlib.crc32(json.dumps(provenance).encode())
-  folder = path.parent / f'.{path.stem}-{mark:08x}'  # not of other data or another network
+  mark = zlib.crc32(json.dumps([provenance, size]).encode())
+  folder = path.parent / f'.{path.stem}-{mark:08x}'  # not of other data, network or rounds
   extract, total, kept, parts = network.compile(setup.batch.mesh), None, [], []
   chosen = np.linspace(0, n - 1, min(n, KEPT)).round().astype(int)
   with Bar('features', n, unit='images') as bar:
