@@ -25,6 +25,7 @@ from ml_collections import config_flags, ConfigDict
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from errors import unknown, UserError
+import start
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, [:variant] of it.')
 _MODES = ['train', 'train_classifier', 'eval', 'sample', 'stats', 'import']
@@ -101,6 +102,7 @@ def _check_field(config: ConfigDict, name: str) -> None:
 def main(argv: Sequence[str]) -> None:
   path, variant = parse(argv)
   workdir = _WORKDIR.value or default_workdir(path, variant)
+  start.prepare()
   # Now, not above: the libraries take seconds, which --help and a wrong flag should not cost.
   import jax
 

@@ -1,1 +1,5 @@
 """Score networks, and `score.py`, which turns a network and an SDE into a score."""
+
+from models import cpu_convolutions
+
+cpu_convolutions.register()

@@ -3,23 +3,24 @@
 The older of XLA:CPU's two ways to emit fused loops compiles in half the time.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import agreement
-import pytest
+
+import start
 
 QUICK = ' --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + QUICK
-
-
-@pytest.fixture(scope='session')
-def compiled_once(tmp_path_factory) -> None:
-  """What one process has compiled, those that come after it need not."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path_factory.mktemp('cache')))
-    patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
-    patch.setenv('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
-    yield
+if 'PYTEST_XDIST_WORKER' not in os.environ:  # the workers inherit it
+  os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + QUICK
+  # Not the user's; what one test has compiled, those that come after it need not.
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = cache = tempfile.mkdtemp()
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
+  os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
+  atexit.register(shutil.rmtree, cache, ignore_errors=True)
+  start.prepare()
 
 
 def pytest_addoption(parser) -> None:

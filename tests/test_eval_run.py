@@ -27,8 +27,6 @@ import reference
 import reports
 import run_lib
 
-pytestmark = pytest.mark.usefixtures('compiled_once')
-
 
 @pytest.fixture(scope='module')
 def stats(tmp_path_factory) -> Path:

@@ -29,8 +29,6 @@ from whole_runs import (
 
 import run_lib
 
-pytestmark = pytest.mark.usefixtures('compiled_once')
-
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory) -> Path:
