@@ -186,11 +186,11 @@ _CHOICES = {
 }
 _POSITIVE = (
   'data.image_size', 'data.num_channels', 'model.nf', 'model.num_res_blocks', 'training.batch_size',
-  'training.n_iters', 'training.n_jitted_steps', 'training.log_freq', 'training.eval_freq',
-  'training.snapshot_freq', 'training.snapshot_freq_for_preemption', 'training.snapshot_samples',
-  'training.eps', 'optim.lr', 'sampling.n_steps_each', 'sampling.snr', 'sampling.eps',
-  'sampling.rtol', 'sampling.atol', 'sampling.sde_rtol', 'sampling.sde_atol', 'sampling.rho',
-  'sampling.num_samples', 'sampling.blur_std', 'sampling.step_size',
+  'training.n_iters', 'training.n_jitted_steps', 'training.grad_accum', 'training.log_freq',
+  'training.eval_freq', 'training.snapshot_freq', 'training.snapshot_freq_for_preemption',
+  'training.snapshot_samples', 'training.eps', 'optim.lr', 'sampling.n_steps_each', 'sampling.snr',
+  'sampling.eps', 'sampling.rtol', 'sampling.atol', 'sampling.sde_rtol', 'sampling.sde_atol',
+  'sampling.rho', 'sampling.num_samples', 'sampling.blur_std', 'sampling.step_size',
   'ebm.n_steps', 'ebm.step_size', 'ebm.buffer_size',
   'eval.batch_size', 'eval.num_samples', 'eval.bpd_repeats', 'classifier.blocks_per_group',
   'classifier.channel_multiplier', 'classifier.batch_size', 'classifier.n_iters', 'classifier.lr',
@@ -211,9 +211,14 @@ def _check(config: FrozenConfigDict) -> None:
   for name in _POSITIVE:
     if _field(config, name) is not None and not _field(config, name) > 0:
       raise UserError(f'config.{name} must be positive; got {_field(config, name)}')
-  for name in ('training.batch_size', 'training.snapshot_samples', 'eval.batch_size'):
+  for name in ('training.snapshot_samples', 'eval.batch_size'):
     check_shared(config, name)
   devices = jax.device_count()
+  if config.training.batch_size % (config.training.grad_accum * devices):
+    raise UserError(
+      f'config.training.batch_size = {config.training.batch_size} must be a multiple of the number '
+      f'of devices, {devices}, times config.training.grad_accum = {config.training.grad_accum}'
+    )
   if config.eval.num_samples < config.eval.batch_size and config.eval.num_samples % devices:
     raise UserError(
       f'config.eval.num_samples = {config.eval.num_samples}, where less than a batch, must be a '
@@ -274,6 +279,8 @@ def _check_ebm(config: FrozenConfigDict) -> None:
       'config.training.objective = cd needs config.model.output = energy and '
       'config.training.single_scale'
     )
+  if config.training.grad_accum != 1:
+    raise UserError('config.training.grad_accum must be 1 where config.training.objective = cd')
   if config.ebm.buffer_size < config.training.batch_size:
     raise UserError(
       f'config.ebm.buffer_size = {config.ebm.buffer_size} must not be below '

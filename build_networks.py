@@ -24,6 +24,7 @@ def _unet_fields(model: FrozenConfigDict) -> dict[str, Any]:
     'resamp_with_conv': model.resamp_with_conv,
     'dtype': model.dtype,
     'num_classes': model.num_classes,
+    'remat': model.remat,
   }
 
 

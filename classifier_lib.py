@@ -78,7 +78,8 @@ def train_step(
     loss, correct = cross_entropy(classifier.bind(params), x0, t, z, batch['label'])
     return loss.mean(), {'accuracy': correct.mean()}
 
-  return losses.apply_gradients(state, loss_fn, tx, ema_rate, ema_warmup=True)
+  differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+  return losses.apply_gradients(state, differentiate, tx, ema_rate, ema_warmup=True)
 
 
 def eval_step(

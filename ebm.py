@@ -108,5 +108,6 @@ def train_step(
     squares = (jnp.square(of_data) + jnp.square(of_samples)).mean()
     return gap + divergence.regularization * squares, {'energy_gap': gap}
 
-  state, metrics = losses.apply_gradients(state, loss_fn, tx, ema_rate, ema_warmup)
+  differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+  state, metrics = losses.apply_gradients(state, differentiate, tx, ema_rate, ema_warmup)
   return state.replace(replay=state.replay.at[chosen].set(negative)), metrics

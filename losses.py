@@ -8,6 +8,7 @@ minimise. Its forerunners, explicit, implicit and sliced score matching, ask for
 
 from collections.abc import Callable
 import dataclasses
+from functools import partial
 from typing import Any
 
 import flax
@@ -245,10 +246,12 @@ def train_step(
   tx: optax.GradientTransformation,
   ema_rate: float,
   ema_warmup: bool = False,
+  grad_accum: int = 1,
 ) -> tuple[TrainState, Metrics]:
   """One optimiser step on a batch of images; random only in (rng, state.step).
 
-  The loss is the mean over the whole batch, wherever its parts lie.
+  The loss is the mean over the whole batch, wherever its parts lie, and in however many parts the
+  batch is taken, one after another: `grad_accum`.
   """
   rng_step = jax.random.fold_in(rng, state.step)
   rng_data, rng_t, rng_z, rng_dropout = jax.random.split(rng_step, 4)
@@ -268,6 +271,7 @@ def train_step(
   return optimize(
     state, x0, t, z, rng_dropout, labels,
     model=model, objective=objective, tx=tx, ema_rate=ema_rate, ema_warmup=ema_warmup,
+    grad_accum=grad_accum,
   )  # fmt: skip
 
 
@@ -284,20 +288,48 @@ def optimize(
   tx: optax.GradientTransformation,
   ema_rate: float,
   ema_warmup: bool = False,
+  grad_accum: int = 1,
 ) -> tuple[TrainState, Metrics]:
   """The step of `train_step` once data x0 [B, ...], times t [B], noise z and labels are drawn."""
 
-  def loss_fn(params: Params) -> tuple[Array, Metrics]:
+  def loss_fn(params: Params, part: Any) -> tuple[Array, Metrics]:
+    rng_dropout, x0, t, z, labels = part
     score_fn = model.bind(params, rng_dropout, labels)
     rng = jax.random.fold_in(rng_dropout, 1)
     return score_matching_loss(model.sde, score_fn, x0, t, z, rng, objective).mean(), {}
 
-  return apply_gradients(state, loss_fn, tx, ema_rate, ema_warmup)
+  def differentiate(params: Params) -> tuple[tuple[Array, Metrics], Params]:
+    of_part = jax.value_and_grad(loss_fn, has_aux=True)
+    if grad_accum == 1:
+      return of_part(params, (rng_dropout, x0, t, z, labels))
+    rngs = jax.random.split(rng_dropout, grad_accum)
+    parts = jax.tree.map(partial(_parts, n=grad_accum), (x0, t, z, labels))
+    return _mean(partial(of_part, params), (rngs, *parts))
+
+  return apply_gradients(state, differentiate, tx, ema_rate, ema_warmup)
+
+
+def _parts(x: Array, n: int) -> Array:
+  """A batch [B, ...] as n parts [n, B / n, ...], each spread over the devices as the batch is."""
+  return x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _mean(function: Callable[[Any], Any], parts: Any) -> Any:
+  """The mean of a function over parts, trees of arrays [n, ...], one after another."""
+
+  def add(total: Any, part: Any) -> tuple[Any, None]:
+    return jax.tree.map(jnp.add, total, function(part)), None
+
+  first = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+  zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+  total, _ = jax.lax.scan(add, zero, parts)
+  n = len(jax.tree.leaves(parts)[0])
+  return jax.tree.map(lambda v: v / n, total)
 
 
 def apply_gradients(
   state: TrainState,
-  loss_fn: Callable[[Params], tuple[Array, Metrics]],
+  differentiate: Callable[[Params], tuple[tuple[Array, Metrics], Params]],
   tx: optax.GradientTransformation,
   ema_rate: float,
   ema_warmup: bool,
@@ -306,13 +338,14 @@ def apply_gradients(
 
   Args:
     state: before the step.
-    loss_fn: parameters -> the loss [], and what else to report of it.
+    differentiate: parameters -> the loss [] with what else to report of it, and its gradient, as
+      `jax.value_and_grad` with `has_aux` makes it.
     tx: the optimiser.
     ema_rate: what the moving average keeps of itself.
     ema_warmup: let that grow with the number n of steps taken, as (1 + n) / (10 + n), up to
       `ema_rate`.
   """
-  (loss, measured), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+  (loss, measured), grads = differentiate(state.params)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   rate = jnp.minimum(ema_rate, (1 + state.step) / (10 + state.step)) if ema_warmup else ema_rate

@@ -299,7 +299,7 @@ def score_task(setup: Setup) -> Task:
   task = Task(
     section='model',
     init=lambda rng: losses.init_state(rng, model, setup.tx, shape),
-    update=partial(losses.train_step, **choices),
+    update=partial(losses.train_step, grad_accum=training.grad_accum, **choices),
     evaluate=evaluate,
     purposes=('init', 'train', 'eval'),
     batch_size=training.batch_size,

@@ -18,6 +18,7 @@ Variants = dict[str, tuple[str, Changes]]  # by name: a network, and what it cha
 _UNET = {'nf': 128, 'ch_mult': (1, 2, 2, 2), 'attn_resolutions': (16,), 'nonlinearity': 'swish'}
 _UNET |= {'resamp_with_conv': True, 'conditional': True, 'dropout': 0.1}
 _UNET |= {'normalization': 'GroupNorm'}
+_UNET |= {'remat': False}  # compute blocks again for gradients, for less memory
 _NCSNPP = _UNET | {
   'name': 'ncsnpp',
   'num_res_blocks': 4,
@@ -129,6 +130,7 @@ def _default() -> ConfigDict:
   training.batch_size = 128
   training.n_iters = 1_300_001
   training.n_jitted_steps = 5
+  training.grad_accum = 1  # parts of a batch, one after another, for less memory
   training.log_freq = 50
   training.eval_freq = 100
   training.snapshot_freq = 50_000

@@ -15,6 +15,7 @@ def DDPM(
   resamp_with_conv: bool = True,
   dtype: str = 'float32',
   num_classes: int = 0,
+  remat: bool = False,
 ) -> NCSNpp:
   """DDPM's U-Net: NCSN++ without its improvements, and 32 groups in every GroupNorm."""
   return NCSNpp(
@@ -34,4 +35,5 @@ def DDPM(
     min_group_size=1,
     dtype=dtype,
     num_classes=num_classes,
+    remat=remat,
   )

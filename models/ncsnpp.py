@@ -6,6 +6,7 @@ the order of their creation follow the released code, so that its parameters fit
 """
 
 from collections.abc import Sequence
+from itertools import count
 
 import flax.linen as nn
 from jax import Array
@@ -119,6 +120,9 @@ class NCSNpp(nn.Module):
   With `num_classes`, which needs `conditional`, a learned vector of each label, from 0 on, is added
   to the embedding of `cond`. The null label, num_classes, stands for an image of any class; None
   for a batch of such.
+
+  With `remat`, gradients keep nothing from inside residual blocks, and compute it again: less
+  memory, for about one more evaluation of the network.
   """
 
   nf: int
@@ -141,6 +145,7 @@ class NCSNpp(nn.Module):
   min_group_size: int = 4
   dtype: str = 'float32'
   num_classes: int = 0
+  remat: bool = False
 
   @nn.compact
   def __call__(self, x: Array, cond: Array, train: bool, labels: Array | None = None) -> Array:
@@ -163,8 +168,13 @@ class NCSNpp(nn.Module):
         rows = nn.Embed(self.num_classes + 1, self.nf * 4, embedding_init=init, dtype=temb.dtype)
         temb += rows(labels)
 
+    biggan = self.resblock_type == 'biggan'
+    plain = ResnetBlockBigGANpp if biggan else ResnetBlockDDPMpp
+    block = nn.remat(plain, static_argnums=(3,)) if self.remat else plain  # 3 is `train`
+    names = (f'{plain.__name__}_{i}' for i in count())  # nn.remat would change them
+
     def resblock(h: Array, features: int, direction: str = '') -> Array:
-      shared = {
+      fields = {
         'features': features,
         'act': act,
         'dropout': self.dropout,
@@ -172,13 +182,12 @@ class NCSNpp(nn.Module):
         'skip_rescale': self.skip_rescale,
         'min_group_size': self.min_group_size,
       }
-      if self.resblock_type == 'biggan':
-        block = ResnetBlockBigGANpp(**shared, fir_kernel=self.fir_kernel, direction=direction)
-        return block(h, temb, train)
-      if direction:
+      if biggan:
+        fields |= {'fir_kernel': self.fir_kernel, 'direction': direction}
+      elif direction:
         change = {'up': resample.Upsample, 'down': resample.Downsample}[direction]
         return change(features, self.resamp_with_conv, self.fir_kernel)(h)
-      return ResnetBlockDDPMpp(**shared)(h, temb, train)
+      return block(**fields, name=next(names))(h, temb, train)
 
     def attend(h: Array) -> Array:
       return AttnBlockpp(self.init_scale, self.skip_rescale, self.min_group_size)(h)

@@ -75,7 +75,8 @@ def test_training_finds_the_posterior(sde):
     def loss_fn(params: dict) -> tuple[Array, dict]:
       return classifier_lib.cross_entropy(classifier.bind(params), *example)[0].mean(), {}
 
-    return losses.apply_gradients(state, loss_fn, tx, 0.99, True)
+    differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+    return losses.apply_gradients(state, differentiate, tx, 0.99, True)
 
   @jax.jit
   def train() -> ClassLogProb:

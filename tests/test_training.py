@@ -6,6 +6,7 @@ from analytic import gaussian
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import build_lib
@@ -133,6 +134,33 @@ def test_bfloat16_is_float32_to_its_precision(sde):
   assert b.dtype == jnp.float32
   error = np.linalg.norm((a - b).reshape(4, -1), axis=-1)
   assert (error < 0.05 * np.linalg.norm(a.reshape(4, -1), axis=-1)).all() and error.max() > 0
+
+
+def one_step(**fields) -> tuple[losses.TrainState, losses.Metrics]:
+  setup = tiny_setup(base.ve, 'ncsnpp', training__batch_size=8, optim__warmup=0, **fields)
+  task = run_lib.score_task(setup)
+  images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
+  batch = setup.put({'data': images})
+  return jax.jit(task.update)(jax.jit(task.init)(setup.key('init')), batch, setup.key('train'))
+
+
+@pytest.mark.parametrize(
+  'fields', [{'training__grad_accum': 4}, {'model__remat': True, 'model__dropout': 0.2}]
+)
+def test_what_saves_memory_takes_the_same_step(fields):
+  plain = {name: value for name, value in fields.items() if name == 'model__dropout'}
+  (a, of_a), (b, of_b) = one_step(**plain), one_step(**fields)
+  assert jax.tree.structure(a.params) == jax.tree.structure(b.params)
+  for name in ('loss', 'grad_norm'):
+    np.testing.assert_allclose(of_a[name], of_b[name], rtol=1e-5)
+  # Adam's first moment is (1 - beta1) times the clipped gradient.
+  moments = [optax.tree.get(state.opt_state, 'mu') for state in (a, b)]
+  jax.tree.map(lambda m, n: np.testing.assert_allclose(m, n, rtol=1e-3, atol=1e-6), *moments)
+
+
+def test_parts_of_a_batch_that_cannot_be_are_told():
+  with pytest.raises(UserError, match=r'batch_size = 4 must be .* devices, 1, times .* = 3'):
+    tiny_setup(training__grad_accum=3)
 
 
 @pytest.mark.parametrize(('how', 'expected'), [('truncate', 127), ('round', 128)])
