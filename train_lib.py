@@ -24,6 +24,8 @@ from progress import Stop, TrainLog
 
 logger = logging.getLogger('score_sde')
 
+Update = Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]  # (state, batch, key)
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -32,7 +34,7 @@ class Task:
   Attributes:
     section: of the config, that describes the network.
     init: key -> the state before the first step.
-    update: (state, batch, key) -> the state one step later, and metrics [] of that step.
+    update: to the state one step later, and metrics [] of that step.
     evaluate: (moving average of the parameters, held-out batch, key) -> metrics [].
     purposes: of the keys that these three get.
     batch_size: of training and of evaluation.
@@ -41,7 +43,7 @@ class Task:
 
   section: str
   init: Callable[[Array], TrainState]
-  update: Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]
+  update: Update
   evaluate: Callable[[Params, Batch, Array], Metrics]
   purposes: tuple[str, str, str]
   batch_size: int
@@ -140,12 +142,9 @@ def updates(
   batches = datasets.train_batches(
     source, task.batch_size, seed=setup.config.seed, start=step, **processes.share()
   )
-
-  def scan(state: TrainState, batches: Batch, rng: Array) -> tuple[TrainState, Metrics]:
-    return jax.lax.scan(lambda s, batch: task.update(s, batch, rng), state, batches)
-
   choices = {'out_shardings': (setup.replicated, setup.replicated), 'donate_argnums': 0}
-  one_step, many_steps = jax.jit(task.update, **choices), jax.jit(scan, **choices)
+  one_step = jax.jit(task.update, **choices)
+  many_steps = jax.jit(partial(several_steps, task.update), **choices)
   stacked = NamedSharding(setup.batch.mesh, PartitionSpec(None, *setup.batch.spec))
   while step < task.n_iters:
     if n > 1 and steps_to_event(step, task.n_iters, setup.config.training) >= n:
@@ -157,6 +156,13 @@ def updates(
       state, measured = one_step(state, setup.put(next(batches)), rng)
       step += 1
     yield state, step, measured
+
+
+def several_steps(
+  update: Update, state: TrainState, batches: Batch, rng: Array
+) -> tuple[TrainState, Metrics]:
+  """The steps on batches [n, B, ...] in one program, and metrics [n] of them."""
+  return jax.lax.scan(lambda s, batch: update(s, batch, rng), state, batches)
 
 
 def steps_to_event(step: int, n_iters: int, training: FrozenConfigDict) -> int:

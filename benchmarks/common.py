@@ -1,0 +1,157 @@
+"""What the benchmarks of speed share: networks, the machine and its peaks, times taken in turns."""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+import importlib
+import json
+import math
+import os
+from pathlib import Path
+import platform
+import statistics
+import time
+from typing import Any
+
+import jax
+from jax import Array
+from jax.experimental.compilation_cache import compilation_cache
+import jax.numpy as jnp
+import numpy as np
+
+import build_lib
+from build_lib import Setup
+import versions
+
+_REDUCED = {'model.nf': 32, 'model.num_res_blocks': 2}
+_NCSNPP, _DDPMPP = ('ve.cifar10', 'ncsnpp_continuous'), ('vp.cifar10', 'ddpmpp_continuous')
+# By name: a config, a variant of it, and what is changed.
+NETWORKS = {
+  'reduced ncsnpp': (*_NCSNPP, _REDUCED),
+  'reduced ddpmpp': (*_DDPMPP, _REDUCED),
+  'cifar10 ncsnpp': (*_NCSNPP, {}),
+  'cifar10 ddpmpp': (*_DDPMPP, {}),
+  'cifar10 ncsnpp deep': ('ve.cifar10', 'ncsnpp_deep_continuous', {}),
+  'ffhq_256 ncsnpp': ('ve.ffhq_256', 'ncsnpp_continuous', {}),
+  'ffhq ncsnpp': ('ve.ffhq', 'ncsnpp_continuous', {}),
+}
+QUICK = {'xla_backend_optimization_level': 0}  # compiled sooner, for what is run once
+_DIMENSION = 2048  # of the matrices whose product gives the peak
+_IMAGES = (16, 32, 32, 128)  # shape of what is convolved for it
+
+
+def network(name: str, changes: dict[str, Any]) -> Setup:
+  """What one of `NETWORKS` is built of, with changes {'section.field': value} to its config."""
+  path, variant, own = NETWORKS[name]
+  config = importlib.import_module(f'configs.{path}').get_config(variant)
+  config.update_from_flattened_dict(own | changes)
+  return build_lib.build(config)
+
+
+def images(setup: Setup, batch: int) -> np.ndarray:
+  """Random ones, uint8 [batch, ...]: speed does not depend on what they show."""
+  return np.random.default_rng(0).integers(0, 256, (batch, *setup.data_shape), np.uint8)
+
+
+def init(setup: Setup) -> Any:
+  """Parameters of its network, whose program need not be fast."""
+  make = jax.jit(setup.model.init, static_argnums=1, compiler_options=QUICK)
+  return make(setup.key('init'), (1, *setup.data_shape))
+
+
+@contextmanager
+def no_cache() -> Iterator[None]:
+  """Compiles anew what is kept from earlier runs."""
+  jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()  # else what was decided at the first compilation stays
+  try:
+    yield
+  finally:
+    jax.config.update('jax_enable_compilation_cache', True)
+    compilation_cache.reset_cache()
+
+
+def timed(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[float, Any]]:
+  """The median time of each run and its value; in turns, after one round that compiles."""
+  times, values = {name: [] for name in runs}, {}
+  for _ in range(repeats + 1):
+    for name, run in runs.items():
+      began = time.perf_counter()
+      values[name] = jax.block_until_ready(run())
+      times[name].append(time.perf_counter() - began)
+  return {name: (statistics.median(times[name][1:]), values[name]) for name in runs}
+
+
+@jax.jit
+def _matmul(a: Array) -> Array:
+  return a @ a
+
+
+@jax.jit
+def _convolve(x: Array, kernel: Array) -> Array:
+  return jax.lax.conv_general_dilated(
+    x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+  )
+
+
+def peaks(dtype: str) -> dict[str, float]:
+  """FLOP/s that a matrix product and a 3x3 convolution of 128 channels reach, at their best."""
+  a = jnp.ones((_DIMENSION, _DIMENSION), dtype)
+  x, kernel = jnp.ones(_IMAGES, dtype), jnp.ones((3, 3, _IMAGES[-1], _IMAGES[-1]), dtype)
+  runs = {
+    'matmul': (lambda: _matmul(a), 2 * _DIMENSION**3),
+    'convolution': (lambda: _convolve(x, kernel), 2 * x.size * 9 * _IMAGES[-1]),
+  }
+  best = {name: math.inf for name in runs}
+  for _ in range(8):
+    for name, (run, _) in runs.items():
+      began = time.perf_counter()
+      jax.block_until_ready(run())
+      best[name] = min(best[name], time.perf_counter() - began)
+  return {name: flop / best[name] for name, (_, flop) in runs.items()}
+
+
+def machine() -> dict[str, Any]:
+  """Versions, devices, processor, and the settings that speed depends on."""
+  try:
+    lines = Path('/proc/cpuinfo').read_text().splitlines()
+    processor = next(line for line in lines if line.startswith('model name')).partition(': ')[2]
+  except (OSError, StopIteration):  # not Linux, or a processor without a name
+    processor = platform.processor()
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  names = ('XLA_FLAGS', 'GLIBC_TUNABLES')
+  settings = {name: os.environ[name] for name in names if os.environ.get(name)}
+  return versions.here() | {'processor': processor, 'cores': cores} | settings
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+  """With the flag that every benchmark has."""
+  made = argparse.ArgumentParser(description=doc.partition('\n')[0])
+  made.add_argument('--json', metavar='PATH', help='write the numbers')
+  return made
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+  """Rows of text and numbers, the latter with three figures, under their heads."""
+  cells = [list(head)]
+  cells += [[v if isinstance(v, str) else _three_figures(v) for v in row] for row in rows]
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  lines = []
+  for first, *others in cells:
+    aligned = (f'{cell:>{width}}' for cell, width in zip(others, widths[1:], strict=True))
+    lines.append('  '.join([f'{first:{widths[0]}}', *aligned]))
+  return '\n'.join(lines)
+
+
+def _three_figures(value: float) -> str:
+  decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
+  return f'{value:.{max(0, decimals)}f}'
+
+
+def report(text: str, results: Any, path: str | None) -> None:
+  """Prints the table under the machine; writes both as JSON where there is a path."""
+  here = machine()
+  print('; '.join(f'{name} {value}' for name, value in here.items()))
+  print(f'\n{text}')
+  if path:
+    Path(path).write_text(json.dumps({'machine': here, 'results': results}, indent=2) + '\n')

@@ -1,0 +1,119 @@
+"""What a training step costs: time, images a second, FLOP/s, memory, and what compiling takes.
+
+A step draws times and noise, differentiates the loss, and updates parameters and their average; its
+state is donated. FLOP are those that XLA counts in the program before it is optimised; the share of
+the peak is that of the convolution measured on the same machine just before. Memory is XLA's plan
+for the program: arguments, results and temporaries.
+
+  python -m benchmarks.training [--networks NAME ...] [--batch N] [--steps N]
+      [--changes SECTION.FIELD=VALUE ...] [--compile-only] [--json PATH]
+
+Every network is measured as it is, and once with each of --changes.
+"""
+
+import ast
+from functools import partial
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import common
+from build_lib import Setup
+import run_lib
+import train_lib
+
+
+def change(text: str) -> dict[str, Any]:
+  """'section.field=value,...' as a change of a config."""
+  pairs = (pair.partition('=')[::2] for pair in text.split(',') if pair)
+  return {name: _value(value) for name, value in pairs}
+
+
+def _value(text: str) -> Any:
+  try:
+    return ast.literal_eval(text)
+  except (SyntaxError, ValueError):  # a word
+    return text
+
+
+def measure(setup: Setup, steps: int, donate: bool = True) -> dict[str, float]:
+  """Seconds, bytes and FLOP of one step; times and peaks only where some steps are to be taken."""
+  training, task, rng = setup.config.training, run_lib.score_task(setup), setup.key('train')
+  n, update = training.n_jitted_steps, task.update
+  batch = setup.put({'data': common.images(setup, training.batch_size)})
+  state = jax.eval_shape(task.init, rng)
+  flop = jax.jit(update).lower(state, batch, rng).cost_analysis()['flops']
+  if n > 1:
+    update = partial(train_lib.several_steps, task.update)
+    batch = jax.tree.map(lambda x: jnp.stack([x] * n), batch)
+  began = time.perf_counter()
+  lowered = jax.jit(update, donate_argnums=0 if donate else ()).lower(state, batch, rng)
+  traced = time.perf_counter()
+  with common.no_cache():
+    step = lowered.compile()
+  compiled, memory = time.perf_counter(), step.memory_analysis()
+  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  measured = {
+    'batch': training.batch_size,
+    'flop': flop,
+    'trace': traced - began,
+    'compile': compiled - traced,
+    'temporary': memory.temp_size_in_bytes,
+    'memory': memory.argument_size_in_bytes + results + memory.temp_size_in_bytes,
+  }
+  if not steps:
+    return measured
+  peaks, times = common.peaks(setup.config.model.dtype), []
+  state = jax.jit(task.init, compiler_options=common.QUICK)(rng)
+  for _ in range(steps + 1):  # the first is not counted
+    began = time.perf_counter()
+    state, _ = jax.block_until_ready(step(state, batch, rng))
+    times.append((time.perf_counter() - began) / n)
+  return measured | {'step': statistics.median(times[1:])} | peaks
+
+
+def table(results: list[dict[str, Any]]) -> str:
+  """What `measure` found, as text."""
+  head = ['', 'batch', 'trace s', 'compile s', 'temporary MB', 'memory MB', 'GFLOP']
+  head += ['step s', 'images/s', 'GFLOP/s', '% of conv peak', '% of matmul peak']
+  rows = []
+  for row in results:
+    cells = [row['name'], str(row['batch']), row['trace'], row['compile']]
+    cells += [f'{row[key] / 1e6:.0f}' for key in ('temporary', 'memory')] + [row['flop'] / 1e9]
+    if 'step' in row:
+      speed = row['flop'] / row['step']
+      cells += [row['step'], row['batch'] / row['step'], speed / 1e9]
+      cells += [100 * speed / row[peak] for peak in ('convolution', 'matmul')]
+    rows.append(cells + ['-'] * (len(head) - len(cells)))
+  return common.table(head, rows)
+
+
+def main() -> None:
+  parser = common.parser(__doc__)
+  parser.add_argument('--networks', nargs='+', choices=common.NETWORKS, default=['reduced ncsnpp'])
+  parser.add_argument('--batch', type=int, default=16, help='images (16)')
+  parser.add_argument('--steps', type=int, default=5, help='calls, after one that warms up (5)')
+  parser.add_argument('--changes', nargs='+', type=change, default=[], metavar='FIELD=VALUE,...')
+  parser.add_argument('--compile-only', action='store_true', help='take no step, and show what '
+                      'memory is needed without donation too')  # fmt: skip
+  args = parser.parse_args()
+  results = []
+  for name in args.networks:
+    for changes in [{}, *args.changes]:
+      fixed = {'training.batch_size': args.batch, 'training.n_jitted_steps': 1}
+      setup = common.network(name, fixed | changes)
+      for donate in (True, False) if args.compile_only else (True,):
+        row = measure(setup, 0 if args.compile_only else args.steps, donate)
+        what = [name, *(f'{key.partition(".")[2]}={value}' for key, value in changes.items())]
+        row['name'] = ' '.join(what + ([] if donate else ['not donated']))
+        results.append(row)
+        print(f'{row["name"]}: done', file=sys.stderr)
+  common.report(table(results), results, args.json)
+
+
+if __name__ == '__main__':
+  main()
