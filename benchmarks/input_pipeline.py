@@ -1,0 +1,85 @@
+"""What batches of images cost, and how much of it the training step hides.
+
+Times of a batch by itself are taken twice: while images are decoded, and from memory, where those
+of up to 4 GiB are kept. A training step is timed on one batch that stays on the device, and as it
+is in training, where threads prepare the next batches: what it is longer by is not hidden.
+
+  python -m benchmarks.input_pipeline [--dataset NAME] [--path PATH] [--data-dir PATH]
+      [--network NAME] [--batch N] [--steps N] [--json PATH]
+"""
+
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import common
+from build_lib import Setup
+import datasets
+import run_lib
+import train_lib
+
+
+def times_of(iterator: Iterator[Any], n: int) -> list[float]:
+  """Seconds that each of the next n took."""
+  times = []
+  began = time.perf_counter()
+  for value in islice(iterator, n):
+    jax.block_until_ready(value)
+    times.append(time.perf_counter() - began)
+    began = time.perf_counter()
+  return times
+
+
+def measure(setup: Setup, source: datasets.ImageSource, steps: int) -> dict[str, float]:
+  """Median seconds of a batch, while decoded and from memory, and of a step, with and without."""
+  training, task, rng = setup.config.training, run_lib.score_task(setup), setup.key('train')
+  size, results = training.batch_size, {}
+  for which in ('decoded', 'from memory'):  # the same images
+    with closing(datasets.train_batches(source, size, seed=0)) as batches:
+      times = times_of(map(setup.put, batches), len(source) // size)
+    results[which] = sum(times) / len(times)  # threads deliver in bursts
+  state = jax.jit(task.init, compiler_options=common.QUICK)(setup.key('init'))
+  images = setup.put(source.batch(np.arange(size)))
+  update = jax.jit(task.update, out_shardings=setup.replicated)
+  held = times_of((update(state, images, rng) for _ in range(steps + 2)), steps + 2)
+  updates = train_lib.updates(setup, task, source, state)
+  trained = times_of((measured for _, _, measured in updates), steps + 2)
+  results['step'] = statistics.median(held[2:])  # compiled by the first
+  results['step of training'] = statistics.median(trained[2:])
+  return results
+
+
+def table(results: dict[str, float], batch: int) -> str:
+  """What `measure` found, as text."""
+  rows = [[what, 1e3 * s, batch / s] for what, s in results.items()]
+  shown = results['step of training'] - results['step']
+  text = common.table([f'{batch} images', 'ms', 'images/s'], rows)
+  return f'{text}\n\nof a step of training not hidden: {100 * shown / results["step"]:.1f} %'
+
+
+def main() -> None:
+  parser = common.parser(__doc__)
+  parser.add_argument('--dataset', default='digits', help='config.data.dataset (digits)')
+  parser.add_argument('--path', default='', help='config.data.path')
+  parser.add_argument('--data-dir', default='', help='config.data.tfds_dir')
+  parser.add_argument('--network', choices=common.NETWORKS, default='reduced ncsnpp')
+  parser.add_argument('--batch', type=int, default=16, help='images (16)')
+  parser.add_argument('--steps', type=int, default=15, help='timed; the median counts (15)')
+  args = parser.parse_args()
+  fixed = {'training.batch_size': args.batch, 'training.n_jitted_steps': 1}
+  setup = common.network(args.network, fixed)
+  data = setup.config.data
+  sizes = {'image_size': data.image_size, 'num_channels': data.num_channels}
+  source = datasets.load(args.dataset, 'train', path=args.path, data_dir=args.data_dir, **sizes)
+  results = measure(setup, source, args.steps)
+  common.report(table(results, args.batch), results, args.json)
+
+
+if __name__ == '__main__':
+  main()

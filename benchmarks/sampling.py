@@ -1,0 +1,84 @@
+"""What samplers add to the network: time for each of their evaluations, over that of the bare one.
+
+All draw the same batch from a reduced NCSN++ with initial weights, in turns with the network alone,
+called as often from Python.
+
+  python -m benchmarks.sampling [--network NAME] [--batch N] [--steps N] [--dtype TYPE]
+      [--json PATH]
+"""
+
+from functools import partial
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from benchmarks import common
+from sde_lib import ScoreFn
+
+SAMPLERS = {
+  'PC, reverse diffusion + Langevin': {},
+  'PC, reverse diffusion': {'sampling.corrector': 'none'},
+  'probability flow, RK45': {'sampling.method': 'ode'},
+  'DPM-Solver++ 2M': {'sampling.method': 'dpm_solver++'},
+  'Heun': {'sampling.method': 'heun'},
+}
+REPEATS = 3  # timed; the median counts
+
+
+@jax.jit
+def _evaluate(score_fn: ScoreFn, x: Array, t: Array) -> Array:
+  return score_fn(x, t)
+
+
+def measure(
+  name: str, batch: int, steps: int, changes: dict[str, str]
+) -> dict[str, dict[str, float]]:
+  """Evaluations of each sampler, and seconds for one."""
+  setups = {
+    sampler: common.network(name, changes | own | {'sampling.num_steps': steps})
+    for sampler, own in SAMPLERS.items()
+  }
+  setup = next(iter(setups.values()))
+  score_fn, shape = setup.model.bind(common.init(setup)), (batch, *setup.data_shape)
+  key, t = jax.random.key(0), jnp.full(batch, 0.5)
+  x = jax.random.normal(key, shape)
+
+  def bare() -> tuple[Array, int]:
+    for _ in range(steps):
+      jax.block_until_ready(out := _evaluate(score_fn, x, t))
+    return out, steps
+
+  runs = {sampler: partial(own.sampler, key, score_fn, shape) for sampler, own in setups.items()}
+  timed = common.timed({'the network alone': bare} | runs, REPEATS)
+  results = {}
+  for run, (seconds, (_, nfe)) in timed.items():
+    results[run] = {'nfe': int(nfe), 'evaluation': seconds / int(nfe)}
+  return results
+
+
+def table(results: dict[str, dict[str, float]], batch: int) -> str:
+  """What `measure` found, as text."""
+  bare = results['the network alone']['evaluation']
+  head = ['', 'evaluations', 'ms each', 'added %', 'samples/s']
+  rows = []
+  for name, row in results.items():
+    seconds, nfe = row['evaluation'], row['nfe']
+    rows.append([name, str(nfe), 1e3 * seconds, f'{100 * (seconds / bare - 1):.1f}'])
+    rows[-1].append(batch / seconds / nfe)
+  return common.table(head, rows)
+
+
+def main() -> None:
+  parser = common.parser(__doc__)
+  parser.add_argument('--network', choices=common.NETWORKS, default='reduced ncsnpp')
+  parser.add_argument('--batch', type=int, default=16, help='images (16)')
+  parser.add_argument('--steps', type=int, default=20, help='times of the grid (20)')
+  parser.add_argument('--dtype', default='float32', help='float32 or bfloat16')
+  args = parser.parse_args()
+  results = measure(args.network, args.batch, args.steps, {'model.dtype': args.dtype})
+  common.report(table(results, args.batch), results, args.json)
+
+
+if __name__ == '__main__':
+  main()
