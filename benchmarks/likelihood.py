@@ -13,14 +13,7 @@ adds what surrounds the evaluations.
   python -m benchmarks.likelihood [--batch N] [--json PATH]
 """
 
-import argparse
-from collections.abc import Callable
-import json
 import math
-from pathlib import Path
-import statistics
-import time
-from typing import Any
 
 import jax
 from jax import Array
@@ -29,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import integrate
 
-import build_lib
-from configs.ve.cifar10 import get_config
+from benchmarks import common
 from likelihood import bits_per_dim, draw_probes, Likelihood, VolumeChange
 from sampling import ProbabilityFlow
 from sde_lib import SDE
@@ -92,22 +84,9 @@ def solve_released(
   return np.asarray(sde.prior_logp(z)) + solution.y[size:, -1], solution.nfev
 
 
-def timed(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[float, Any]]:
-  """The median time of each run and its value; in turns, after one round that compiles."""
-  times, values = {name: [] for name in runs}, {}
-  for _ in range(repeats + 1):
-    for name, run in runs.items():
-      began = time.perf_counter()
-      values[name] = jax.block_until_ready(run())
-      times[name].append(time.perf_counter() - began)
-  return {name: (statistics.median(times[name][1:]), values[name]) for name in runs}
-
-
 def measure(batch: int) -> dict[str, dict[str, float]]:
   """For both schemes: evaluations, bits per dimension, and seconds per image."""
-  config = get_config()
-  config.update_from_flattened_dict(REDUCED)
-  setup = build_lib.build(config)
+  setup = common.network('cifar10 ncsnpp', REDUCED)
   rng_init, rng_weights, rng_data, rng_probe = jax.random.split(jax.random.key(0), 4)
   params = jax.jit(setup.model.init, static_argnums=1)(rng_init, (1, *setup.data_shape))
   flat, tree = ravel_pytree(params)
@@ -126,8 +105,8 @@ def measure(batch: int) -> dict[str, dict[str, float]]:
     'released': lambda: solve_released(sde, flow, probes[0], x0),
     'here': lambda: ours(rng_probe, score_fn, x0)[::2],
   }
-  evaluations, results = timed(evaluate, EVALUATIONS), {}
-  for name, (seconds, (logp, nfe)) in timed(solve, SOLUTIONS).items():
+  evaluations, results = common.timed(evaluate, EVALUATIONS), {}
+  for name, (seconds, (logp, nfe)) in common.timed(solve, SOLUTIONS).items():
     results[name] = {
       'nfe': int(nfe),
       'bpd': float(bits_per_dim(logp, math.prod(setup.data_shape), False).mean()),
@@ -140,28 +119,24 @@ def measure(batch: int) -> dict[str, dict[str, float]]:
 
 def table(results: dict[str, dict[str, float]]) -> str:
   """What `measure` returns, as text, with the ratios of times."""
-  rows = [f'{"":38}{"released":>10}{"here":>10}{"ratio":>10}']
   old, new = results['released'], results['here']
-  for key, what in (('nfe', 'evaluations'), ('bpd', 'bits/dim')):
-    rows.append(f'{what:38}{old[key]:10.4g}{new[key]:10.4g}')
+  rows = [['evaluations', str(old['nfe']), str(new['nfe']), '']]
+  rows.append(['bits/dim', old['bpd'], new['bpd'], ''])
   for key, what in (
     ('evaluation', 'one evaluation, ms per image'),
     ('solution / nfe', 'solution / evaluations, ms per image'),
     ('solution', 'solution, ms per image'),
   ):
-    rows.append(f'{what:38}{1e3 * old[key]:10.2f}{1e3 * new[key]:10.2f}{old[key] / new[key]:10.2f}')
-  return '\n'.join(rows)
+    rows.append([what, 1e3 * old[key], 1e3 * new[key], f'{old[key] / new[key]:.2f}'])
+  return common.table(['', 'released', 'here', 'ratio'], rows)
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser = common.parser(__doc__)
   parser.add_argument('--batch', type=int, default=4, help='images (4)')
-  parser.add_argument('--json', metavar='PATH', help='write the numbers')
   args = parser.parse_args()
   results = measure(args.batch)
-  print(table(results))
-  if args.json:
-    Path(args.json).write_text(json.dumps(results, indent=2) + '\n')
+  common.report(table(results), results, args.json)
 
 
 if __name__ == '__main__':
