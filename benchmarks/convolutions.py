@@ -1,0 +1,118 @@
+"""Convolutions of XLA:CPU outside and inside loops, lowered as JAX does and as this code does.
+
+One 3x3 convolution and its gradients, by itself and three times in a `lax.scan`; and twofold FIR
+upsampling, as a convolution of the image with zeros between its pixels, which is the released form,
+and as this code has it. See `models/cpu_convolutions.py`, `models/resample.py`.
+
+  python -m benchmarks.convolutions [--json PATH]
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+from jax import Array
+from jax.extend.core.primitives import conv_general_dilated_p
+from jax.interpreters import mlir
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import common
+from models import cpu_convolutions, resample
+
+SHAPE, FEATURES = (16, 32, 32, 32), 64  # of the 3x3 convolution; channels of the upsampling
+LAYOUT = ('NHWC', 'HWIO', 'NHWC')
+TURNS = 3  # of the loop
+FIR = (1, 3, 3, 1)
+REPEATS = 11  # timed; the median counts
+
+
+def convolve(x: Array, w: Array) -> Array:
+  """The 3x3 convolution."""
+  return jax.lax.conv_general_dilated(x, w, (1, 1), 'SAME', dimension_numbers=LAYOUT)
+
+
+def by_input(x: Array, w: Array) -> Array:
+  """Its gradient by the input, of the shape of x; x is also what comes back."""
+  return jax.vjp(lambda x: convolve(x, w), x)[1](x)[0]
+
+
+def by_weights(x: Array, w: Array) -> Array:
+  """Its gradient by the weights, as a change of them; x is also what comes back."""
+  return jax.vjp(lambda w: convolve(x, w), w)[1](x)[0]
+
+
+def in_loop(function: Callable[[Array, Array], Array], xs: Array, w: Array) -> Array:
+  """The function of w and each of xs [TURNS, ...], one after another."""
+  return jax.lax.map(lambda x: function(x, w), xs)
+
+
+def upsample_with_zeros(x: Array) -> Array:
+  """FIR upsampling as one convolution of all channels: zeros between pixels, then `FIR`."""
+  taps = 2 * jnp.array(FIR, x.dtype) / sum(FIR)
+  kernel = jnp.einsum('h,w,io->hwio', taps, taps, jnp.eye(x.shape[-1], dtype=x.dtype))
+  return jax.lax.conv_general_dilated(
+    x, kernel, (1, 1), ((2, 2), (2, 2)), lhs_dilation=(2, 2), dimension_numbers=LAYOUT
+  )
+
+
+def gradient(function: Callable[[Array], Array], x: Array) -> Array:
+  """Of half the sum of squares of what the function gives, by x."""
+  return jax.grad(lambda x: 0.5 * jnp.square(function(x)).sum())(x)
+
+
+def measure() -> dict[str, dict[str, float]]:
+  """Seconds of everything, in both ways."""
+  rng_x, rng_w = jax.random.split(jax.random.key(0))
+  xs = jax.random.normal(rng_x, (TURNS, *SHAPE))
+  w = jax.random.normal(rng_w, (3, 3, SHAPE[-1], SHAPE[-1]))
+  runs = {}
+  for which, register in (('by default', restore_default), ('here', cpu_convolutions.register)):
+    register()  # what is compiled from now on is lowered so
+    for what, function in (
+      ('3x3', convolve), ('3x3, gradient by input', by_input),
+      ('3x3, gradient by weights', by_weights),
+    ):  # fmt: skip
+      alone = jax.jit(lambda x, w, function=function: function(x, w)).lower(xs[0], w).compile()
+      loop = jax.jit(partial(in_loop, function)).lower(xs, w).compile()
+      runs[what, which] = partial(alone, xs[0], w), 1
+      runs[f'{what}, in a loop', which] = partial(loop, xs, w), TURNS
+  x = jax.random.normal(rng_x, (*SHAPE[:-1], FEATURES))
+  for which, upsample in (
+    ('by default', upsample_with_zeros),
+    ('here', partial(resample.upsample, kernel=FIR)),
+  ):
+    backward = partial(gradient, upsample)
+    runs['FIR upsampling', which] = partial(jax.jit(upsample), x), 1
+    runs['FIR upsampling and its gradient', which] = partial(jax.jit(backward), x), 1
+  timed = common.timed({key: run for key, (run, _) in runs.items()}, REPEATS)
+  results = {}
+  for (what, which), (seconds, value) in timed.items():
+    results.setdefault(what, {})[which] = seconds / runs[what, which][1]
+    np.testing.assert_allclose(value, timed[what, 'by default'][1], rtol=1e-3, atol=1e-2)
+  return results
+
+
+def restore_default() -> None:
+  """JAX's own lowering of convolutions."""
+  rule = cpu_convolutions._conv_general_dilated_lower
+  mlir.register_lowering(conv_general_dilated_p, rule, platform='cpu')
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+  """What `measure` found, as text."""
+  rows = []
+  for what, row in results.items():
+    before, after = row['by default'], row['here']
+    rows.append([what, 1e3 * before, 1e3 * after, before / after])
+  return common.table(['ms', 'by default', 'here', 'ratio'], rows)
+
+
+def main() -> None:
+  args = common.parser(__doc__).parse_args()
+  results = measure()
+  common.report(table(results), results, args.json)
+
+
+if __name__ == '__main__':
+  main()
