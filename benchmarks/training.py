@@ -111,7 +111,8 @@ def main() -> None:
         what = [name, *(f'{key.partition(".")[2]}={value}' for key, value in changes.items())]
         row['name'] = ' '.join(what + ([] if donate else ['not donated']))
         results.append(row)
-        print(f'{row["name"]}: done', file=sys.stderr)
+        print(f'{row["name"]}: compiled in {row["compile"]:.0f} s', end='', file=sys.stderr)
+        print(f', a step in {row["step"]:.3g} s' if 'step' in row else '', file=sys.stderr)
   common.report(table(results), results, args.json)
 
 

@@ -25,8 +25,9 @@ LABEL_STD = 0.2  # of the vectors of labels before training; about that of what 
 
 
 def _add(x: Array, h: Array, skip_rescale: bool) -> Array:
-  """A residual sum, kept at unit variance if `skip_rescale`."""
-  return (x + h) / np.sqrt(2.0).astype(x.dtype) if skip_rescale else x + h
+  """A residual sum, kept at unit variance if `skip_rescale`; rounded to the dtype of x once."""
+  total = x.astype(jnp.float32) + h.astype(jnp.float32)
+  return (total / np.sqrt(2.0, dtype=np.float32) if skip_rescale else total).astype(x.dtype)
 
 
 class AttnBlockpp(nn.Module):
