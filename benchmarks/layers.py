@@ -1,15 +1,17 @@
-"""Convolutions of XLA:CPU outside and inside loops, lowered as JAX does and as this code does.
+"""Layers that this code computes in its own way, beside the usual one.
 
-One 3x3 convolution and its gradients, by itself and three times in a `lax.scan`; and twofold FIR
-upsampling, as a convolution of the image with zeros between its pixels, which is the released form,
-and as this code has it. See `models/cpu_convolutions.py`, `models/resample.py`.
+One 3x3 convolution and its gradients, by itself and three times in a `lax.scan`, lowered as JAX
+does and as `models/cpu_convolutions.py` does; twofold FIR upsampling, as a convolution of the image
+with zeros between its pixels, which is the released form, and as `models/resample.py` has it;
+GroupNorm and the activation after it, with Flax's layer and with ours.
 
-  python -m benchmarks.convolutions [--json PATH]
+  python -m benchmarks.layers [--json PATH]
 """
 
 from collections.abc import Callable
 from functools import partial
 
+import flax.linen as nn
 import jax
 from jax import Array
 from jax.extend.core.primitives import conv_general_dilated_p
@@ -18,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from models import cpu_convolutions, resample
+from models import cpu_convolutions, layers, resample
 
-SHAPE, FEATURES = (16, 32, 32, 32), 64  # of the 3x3 convolution; channels of the upsampling
+SHAPE, FEATURES = (16, 32, 32, 32), 64  # of the 3x3 convolution; channels of the other layers
 LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 TURNS = 3  # of the loop
 FIR = (1, 3, 3, 1)
@@ -56,6 +58,12 @@ def upsample_with_zeros(x: Array) -> Array:
   )
 
 
+def normalize_and_activate(norm: nn.Module) -> Callable[[Array], Array]:
+  """The layer with initial weights, then swish."""
+  weights = norm.init(jax.random.key(0), jnp.zeros((1, 1, 1, FEATURES)))
+  return lambda x: nn.swish(norm.apply(weights, x))
+
+
 def gradient(function: Callable[[Array], Array], x: Array) -> Array:
   """Of half the sum of squares of what the function gives, by x."""
   return jax.grad(lambda x: 0.5 * jnp.square(function(x)).sum())(x)
@@ -78,13 +86,14 @@ def measure() -> dict[str, dict[str, float]]:
       runs[what, which] = partial(alone, xs[0], w), 1
       runs[f'{what}, in a loop', which] = partial(loop, xs, w), TURNS
   x = jax.random.normal(rng_x, (*SHAPE[:-1], FEATURES))
-  for which, upsample in (
-    ('by default', upsample_with_zeros),
-    ('here', partial(resample.upsample, kernel=FIR)),
+  for what, which, function in (
+    ('FIR upsampling', 'by default', upsample_with_zeros),
+    ('FIR upsampling', 'here', partial(resample.upsample, kernel=FIR)),
+    ('GroupNorm and swish', 'by default', normalize_and_activate(nn.GroupNorm(FEATURES // 4))),
+    ('GroupNorm and swish', 'here', normalize_and_activate(layers.GroupNorm(FEATURES // 4))),
   ):
-    backward = partial(gradient, upsample)
-    runs['FIR upsampling', which] = partial(jax.jit(upsample), x), 1
-    runs['FIR upsampling and its gradient', which] = partial(jax.jit(backward), x), 1
+    runs[what, which] = partial(jax.jit(function), x), 1
+    runs[f'{what}, with gradient', which] = partial(jax.jit(partial(gradient, function)), x), 1
   timed = common.timed({key: run for key, (run, _) in runs.items()}, REPEATS)
   results = {}
   for (what, which), (seconds, value) in timed.items():
