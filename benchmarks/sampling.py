@@ -1,7 +1,8 @@
-"""What samplers add to the network: time for each of their evaluations, over that of the bare one.
+"""What samplers add to the network: time beside what the evaluations of the score take.
 
 All draw the same batch from a reduced NCSN++ with initial weights, in turns with the network alone,
-called as often from Python.
+called as often from Python. What a sampler adds is less than such times vary by on a shared
+machine; so it is measured by itself, with a score, -x, that costs nothing.
 
   python -m benchmarks.sampling [--network NAME] [--batch N] [--steps N] [--dtype TYPE]
       [--json PATH]
@@ -23,7 +24,13 @@ SAMPLERS = {
   'DPM-Solver++ 2M': {'sampling.method': 'dpm_solver++'},
   'Heun': {'sampling.method': 'heun'},
 }
-REPEATS = 3  # timed; the median counts
+NETWORK = 'the network alone'
+REPEATS = 5  # timed; the median counts
+
+
+@jax.tree_util.Partial
+def _free(x: Array, t: Array) -> Array:
+  return -x
 
 
 @jax.jit
@@ -34,7 +41,7 @@ def _evaluate(score_fn: ScoreFn, x: Array, t: Array) -> Array:
 def measure(
   name: str, batch: int, steps: int, changes: dict[str, str]
 ) -> dict[str, dict[str, float]]:
-  """Evaluations of each sampler, and seconds for one."""
+  """Evaluations of each sampler, seconds for one, and those of them that are not the network's."""
   setups = {
     sampler: common.network(name, changes | own | {'sampling.num_steps': steps})
     for sampler, own in SAMPLERS.items()
@@ -49,23 +56,26 @@ def measure(
       jax.block_until_ready(out := _evaluate(score_fn, x, t))
     return out, steps
 
-  runs = {sampler: partial(own.sampler, key, score_fn, shape) for sampler, own in setups.items()}
-  timed = common.timed({'the network alone': bare} | runs, REPEATS)
+  samplers = {sampler: own.sampler for sampler, own in setups.items()}
+  runs = {name: partial(draw, key, score_fn, shape) for name, draw in samplers.items()}
+  free = {name: partial(draw, key, _free, shape) for name, draw in samplers.items()}
   results = {}
-  for run, (seconds, (_, nfe)) in timed.items():
-    results[run] = {'nfe': int(nfe), 'evaluation': seconds / int(nfe)}
+  for run, (seconds, (_, nfe)) in common.timed({NETWORK: bare} | runs, REPEATS).items():
+    results[run] = {'nfe': int(nfe), 'evaluation': seconds / int(nfe), 'added': 0.0}
+  for run, (seconds, (_, nfe)) in common.timed(free, REPEATS).items():
+    results[run]['added'] = seconds / int(nfe)
   return results
 
 
 def table(results: dict[str, dict[str, float]], batch: int) -> str:
   """What `measure` found, as text."""
-  bare = results['the network alone']['evaluation']
-  head = ['', 'evaluations', 'ms each', 'added %', 'samples/s']
+  bare = results[NETWORK]['evaluation']
+  head = ['', 'evaluations', 'ms each', 'added ms', 'added %', 'samples/s']
   rows = []
   for name, row in results.items():
-    seconds, nfe = row['evaluation'], row['nfe']
-    rows.append([name, str(nfe), 1e3 * seconds, f'{100 * (seconds / bare - 1):.1f}'])
-    rows[-1].append(batch / seconds / nfe)
+    seconds, nfe, added = row['evaluation'], row['nfe'], row['added']
+    rows.append([name, str(nfe), 1e3 * seconds, 1e3 * added, f'{100 * added / bare:.1f}'])
+    rows[-1].append('-' if name == NETWORK else batch / seconds / nfe)
   return common.table(head, rows)
 
 
