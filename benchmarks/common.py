@@ -21,6 +21,7 @@ import numpy as np
 
 import build_lib
 from build_lib import Setup
+import datasets
 import versions
 
 _REDUCED = {'model.nf': 32, 'model.num_res_blocks': 2}
@@ -129,6 +130,20 @@ def parser(doc: str) -> argparse.ArgumentParser:
   made = argparse.ArgumentParser(description=doc.partition('\n')[0])
   made.add_argument('--json', metavar='PATH', help='write the numbers')
   return made
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+  """Which images; see `load`."""
+  parser.add_argument('--dataset', default='digits', help='config.data.dataset (digits)')
+  parser.add_argument('--path', default='', help='config.data.path')
+  parser.add_argument('--data-dir', default='', help='config.data.tfds_dir')
+
+
+def load(args: argparse.Namespace, setup: Setup, split: str) -> datasets.ImageSource:
+  """The images that the flags name, of the size that the network takes."""
+  data = setup.config.data
+  sizes = {'image_size': data.image_size, 'num_channels': data.num_channels}
+  return datasets.load(args.dataset, split, path=args.path, data_dir=args.data_dir, **sizes)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -65,19 +65,14 @@ def table(results: dict[str, float], batch: int) -> str:
 
 def main() -> None:
   parser = common.parser(__doc__)
-  parser.add_argument('--dataset', default='digits', help='config.data.dataset (digits)')
-  parser.add_argument('--path', default='', help='config.data.path')
-  parser.add_argument('--data-dir', default='', help='config.data.tfds_dir')
+  common.add_data_flags(parser)
   parser.add_argument('--network', choices=common.NETWORKS, default='reduced ncsnpp')
   parser.add_argument('--batch', type=int, default=16, help='images (16)')
   parser.add_argument('--steps', type=int, default=15, help='timed; the median counts (15)')
   args = parser.parse_args()
   fixed = {'training.batch_size': args.batch, 'training.n_jitted_steps': 1}
   setup = common.network(args.network, fixed)
-  data = setup.config.data
-  sizes = {'image_size': data.image_size, 'num_channels': data.num_channels}
-  source = datasets.load(args.dataset, 'train', path=args.path, data_dir=args.data_dir, **sizes)
-  results = measure(setup, source, args.steps)
+  results = measure(setup, common.load(args, setup, 'train'), args.steps)
   common.report(table(results, args.batch), results, args.json)
 
 
