@@ -1,5 +1,6 @@
 # make demo       train, sample and evaluate a small model on handwritten digits
 # make test       the whole test suite
+# make test-faults  stops and damages runs in many more ways
 # make lint       style
 # make tutorial   trains small models and draws the figures of docs/tutorial.md
 
@@ -8,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 DEMO := configs/vp/digits.py
 
-.PHONY: demo test lint tutorial
+.PHONY: demo test test-faults lint tutorial
 
 demo: .venv/installed
 	$(BIN)/python main.py --config $(DEMO) --mode train
@@ -17,6 +18,9 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-faults: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/test_faults.py -m "slow or not slow" --kills 50 -rP
 
 tutorial: .venv/installed-dev
 	$(BIN)/python -m tutorial

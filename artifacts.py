@@ -1,5 +1,7 @@
 """What a run leaves behind: metrics, arrays, pictures. Files appear whole or not at all."""
 
+from collections.abc import Iterator
+import contextlib
 import io
 import json
 import math
@@ -7,11 +9,13 @@ from types import TracebackType
 from typing import Any
 
 from etils import epath
+import filelock
 import jax
 import numpy as np
 from PIL import Image
 
 from errors import UserError
+import processes
 
 MIN_TILE = 64  # pixels
 POINT_BINS = 100  # of a picture of points, along each side
@@ -36,6 +40,28 @@ def write(path: epath.Path, data: bytes) -> None:
   temporary = path.parent / f'.{path.name}.tmp'
   temporary.write_bytes(data)
   temporary.replace(path)
+
+
+@contextlib.contextmanager
+def claimed(folder: epath.Path) -> Iterator[None]:
+  """Keeps every other run out of a folder, as long as this process lives; not in object stores.
+
+  Raises:
+    UserError: if another run is in it.
+  """
+  lock = filelock.FileLock(folder / '.lock')
+  taken = False
+  if jax.process_index() == 0 and not is_remote(folder):
+    try:
+      lock.acquire(blocking=False)
+    except filelock.Timeout:
+      taken = True
+  if processes.from_first(taken):
+    raise UserError(f'another run is at work in {folder}; wait for it, or choose another folder')
+  try:
+    yield
+  finally:
+    lock.release()
 
 
 def write_json(path: epath.Path, value: Any) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from artifacts import is_remote
-from errors import UserError
+from errors import Failure, UserError
 from losses import TrainState
 
 logger = logging.getLogger('score_sde')
@@ -46,12 +46,21 @@ class Checkpoints:
   def __enter__(self) -> 'Checkpoints':
     return self
 
-  def __exit__(self, *exception: object) -> None:
+  def __exit__(self, kind: type | None, *exception: object) -> None:
+    if kind and jax.process_count() > 1:  # processes would wait for one that may be lost
+      return
+    # What is on its way is finished; if it cannot be, an error that came before is told instead.
+    with contextlib.suppress(Failure) if kind else contextlib.nullcontext():
+      self.wait()
     self._kept.close()
     self._meta.close()
 
   def save(self, state: TrainState, *, keep: bool) -> None:
-    """Saves the state in the background: for good if `keep`, else until two newer ones are."""
+    """Saves the state in the background: for good if `keep`, else until two newer ones are.
+
+    Raises:
+      Failure: if it, or the one before it, cannot be written.
+    """
     manager, step = (self._kept if keep else self._meta), int(state.step)
     folder = manager.directory / str(step)
     if folder in self._damaged:  # it is made again, and what is left of it stays for inspection
@@ -60,12 +69,18 @@ class Checkpoints:
     if step in manager.all_steps():
       return
     item = {'state': state, 'checksum': checksum(state)}
-    manager.save(step, args=ocp.args.StandardSave(item))
+    with _told(manager):
+      manager.save(step, args=ocp.args.StandardSave(item))
 
   def wait(self) -> None:
-    """Returns once all that was saved is on disk."""
-    self._kept.wait_until_finished()
-    self._meta.wait_until_finished()
+    """Returns once all that was saved is on disk.
+
+    Raises:
+      Failure: if some of it cannot be written.
+    """
+    for manager in (self._kept, self._meta):
+      with _told(manager):
+        manager.wait_until_finished()
 
   def steps(self) -> list[int]:
     """The steps of the snapshots that are there now, ascending."""
@@ -132,6 +147,19 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> Tra
   if int(item['checksum']) != int(checksum(item['state'])):
     raise UserError(f'checkpoint {where} is damaged: its checksum does not match')
   return item['state']
+
+
+@contextlib.contextmanager
+def _told(manager: ocp.CheckpointManager) -> Iterator[None]:
+  """Turns what Orbax and TensorStore raise where they cannot write into one line."""
+  try:
+    yield
+  except Exception as error:
+    reason = str(error).strip().partition('\n')[0].rpartition(': ')[2][:120]
+    raise Failure(
+      f'a checkpoint cannot be written to {manager.directory} ({reason}); make room there and '
+      'repeat the command: it goes on from the newest whole one'
+    ) from error
 
 
 @contextlib.contextmanager

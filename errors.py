@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one line saying what came, what is allowed, what to do."""
+"""Errors told in one line: what came, what is allowed, what to do."""
 
 from collections.abc import Iterable
 import difflib
@@ -6,6 +6,10 @@ import difflib
 
 class UserError(Exception):
   """A mistake in a config, a flag, a file or an image. `main.py` prints it without a traceback."""
+
+
+class Failure(Exception):
+  """What stops a run that was right: a full disk, a lost process. `main.py` prints it likewise."""
 
 
 def unknown(what: str, name: str, allowed: Iterable[str]) -> UserError:

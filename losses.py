@@ -357,6 +357,23 @@ def apply_gradients(
   return state, metrics
 
 
+def finite_step(
+  update: Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]],
+  state: TrainState,
+  batch: Batch,
+  rng: Array,
+) -> tuple[TrainState, Metrics]:
+  """The step that `update` makes, but where its loss or gradient is not finite.
+
+  There the state stays what it is, but for the number of steps; 'skipped' is then 1, otherwise 0.
+  """
+  following, measured = update(state, batch, rng)
+  finite = jnp.isfinite(measured['loss']) & jnp.isfinite(measured['grad_norm'])
+  unmoved = state.replace(step=following.step)
+  kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), following, unmoved)
+  return kept, measured | {'skipped': 1 - finite.astype(jnp.float32)}
+
+
 def eval_step(
   params: Params, batch: Batch, rng: Array, *, model: ScoreModel, objective: Objective
 ) -> Array:

@@ -13,18 +13,21 @@
 Any field of a config can be set as --config.section.field=value.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import inspect
 import logging
+import os
 from pathlib import Path
 import runpy
 import sys
+import threading
 
 from absl import flags
 from ml_collections import config_flags, ConfigDict
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from errors import unknown, UserError
+from errors import Failure, unknown, UserError
 import start
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, [:variant] of it.')
@@ -116,9 +119,9 @@ def main(argv: Sequence[str]) -> None:
       ) from None
     if jax.process_index() > 0:
       logging.getLogger('score_sde').setLevel(logging.WARNING)
-  import run_lib
+  with logging_redirect_tqdm(), _told_in_one_line():
+    import run_lib
 
-  with logging_redirect_tqdm():
     if _MODE.value == 'train':
       run_lib.train(_CONFIG.value, workdir)
     elif _MODE.value == 'train_classifier':
@@ -133,6 +136,37 @@ def main(argv: Sequence[str]) -> None:
       run_lib.import_released(_CONFIG.value, workdir, _CHECKPOINT.value)
 
 
+def _quiet_libraries() -> None:
+  """Leaves out traces of errors in the libraries' threads: what matters of them is raised as well.
+
+  Those are the threads of Orbax, TensorStore and tensorboardX where a disk is full.
+  """
+  logging.getLogger('absl').setLevel(logging.CRITICAL)
+  sys.unraisablehook = threading.excepthook = lambda what: logging.debug('%s', what)
+
+
+@contextlib.contextmanager
+def _told_in_one_line() -> Iterator[None]:
+  """Turns what devices raise, where a run is not to blame, into a `Failure`."""
+  import jax
+
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    reason = str(error).partition('\n')[0][:200]
+    if 'RESOURCE_EXHAUSTED' in reason:
+      raise Failure(
+        f'out of memory ({reason}); try a smaller batch, config.training.grad_accum, '
+        'config.model.remat or config.model.dtype = bfloat16'
+      ) from error
+    if jax.process_count() > 1:
+      raise Failure(
+        f'another process is lost, or out of reach ({reason}); start all of them again: they go on '
+        'from the newest checkpoint'
+      ) from error
+    raise
+
+
 if __name__ == '__main__':
   if {'-h', '--help', '-help'} & set(sys.argv[1:]):
     print(__doc__)
@@ -141,12 +175,20 @@ if __name__ == '__main__':
     sys.exit(0)
   logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', level=logging.WARNING)
   logging.getLogger('score_sde').setLevel(logging.INFO)
-  logging.getLogger('absl').setLevel(logging.ERROR)
+  _quiet_libraries()
   try:
     main(sys.argv)
   except (UserError, FloatingPointError) as error:  # the latter from a solver that got stuck
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
+  except (Failure, OSError) as error:
+    if isinstance(error, OSError):
+      where = f' {error.filename}' if error.filename else ''
+      error = (
+        f'{error.strerror or error}{where}; repeat the command once that is mended: it goes on'
+      )
+    print(f'error: {error}', file=sys.stderr, flush=True)
+    os._exit(1)  # what other threads cannot write either would bury this line
   except KeyboardInterrupt:
     print('interrupted; the same command goes on from there', file=sys.stderr)
     sys.exit(130)

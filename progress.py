@@ -22,6 +22,7 @@ logger = logging.getLogger('score_sde')
 
 LINE_SECONDS = 20.0  # between two lines in a log
 BAR_FORMAT = '{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}{postfix}]'
+MOST_SKIPPED = 100  # steps in a row that may have no finite loss or gradient
 AHEAD = 2  # calls of the training step that may wait for the device
 
 
@@ -108,10 +109,14 @@ class TrainLog:
   """Means of what training steps measure over `log_freq` steps, for the bar and for `metrics`.
 
   Values are fetched one call of the device after their own, so that it never waits for Python.
-  A context manager.
+  Steps that were skipped are counted, and are not part of the means. A context manager.
+
+  Attributes:
+    saved: the step of the last checkpoint, 0 for none.
   """
 
   def __init__(self, metrics: Metrics, *, n_iters: int, step: int, batch_size: int, log_freq: int):
+    self.saved, self._skipped = step, 0
     self._metrics, self._n_iters = metrics, n_iters
     self._batch_size, self._log_freq = batch_size, log_freq
     self._bar, self._note = Bar('train', n_iters, step), ''
@@ -149,7 +154,7 @@ class TrainLog:
       UserError: if a loss is not finite.
     """
     for step, window in self._due:
-      means = _finite_means(step, window)
+      means = self._finite_means(step, window)
       if 'loss' in means:
         now = time.monotonic()
         rate = (step - self._since_step) / (now - self._since)
@@ -167,18 +172,27 @@ class TrainLog:
       UserError: if a loss is not finite.
     """
     self.flush()
-    if self._window:
-      _finite_means(step, self._window)
+    if self._window and 'skipped' not in self._window[0]:
+      self._finite_means(step, self._window)
 
+  def _finite_means(self, step: int, window: list[dict[str, Array]]) -> dict[str, float]:
+    """Means over the steps of a window that ends at `step`, and how many of them were skipped."""
+    values = {name: np.concatenate([np.ravel(m[name]) for m in window]) for name in window[0]}
+    skipped = values.pop('skipped', np.zeros(len(values[next(iter(values))]))) > 0
+    taken = np.flatnonzero(~skipped)
+    self._skipped = len(skipped) - 1 - taken[-1] if len(taken) else self._skipped + len(skipped)
+    if self._skipped >= MOST_SKIPPED:
+      raise UserError(f'{self._skipped} steps in a row up to {step} were skipped: {self._advice()}')
+    for name, each in values.items():
+      for i in taken[~np.isfinite(each[taken])]:
+        at = step - len(each) + 1 + i
+        raise UserError(f'{name} is {each[i]} at step {at}: {self._advice()}')
+    means = {name: float(each[taken].mean()) for name, each in values.items() if len(taken)}
+    return means | {'skipped': float(skipped.sum())} if 'skipped' in window[0] else means
 
-def _finite_means(step: int, window: list[dict[str, Array]]) -> dict[str, float]:
-  means = {
-    name: float(np.mean([np.mean(measured[name]) for measured in window])) for name in window[0]
-  }
-  for name, value in means.items():
-    if not np.isfinite(value):
-      raise UserError(
-        f'{name} is {value} at step {step}; what was saved before is good. Resume with a lower '
-        'learning rate (lr), or with config.optim.grad_clip, or look for damaged images'
-      )
-  return means
+  def _advice(self) -> str:
+    saved = f'the checkpoint of step {self.saved} is good' if self.saved else 'nothing was saved'
+    return (
+      f'{saved}. Try a lower learning rate (lr) or config.optim.grad_clip, look for damaged '
+      'images, or leave out single steps (config.training.skip_nonfinite)'
+    )

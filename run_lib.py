@@ -6,6 +6,8 @@ was drawn, and in `classifier/` the same of a classifier. All of it can be stopp
 and started again, with the same final result.
 """
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 from functools import partial
 import logging
@@ -63,9 +65,9 @@ def train(config: ConfigDict, workdir: str) -> None:
   """
   setup, root = build(config), epath.Path(workdir)
   source, held_out = (_load(setup, split) for split in ('train', 'test'))
-  _open(root, setup, FIXED_IN_RUN if checkpoints_lib.exist(root) else ())
   draw = partial(_draw_snapshot, setup, root)
-  train_lib.train(setup, score_task(setup), root, source, held_out, draw)
+  with _opened(root, setup, FIXED_IN_RUN if checkpoints_lib.exist(root) else ()):
+    train_lib.train(setup, score_task(setup), root, source, held_out, draw)
 
 
 def train_classifier(config: ConfigDict, workdir: str) -> Report:
@@ -85,11 +87,11 @@ def train_classifier(config: ConfigDict, workdir: str) -> Report:
   source, held_out = (_load(setup, split, 'classifier') for split in ('train', 'test'))
   check_unchanged(root / 'config.json', setup.config, FIXED_NOISE)
   folder = classifier_lib.folder(root)
-  _open(folder, setup, FIXED_IN_CLASSIFIER if checkpoints_lib.exist(folder) else ())
-  state = train_lib.train(setup, classifier_lib.task(setup), folder, source, held_out)
-  report = {'step': int(state.step)}
-  report |= classifier_lib.evaluate(setup, state.ema_params, held_out)
-  artifacts.write_json(folder / 'report.json', report)
+  with _opened(folder, setup, FIXED_IN_CLASSIFIER if checkpoints_lib.exist(folder) else ()):
+    state = train_lib.train(setup, classifier_lib.task(setup), folder, source, held_out)
+    report = {'step': int(state.step)}
+    report |= classifier_lib.evaluate(setup, state.ema_params, held_out)
+    artifacts.write_json(folder / 'report.json', report)
   logger.info('accuracy %.4f; report in %s', report['accuracy'], folder / 'report.json')
   return report
 
@@ -117,11 +119,10 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   check_unchanged(root / 'config.json', setup.config, FIXED_IN_RUN)
   network = _feature_network(setup) if wanted.enable_sampling else None
   compared_with = reference.load(setup, network) if network else None
-  _open(out, setup, FIXED_IN_EVAL)
   held_out = _load(setup, 'test') if wanted.enable_loss else None
   loss_sums = eval_lib.compile_loss_sums(setup)
   all_reports = []
-  with Checkpoints(root) as checkpoints:
+  with _opened(out, setup, FIXED_IN_EVAL), Checkpoints(root) as checkpoints:
     for step in eval_lib.steps(setup.config, checkpoints):
       params = checkpoints.restore(step, _like(setup)).ema_params
       folder, report = eval_lib.step_folder(out, step), reports.read(out, step)
@@ -164,9 +165,9 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
   if setup.config.sampling.labels and not setup.model.num_classes:
     log_prob = setup.classifier.bind(classifier_lib.load(setup, root))
   out = root / sample_folder
-  _open(out, setup, FIXED_IN_EVAL)
   folder = eval_lib.step_folder(out, step)
-  report = sample_lib.sample(setup, params, log_prob, folder)
+  with _opened(out, setup, FIXED_IN_EVAL):
+    report = sample_lib.sample(setup, params, log_prob, folder)
   logger.info('%(samples)d samples, %(nfe)d evaluations each', report)
   logger.info('samples are in %s', folder / 'samples.png')
   return report
@@ -235,8 +236,7 @@ def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
     checkpoint, setup.model, (1, *setup.data_shape), setup.tx, setup.config.model.ema_rate
   )
   state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, like))
-  _open(root, setup, ())
-  with Checkpoints(root) as checkpoints:
+  with _opened(root, setup, ()), Checkpoints(root) as checkpoints:
     checkpoints.save(state, keep=True)
   logger.info('imported %s, of step %d, to %s', checkpoint, int(state.step), root / 'checkpoints')
 
@@ -270,14 +270,18 @@ def _load(setup: Setup, split: str, section: str = 'model') -> datasets.Source:
   return source
 
 
-def _open(folder: epath.Path, setup: Setup, fixed: tuple[str, ...]) -> None:
-  """Makes a folder whose config agrees in the `fixed` fields, and writes the config to it."""
+@contextlib.contextmanager
+def _opened(folder: epath.Path, setup: Setup, fixed: tuple[str, ...]) -> Iterator[None]:
+  """Has a folder to itself; its config agrees in the `fixed` fields, and is written to it."""
   check_unchanged(folder / 'config.json', setup.config, fixed)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    artifacts.write_json(folder / 'config.json', setup.config.to_dict())
-  except OSError as error:
-    raise UserError(f'cannot write to {folder} ({error.strerror}); choose another') from None
+  with contextlib.ExitStack() as stack:
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      stack.enter_context(artifacts.claimed(folder))
+      artifacts.write_json(folder / 'config.json', setup.config.to_dict())
+    except OSError as error:
+      raise UserError(f'cannot write to {folder} ({error.strerror}); choose another') from None
+    yield
 
 
 def score_task(setup: Setup) -> Task:

@@ -17,6 +17,7 @@ from build_lib import Setup
 from checkpoints import Checkpoints
 import datasets
 from errors import UserError
+import losses
 from losses import Batch, Metrics, TrainState
 from models.score import Params
 import processes
@@ -70,6 +71,7 @@ def train(
   Raises:
     UserError: for a config that makes no network, an image that cannot be read, checkpoints that
       cannot, or a loss that is not finite.
+    Failure: if a checkpoint cannot be written.
     SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written; the code is 128 + signal.
   """
   training = setup.config.training
@@ -93,6 +95,7 @@ def train(
           log.settle(step)
           metrics.flush()
           checkpoints.save(state, keep=snapshot)
+          log.saved = step
         if snapshot and not leave:
           at_snapshot(state, stop)
         if leave:
@@ -143,8 +146,10 @@ def updates(
     source, task.batch_size, seed=setup.config.seed, start=step, **processes.share()
   )
   choices = {'out_shardings': (setup.replicated, setup.replicated), 'donate_argnums': 0}
-  one_step = jax.jit(task.update, **choices)
-  many_steps = jax.jit(partial(several_steps, task.update), **choices)
+  skip = setup.config.training.skip_nonfinite
+  update = partial(losses.finite_step, task.update) if skip else task.update
+  one_step = jax.jit(update, **choices)
+  many_steps = jax.jit(partial(several_steps, update), **choices)
   stacked = NamedSharding(setup.batch.mesh, PartitionSpec(None, *setup.batch.spec))
   while step < task.n_iters:
     if n > 1 and steps_to_event(step, task.n_iters, setup.config.training) >= n:

@@ -131,6 +131,7 @@ def _default() -> ConfigDict:
   training.n_iters = 1_300_001
   training.n_jitted_steps = 5
   training.grad_accum = 1  # parts of a batch, one after another, for less memory
+  training.skip_nonfinite = False  # leave out steps whose loss or gradient is not finite
   training.log_freq = 50
   training.eval_freq = 100
   training.snapshot_freq = 50_000

@@ -26,6 +26,8 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:  # the workers inherit it
 def pytest_addoption(parser) -> None:
   help = 'print how closely the golden numbers are reproduced'
   parser.addoption('--differences', action='store_true', help=help)
+  help = 'how often the tests of faults stop training, and evaluation, at random moments (2)'
+  parser.addoption('--kills', type=int, default=2, help=help)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

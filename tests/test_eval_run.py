@@ -3,16 +3,12 @@
 import json
 import os
 from pathlib import Path
-import signal
-import socket
-import subprocess
-import time
 
 import jax
 import numpy as np
 from PIL import Image
 import pytest
-from whole_runs import assert_same_bits, command, refusal, state_of, succeed, UNSEEN
+from whole_runs import assert_same_bits, refusal, state_of, succeed, two_processes, UNSEEN
 
 from build_lib import build
 from checkpoints import Checkpoints
@@ -126,21 +122,6 @@ def test_a_table_compares_the_checkpoints(evaluated):
   assert reports.best([]) is None
 
 
-def test_killed_at_any_moment_it_says_the_same_in_the_end(evaluated, wanted):
-  """SIGKILL as soon as there is a first round, then as soon as there is one more."""
-  fields = wanted | {'eval__begin_ckpt': 2, 'eval_folder': 'killed'}
-  folder = evaluated / 'killed'
-  for n in (1, 3):
-    process = subprocess.Popen(command('eval', evaluated, **fields), stderr=subprocess.DEVNULL)
-    while len(list(folder.glob('step_12/*.npz'))) < n:
-      assert process.poll() is None
-      time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-  succeed('eval', evaluated, **fields)
-  assert report_of(folder) == report_of(evaluated / 'eval')
-
-
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory) -> dict:
   """Ten images, of which bits per dimension are wanted, and the like."""
@@ -165,18 +146,8 @@ def test_bits_per_dimension_resume_where_they_were_stopped(evaluated, photos):
 
 
 def in_two_processes(mode: str, workdir: Path, **fields) -> None:
-  """Runs main.py in two processes that work together."""
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    address = f'localhost:{free.getsockname()[1]}'
-  pair = [
-    subprocess.Popen(
-      [*command(mode, workdir, **fields), '--distributed', f'--coordinator={address}',
-       '--num_processes=2', f'--process_id={i}'],
-      stderr=subprocess.PIPE, text=True,
-    )
-    for i in range(2)
-  ]  # fmt: skip
+  """Runs main.py in two processes that work together, to their end."""
+  pair = two_processes(mode, workdir, **fields)
   said = [process.communicate(timeout=600)[1] for process in pair]
   assert [process.returncode for process in pair] == [0, 0], said
   assert ' in /' in said[0] and ' in /' not in said[1]  # process 0 alone says where things are

@@ -1,4 +1,4 @@
-"""Whole runs of main.py: resuming, stopping, devices, bad input.
+"""Whole runs of main.py: stopping, devices, bad input; what befalls them is in `test_faults`.
 
 What is killed, resumed or shared by devices runs in a process of its own, and so do mistakes in
 flags and configs, on devices, of an evaluation and in mid-training. The others are made in this
@@ -48,28 +48,6 @@ def test_training_leaves_checkpoints_metrics_and_pictures(whole):
   picture = np.asarray(Image.open(whole / 'samples' / 'iter_12' / 'sample.png'))
   assert picture.dtype == np.uint8 and picture.std() > 0
   assert json.loads((whole / 'config.json').read_text())['model']['nf'] == 8
-
-
-def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(whole, tmp_path):
-  """SIGKILL in the middle of training, twice, loses nothing that a checkpoint held."""
-  for lines in (3, 8):
-    process = subprocess.Popen(command('train', tmp_path), stderr=subprocess.DEVNULL)
-    metrics = tmp_path / 'metrics.jsonl'
-    deadline = time.monotonic() + 300
-    while not metrics.exists() or metrics.read_text().count('"loss"') < lines:
-      assert process.poll() is None and time.monotonic() < deadline
-      time.sleep(0.005)
-    process.kill()
-    process.wait()
-  assert 'resuming' in succeed('train', tmp_path).stderr
-  assert_same_bits(state_of(tmp_path, 12), state_of(whole, 12))
-  assert_same_bits(state_of(tmp_path, 6), state_of(whole, 6))
-
-  def training_losses(workdir):
-    lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
-    return {line['step']: line['loss'] for line in lines if 'loss' in line}
-
-  assert training_losses(tmp_path) == training_losses(whole)
 
 
 def test_a_signal_saves_and_leaves(whole, tmp_path):

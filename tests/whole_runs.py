@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import os
 from pathlib import Path
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -70,6 +71,21 @@ def run(mode: str, workdir: Path, devices: int = 1, **fields) -> subprocess.Comp
     check=False,
     timeout=600,
   )
+
+
+def two_processes(mode: str, workdir: Path, **fields) -> list[subprocess.Popen]:
+  """Starts main.py in two processes that work together."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  return [
+    subprocess.Popen(
+      [*command(mode, workdir, **fields), '--distributed', f'--coordinator={address}',
+       '--num_processes=2', f'--process_id={i}'],
+      stderr=subprocess.PIPE, text=True,
+    )
+    for i in range(2)
+  ]  # fmt: skip
 
 
 def succeed(*args, **kwargs) -> subprocess.CompletedProcess:
