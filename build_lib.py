@@ -18,6 +18,8 @@ import optax
 
 from build_networks import halvings, LABELLED, NETWORKS
 from build_samplers import make_sampler, METHODS
+import config_ranges
+from config_ranges import field
 from ebm import ContrastiveDivergence
 from errors import unknown, UserError
 import feature_networks
@@ -184,33 +186,15 @@ _CHOICES = {
   'eval.features': ('', *feature_networks.NETWORKS),
   'eval.stats_split': ('train', 'test'),
 }
-_POSITIVE = (
-  'data.image_size', 'data.num_channels', 'model.nf', 'model.num_res_blocks', 'training.batch_size',
-  'training.n_iters', 'training.n_jitted_steps', 'training.grad_accum', 'training.log_freq',
-  'training.eval_freq', 'training.snapshot_freq', 'training.snapshot_freq_for_preemption',
-  'training.snapshot_samples', 'training.eps', 'optim.lr', 'sampling.n_steps_each', 'sampling.snr',
-  'sampling.eps', 'sampling.rtol', 'sampling.atol', 'sampling.sde_rtol', 'sampling.sde_atol',
-  'sampling.rho', 'sampling.num_samples', 'sampling.blur_std', 'sampling.step_size',
-  'ebm.n_steps', 'ebm.step_size', 'ebm.buffer_size',
-  'eval.batch_size', 'eval.num_samples', 'eval.bpd_repeats', 'classifier.blocks_per_group',
-  'classifier.channel_multiplier', 'classifier.batch_size', 'classifier.n_iters', 'classifier.lr',
-)  # fmt: skip
-
-
-def _field(config: FrozenConfigDict, name: str) -> Any:
-  section, _, field = name.partition('.')
-  return config[section].get(field)
 
 
 def _check(config: FrozenConfigDict) -> None:
   """Raises UserError for values that no run could have."""
+  config_ranges.check(config)
   for name, allowed in _CHOICES.items():
-    value = _field(config, name)
+    value = field(config, name)
     if value is not None and value not in allowed:
       raise unknown(f'config.{name}', value, allowed)
-  for name in _POSITIVE:
-    if _field(config, name) is not None and not _field(config, name) > 0:
-      raise UserError(f'config.{name} must be positive; got {_field(config, name)}')
   for name in ('training.snapshot_samples', 'eval.batch_size'):
     check_shared(config, name)
   devices = jax.device_count()
@@ -252,13 +236,8 @@ def _check(config: FrozenConfigDict) -> None:
       f'config.model.num_classes = {config.model.num_classes} needs a network with an embedding of '
       'the time: config.model.name = ncsnpp or ddpm, with config.model.conditional'
     )
-  if config.model.num_classes < 0 or not 0 <= config.training.label_dropout <= 1:
-    raise UserError(
-      'config.model.num_classes must be at least 0, and config.training.label_dropout from 0 to 1; '
-      f'got {config.model.num_classes} and {config.training.label_dropout}'
-    )
   for name in ('eval.enable_bpd', 'eval.features', 'sampling.task'):
-    if config.data.dim and _field(config, name):
+    if config.data.dim and field(config, name):
       raise UserError(f'config.{name} is for images, and config.data.dim = {config.data.dim}')
   wanted = config.eval
   if wanted.enable_sampling and wanted.features and wanted.num_samples < FEWEST:
@@ -290,9 +269,9 @@ def _check_ebm(config: FrozenConfigDict) -> None:
 
 def check_shared(config: FrozenConfigDict, name: str) -> None:
   """Raises UserError unless the devices can share a batch of the size that a field holds."""
-  if _field(config, name) % jax.device_count():
+  if field(config, name) % jax.device_count():
     raise UserError(
-      f'config.{name} = {_field(config, name)} must be a multiple of the number of devices, '
+      f'config.{name} = {field(config, name)} must be a multiple of the number of devices, '
       f'{jax.device_count()}'
     )
 

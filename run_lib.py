@@ -1,9 +1,9 @@
 """Training, evaluation, sampling and import of checkpoints, of a config in a workdir.
 
-A workdir holds `config.json`, `checkpoints/` and `checkpoints-meta/`, `metrics.jsonl` and
-`tensorboard/`, `samples/iter_<step>/sample.png`, in `eval/` what evaluation made, in `sample/` what
-was drawn, and in `classifier/` the same of a classifier. All of it can be stopped at any moment
-and started again, with the same final result.
+A workdir holds `config.json`, `index.html` which shows the run, `checkpoints/` and
+`checkpoints-meta/`, `metrics.jsonl` and `tensorboard/`, `samples/iter_<step>/sample.png`, in
+`eval/` what evaluation made, in `sample/` what was drawn, and in `classifier/` the same of a
+classifier. All of it can be stopped at any moment and started again, with the same final result.
 """
 
 from collections.abc import Iterator
@@ -34,6 +34,7 @@ import losses
 from losses import Batch, Metrics, TrainState
 from models.score import Params
 from noise_scales import NoiseScales
+import page
 import processes
 from progress import Bar, Stop
 import reference
@@ -65,9 +66,10 @@ def train(config: ConfigDict, workdir: str) -> None:
   """
   setup, root = build(config), epath.Path(workdir)
   source, held_out = (_load(setup, split) for split in ('train', 'test'))
-  draw = partial(_draw_snapshot, setup, root)
+  at_snapshot = partial(_at_snapshot, setup, root)
   with _opened(root, setup, FIXED_IN_RUN if checkpoints_lib.exist(root) else ()):
-    train_lib.train(setup, score_task(setup), root, source, held_out, draw)
+    train_lib.train(setup, score_task(setup), root, source, held_out, at_snapshot)
+    page.write(root)
 
 
 def train_classifier(config: ConfigDict, workdir: str) -> Report:
@@ -92,6 +94,7 @@ def train_classifier(config: ConfigDict, workdir: str) -> Report:
     report = {'step': int(state.step)}
     report |= classifier_lib.evaluate(setup, state.ema_params, held_out)
     artifacts.write_json(folder / 'report.json', report)
+    page.write(root)
   logger.info('accuracy %.4f; report in %s', report['accuracy'], folder / 'report.json')
   return report
 
@@ -137,6 +140,7 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
         reports.write(out, report)
       all_reports.append(report)
       reports.publish(out, all_reports)
+      page.write(root)
       logger.info(
         'step %d: %s; report in %s', step, reports.summary(report), reports.path_of(out, step)
       )
@@ -168,6 +172,7 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
   folder = eval_lib.step_folder(out, step)
   with _opened(out, setup, FIXED_IN_EVAL):
     report = sample_lib.sample(setup, params, log_prob, folder)
+    page.write(root)
   logger.info('%(samples)d samples, %(nfe)d evaluations each', report)
   logger.info('samples are in %s', folder / 'samples.png')
   return report
@@ -321,6 +326,11 @@ def score_task(setup: Setup) -> Task:
 
 def _like(setup: Setup) -> TrainState:
   return train_lib.like(setup, score_task(setup))
+
+
+def _at_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop) -> None:
+  _draw_snapshot(setup, root, state, stop)
+  page.write(root)
 
 
 def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop) -> None:

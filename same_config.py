@@ -45,7 +45,7 @@ def check_unchanged(path: epath.Path, config: FrozenConfigDict, fixed: tuple[str
   old, new = (
     json.loads(json.dumps(side.to_dict())) for side in (saved(artifacts.read_json(path)), config)
   )
-  old, new = dict(_flatten(old)), dict(_flatten(new))
+  old, new = dict(flatten(old)), dict(flatten(new))
   changes = [
     f'config.{name}: {old.get(name)!r} there, {new.get(name)!r} now'
     for name in sorted(old.keys() | new.keys())
@@ -60,9 +60,10 @@ def check_unchanged(path: epath.Path, config: FrozenConfigDict, fixed: tuple[str
     )
 
 
-def _flatten(tree: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+def flatten(tree: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+  """The fields of a config, section.field, and their values."""
   for name, value in tree.items():
     if isinstance(value, dict):
-      yield from _flatten(value, f'{prefix}{name}.')
+      yield from flatten(value, f'{prefix}{name}.')
     else:
       yield prefix + name, value

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from errors import unknown
+from errors import unknown, UserError
 
 Changes = dict[str, Any]  # dotted fields, and the values to set
 Variants = dict[str, tuple[str, Changes]]  # by name: a network, and what it changes
@@ -223,9 +223,20 @@ def _default() -> ConfigDict:
 
 
 def saved(values: dict[str, Any]) -> ConfigDict:
-  """A config that was saved, perhaps before it had all fields: what is new has its default."""
+  """A config that was saved, perhaps before it had all fields: what is new has its default.
+
+  Raises:
+    UserError: if it was changed to what is no config.
+  """
   config = _default()
-  config.update(values)
+  try:
+    name = values['model']['name']
+    network = next(fields for fields in NETWORKS.values() if fields['name'] == name)
+    config.model.update(network)
+    config.update(values)
+  except (TypeError, ValueError, LookupError, AttributeError, StopIteration) as error:
+    reason = ' '.join(str(error).split()) or 'model.name is not that of a network'
+    raise UserError(f'a config.json that was saved does not fit: {reason}') from None
   return config
 
 
