@@ -182,7 +182,8 @@ def _config(config: dict[str, Any]) -> str:
 
 def _curves(lines: Sequence[dict[str, float]]) -> str:
   """A curve for each scalar; training loss and that of held-out images share one."""
-  names = list(dict.fromkeys(name for line in lines for name in line if name != 'step'))
+  hidden = ('step', 'steps_per_s')  # the latter says what images_per_s does
+  names = list(dict.fromkeys(name for line in lines for name in line if name not in hidden))
   shared = [n for n in names if f'eval_{n}' in names]
   groups = [(n, f'eval_{n}') for n in shared]
   groups += [(n,) for n in names if n not in shared and n.removeprefix('eval_') not in shared]
