@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -156,12 +157,18 @@ class Metrics:
 
   What an earlier run wrote after `step`, where this one resumes, is taken back. An object store
   cannot append to a file: there, `metrics.jsonl` is written anew with every `flush`.
+
+  They also go to a project of Weights & Biases, if one is named.
+
+  Raises:
+    UserError: if that is wanted and not installed.
   """
 
-  def __init__(self, workdir: epath.Path, step: int):
-    self._events = self._lines = None
+  def __init__(self, workdir: epath.Path, step: int, project: str = ''):
+    self._events = self._lines = self._wandb = None
     if jax.process_index() > 0:
       return
+    self._wandb = _wandb_run(workdir, project) if project else None
     self._path = workdir / 'metrics.jsonl'
     former = self._path.read_text().splitlines() if self._path.exists() else []
     self._all = [line + '\n' for line in former if _step(line) <= step]
@@ -180,6 +187,8 @@ class Metrics:
       self._lines.close()
     if self._events:
       self._events.close()
+    if self._wandb:
+      self._wandb.finish()
 
   def write(self, step: int, **scalars: float) -> None:
     """Adds the scalars of a training step."""
@@ -192,6 +201,8 @@ class Metrics:
       self._lines.flush()
     for name, value in scalars.items():
       self._events.add_scalar(name, value, step)
+    if self._wandb:
+      self._wandb.log({'step': step, **scalars})
 
   def flush(self) -> None:
     """Sees to it that what was added so far is there, whatever comes."""
@@ -204,6 +215,23 @@ def events_writer(folder: epath.Path, purge_step: int) -> Any:
   import tensorboardX  # here, as it imports PyTorch where there is one, which takes seconds
 
   return tensorboardX.SummaryWriter(str(folder), purge_step=purge_step)
+
+
+def _wandb_run(workdir: epath.Path, project: str) -> Any:
+  """The run of a workdir in a project; it goes on where the workdir was there before."""
+  try:
+    import wandb
+  except ImportError:
+    raise UserError(
+      f'config.training.wandb = {project!r} needs Weights & Biases: pip install wandb'
+    ) from None
+  where = str(workdir) if is_remote(workdir) else str(workdir.resolve())
+  name = f'{workdir.name}-{hashlib.sha256(where.encode()).hexdigest()[:8]}'
+  config = read_json(workdir / 'config.json')
+  folder = None if is_remote(workdir) else where
+  run = wandb.init(project=project, id=name, name=name, resume='allow', config=config, dir=folder)
+  run.define_metric('*', step_metric='step')  # lines that are taken back would disturb its own
+  return run
 
 
 def _step(line: str) -> float:

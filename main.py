@@ -1,4 +1,11 @@
-"""Score-based generative modelling through SDEs: trains and evaluates a config.
+"""Score-based generative modelling through SDEs: what --mode says, of a config, in a workdir.
+
+  train             train, or go on with, a score model
+  eval              loss, bits/dim, samples and their FID, of checkpoints
+  sample            draw samples: of a class, or of what an image leaves open
+  stats             what samples are compared with, and the noise levels that the data ask for
+  train_classifier  a classifier of noisy images, for sampling by class
+  import            a checkpoint of the released code becomes a workdir
 
   python main.py --config configs/ve/cifar10.py --mode train
   python main.py --config configs/ve/cifar10.py:ncsnpp_deep_continuous --mode train
@@ -10,7 +17,9 @@
   python main.py --config configs/toy/two_moons.py:cd --mode train
   python main.py --config configs/ve/cifar10.py:ncsnv2 --mode stats
 
-Any field of a config can be set as --config.section.field=value.
+Any field of a config can be set as --config.section.field=value. The index.html of a workdir shows
+what is in it. Ends with 0 when done, 1 if the machine failed (a full disk, a lost process), 2 for
+wrong input, 128 + n after signal n; repeated, a command goes on.
 """
 
 from collections.abc import Iterator, Sequence

@@ -84,7 +84,10 @@ def train(
     held_out_batches = _held_out_batches(setup, task, held_out, step // training.eval_freq)
     log_choices = {'n_iters': task.n_iters, 'log_freq': training.log_freq}
     log_choices |= {'step': step, 'batch_size': task.batch_size}
-    with MetricsFile(root, step) as metrics, TrainLog(metrics, **log_choices) as log:
+    with (
+      MetricsFile(root, step, training.wandb) as metrics,
+      TrainLog(metrics, **log_choices) as log,
+    ):
       for state, step, measured in updates(setup, task, source, start):
         log.add(step, measured)
         if step % training.eval_freq == 0:

@@ -1,10 +1,11 @@
-"""The page that explains a workdir, read by a parser and, where there is one, a browser."""
+"""The page that explains a workdir, read by a parser and a browser; and Weights & Biases."""
 
 from html.parser import HTMLParser
 import json
 from pathlib import Path
 import shutil
 import subprocess
+import sys
 
 from etils import epath
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 import artifacts
 from configs.vp import digits
+from errors import UserError
 import page
 
 RED = (255, 0, 0)
@@ -95,3 +97,40 @@ def test_a_browser_shows_its_pictures(workdir, tmp_path):
   )
   pixels = np.asarray(Image.open(picture).convert('RGB')).reshape(-1, 3)
   assert (pixels == RED).all(-1).sum() > 4 * 60 * 60  # those of four grids
+
+
+# Weights & Biases.
+
+
+class FakeWandb:
+  """Notes what it is told."""
+
+  def __init__(self):
+    self.told = []
+
+  def __getattr__(self, name):
+    def note(*args, **kwargs):
+      self.told.append((name, args, kwargs))
+      return self
+
+    return note
+
+
+def test_metrics_also_go_to_weights_and_biases(workdir, monkeypatch):
+  fake = FakeWandb()
+  monkeypatch.setitem(sys.modules, 'wandb', fake)
+  for step in (40, 41):  # the second resumes
+    with artifacts.Metrics(workdir, step, 'digits') as metrics:
+      metrics.write(step + 1, loss=2.0)
+  first, again = [kwargs for name, _, kwargs in fake.told if name == 'init']
+  assert first == again and first['project'] == 'digits' and first['resume'] == 'allow'
+  assert first['config']['data']['dataset'] == 'digits'
+  logged = [args for name, args, _ in fake.told if name == 'log']
+  assert logged == [({'step': 41, 'loss': 2.0},), ({'step': 42, 'loss': 2.0},)]
+  assert [name for name, _, _ in fake.told].count('finish') == 2
+
+
+def test_without_weights_and_biases_its_project_is_refused(workdir, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  with pytest.raises(UserError, match='pip install wandb'):
+    artifacts.Metrics(workdir, 0, 'digits')
