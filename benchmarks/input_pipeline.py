@@ -8,14 +8,16 @@ is in training, where threads prepare the next batches: what it is longer by is 
       [--network NAME] [--batch N] [--steps N] [--json PATH]
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from itertools import islice
 import statistics
 import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
@@ -36,6 +38,13 @@ def times_of(iterator: Iterator[Any], n: int) -> list[float]:
   return times
 
 
+def seconds(function: Callable[[], Any]) -> float:
+  """How long it takes until what it returns is there."""
+  began = time.perf_counter()
+  jax.block_until_ready(function())
+  return time.perf_counter() - began
+
+
 def measure(setup: Setup, source: datasets.ImageSource, steps: int) -> dict[str, float]:
   """Median seconds of a batch, while decoded and from memory, and of a step, with and without."""
   training, task, rng = setup.config.training, run_lib.score_task(setup), setup.key('train')
@@ -47,9 +56,11 @@ def measure(setup: Setup, source: datasets.ImageSource, steps: int) -> dict[str,
   state = jax.jit(task.init, compiler_options=common.QUICK)(setup.key('init'))
   images = setup.put(source.batch(np.arange(size)))
   update = jax.jit(task.update, out_shardings=setup.replicated)
-  held = times_of((update(state, images, rng) for _ in range(steps + 2)), steps + 2)
-  updates = train_lib.updates(setup, task, source, state)
-  trained = times_of((measured for _, _, measured in updates), steps + 2)
+  updates = train_lib.updates(setup, task, source, jax.tree.map(jnp.copy, state))
+  held, trained = [], []
+  for _ in range(steps + 2):  # in turns, as speed varies from minute to minute
+    held.append(seconds(partial(update, state, images, rng)))
+    trained.append(seconds(lambda: next(updates)))
   results['step'] = statistics.median(held[2:])  # compiled by the first
   results['step of training'] = statistics.median(trained[2:])
   return results

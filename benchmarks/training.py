@@ -57,6 +57,7 @@ def measure(setup: Setup, steps: int, donate: bool = True) -> dict[str, float]:
     step = lowered.compile()
   compiled, memory = time.perf_counter(), step.memory_analysis()
   flop = jax.jit(task.update).lower(state, one, rng).cost_analysis()['flops']
+  flop *= training.grad_accum  # of a loop XLA counts one turn
   results = memory.output_size_in_bytes - memory.alias_size_in_bytes
   measured = {
     'batch': training.batch_size,
