@@ -2,6 +2,8 @@
 # make test       the whole test suite
 # make test-faults  stops and damages runs in many more ways
 # make lint       style
+# make types      mypy
+# make docs       the docstrings as pages, in build/docs
 # make tutorial   trains small models and draws the figures of docs/tutorial.md
 
 PYTHON ?= python3
@@ -9,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 DEMO := configs/vp/digits.py
 
-.PHONY: demo test test-faults lint tutorial
+.PHONY: demo test test-faults lint types docs tutorial
 
 demo: .venv/installed
 	$(BIN)/python main.py --config $(DEMO) --mode train
@@ -28,6 +30,13 @@ tutorial: .venv/installed-dev
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/installed-dev
+	$(BIN)/mypy
+
+docs: .venv/installed-dev
+	$(BIN)/python -m pdoc --math --docformat google --output-directory build/docs \
+	  $(filter-out main page,$(basename $(wildcard *.py))) models
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

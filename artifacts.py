@@ -13,6 +13,7 @@ from etils import epath
 import filelock
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from errors import UserError
@@ -82,10 +83,10 @@ def read_json(path: epath.Path) -> Any:
     raise UserError(f'{path} is not valid JSON ({error}); restore it or move it away') from None
 
 
-def write_npz(path: epath.Path, **arrays: np.ndarray) -> None:
+def write_npz(path: epath.Path, **arrays: ArrayLike) -> None:
   """Writes arrays as a compressed npz."""
   buffer = io.BytesIO()
-  np.savez_compressed(buffer, **arrays)
+  np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # none is `allow_pickle`
   write(path, buffer.getvalue())
 
 

@@ -4,7 +4,7 @@ Data parallelism is `jax.jit` over a mesh of all devices of all processes, with 
 and the state replicated; the mathematics does not know of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import dataclasses
 from functools import partial
 from typing import Any
@@ -160,7 +160,7 @@ _SDES: dict[str, Callable[[Any, float], SDE]] = {
 
 _OPTIMIZERS = {'Adam': losses.adam}
 
-_CHOICES = {
+_CHOICES: dict[str, Collection[str]] = {
   'training.sde': _SDES,
   'model.name': NETWORKS,
   'model.nonlinearity': ACTIVATIONS,

@@ -4,8 +4,8 @@ from collections.abc import Callable
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 from ml_collections import FrozenConfigDict
-import numpy as np
 
 from adaptive_sde import AdaptiveSDESampler
 from errors import UserError
@@ -47,13 +47,14 @@ def make_sampler(config: FrozenConfigDict, sde: SDE) -> Sampler:
     )
   if choice.method == 'adaptive_sde':
     return AdaptiveSDESampler(sde, choice.sde_rtol, choice.sde_atol, choice.noise_removal)
-  sde = dataclasses.replace(sde, N=choice.num_steps or sde.N)
+  n = choice.num_steps or sde.N
+  sde = dataclasses.replace(sde, N=n)  # type: ignore[call-arg]  # a field of each subclass
   if choice.method in ('langevin', 'mala'):
     return _langevin(config, sde)
   if choice.method == 'pc':
     return _pc_sampler(config, sde)
-  make, grid = _SOLVERS[choice.method]
-  grid = GRIDS[choice.grid or grid](choice.rho)
+  make, usual_grid = _SOLVERS[choice.method]
+  grid = GRIDS[choice.grid or usual_grid](choice.rho)
   return GridSampler(sde, make(choice), grid, choice.noise_removal)
 
 
@@ -63,7 +64,7 @@ def _pc_sampler(config: FrozenConfigDict, sde: SDE) -> sampling.PCSampler:
     raise UserError('config.sampling.probability_flow does not go with ancestral_sampling')
   predictor = sampling.PREDICTORS[choice.predictor]()
   if predictor.own_steps or choice.corrector != 'none':
-    sde.langevin_alpha(np.ones(1))  # says so if the chain has too few steps
+    sde.langevin_alpha(jnp.ones(1))  # says so if the chain has too few steps
   return sampling.PCSampler(
     sde,
     predictor,

@@ -30,7 +30,8 @@ def checksum(state: Any) -> np.ndarray:
   """CRC-32 over the bytes of all arrays, uint32 []."""
   crc = 0
   for leaf in jax.tree.leaves(state):
-    crc = zlib.crc32(np.ascontiguousarray(leaf), crc)
+    array: Any = np.ascontiguousarray(leaf)  # a buffer: to the stubs only from Python 3.12 on
+    crc = zlib.crc32(array, crc)
   return np.asarray(crc, np.uint32)
 
 

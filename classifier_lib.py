@@ -86,7 +86,7 @@ def eval_step(
   params: Params,
   batch: Batch,
   rng: Array,
-  span: tuple[Array, Array],
+  span: tuple[Array | float, Array | float],
   *,
   classifier: Classifier,
   objective: Objective,
@@ -146,7 +146,9 @@ def load(setup: Setup, root: epath.Path) -> Params:
     raise UserError(f'{root} holds no classifier; train it first (--mode train_classifier)')
   check_unchanged(where / 'config.json', setup.config, FIXED_IN_CLASSIFIER)
   with Checkpoints(where) as checkpoints:
-    return checkpoints.restore_latest(like(setup, task(setup))).ema_params
+    state = checkpoints.restore_latest(like(setup, task(setup)))
+  assert state is not None  # as there are checkpoints
+  return state.ema_params
 
 
 def evaluate(setup: Setup, params: Params, held_out: datasets.Source) -> dict[str, Any]:

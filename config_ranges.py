@@ -41,10 +41,10 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
 )
 _MAY_BE_INFINITE = ('sampling.s_tmax',)
 # Fields of several numbers: their type, how many at least, the least of them, all that in words.
-_SEQUENCES: tuple[tuple[str, type, int, float, str], ...] = (
+_SEQUENCES: tuple[tuple[str, type[int] | tuple[type[int], type[float]], int, float, str], ...] = (
   ('model.ch_mult', int, 1, 1, 'positive whole numbers'),
   ('model.attn_resolutions', int, 0, 1, 'positive whole numbers, or none'),
-  ('model.fir_kernel', int | float, 2, 0, 'two numbers or more, at least 0'),
+  ('model.fir_kernel', (int, float), 2, 0, 'two numbers or more, at least 0'),
   ('sampling.labels', int, 0, 0, 'numbers of classes, from 0 on'),
 )
 

@@ -20,6 +20,7 @@ import flax
 import jax
 from jax import Array
 import jax.numpy as jnp
+import numpy as np
 
 from sampler_lib import Update
 from sde_lib import expand, ScoreFn, SDE
@@ -37,10 +38,10 @@ LogProb = Callable[[Array, Array, Array], Array]
 class Mask:
   """Keeps what a mask marks: P x = m x."""
 
-  mask: Array  # 1 where x is known, 0 elsewhere; broadcasts against x
+  mask: Array | np.ndarray  # 1 where x is known, 0 elsewhere; broadcasts against x
 
   def __call__(self, x: Array) -> Array:
-    return self.mask * x
+    return x * self.mask
 
 
 @flax.struct.dataclass

@@ -34,7 +34,9 @@ Batch = dict[str, np.ndarray]
 class Source(Protocol):
   """Images or points, with random access."""
 
-  num_classes: int  # 0 where there are no labels
+  @property
+  def num_classes(self) -> int:
+    """How many classes there are; 0 where there are no labels."""
 
   def __len__(self) -> int: ...
 

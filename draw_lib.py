@@ -24,6 +24,7 @@ def class_score(
   if labels is None:
     return model.bind(params)
   if not model.num_classes:
+    assert log_prob is not None  # as the model knows no classes
     return ClassifierGuidance(model.bind(params), log_prob, labels, scale)
   conditional = model.bind(params, labels=labels)
   if scale == 1:  # which needs no second evaluation
@@ -49,7 +50,7 @@ def draw(
   score_fn = class_score(
     setup, params, None if labels is None else processes.shard(labels, setup.batch)
   )
-  observe = progress and (lambda fraction, x: progress(fraction))
+  observe = None if progress is None else (lambda fraction, x: progress(fraction))
   shape = (n, *setup.data_shape)
   x, nfe = setup.sampler(rng, score_fn, shape, sharding=setup.batch, observe=observe)
   return to_stored(setup, processes.gather(x)), nfe

@@ -110,4 +110,4 @@ def train_step(
 
   differentiate = jax.value_and_grad(loss_fn, has_aux=True)
   state, metrics = losses.apply_gradients(state, differentiate, tx, ema_rate, ema_warmup)
-  return state.replace(replay=state.replay.at[chosen].set(negative)), metrics
+  return dataclasses.replace(state, replay=state.replay.at[chosen].set(negative)), metrics

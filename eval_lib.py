@@ -138,7 +138,7 @@ def evaluate_bpd(setup: Setup, source: datasets.Source, params: Any, folder: epa
     labels = setup.put(batch['label']) if setup.model.num_classes else None
     logp, _, nfe = likelihood(rngs, setup.model.bind(params, labels=labels), x0)
     bits = bits_per_dim(logp, math.prod(setup.data_shape), setup.model.centered)
-    return {'bpd': processes.gather(bits)[: n_images - first], 'nfe': np.int64(nfe)}
+    return {'bpd': processes.gather(bits)[: n_images - first], 'nfe': np.array(nfe, np.int64)}
 
   with Bar('bits/dim', repeats * n_images, unit='images') as bar:
     for repeat in range(repeats):
@@ -183,7 +183,10 @@ def has_samples(
   """Whether a report tells of as many samples as the config asks for, and of this comparison."""
   if report.get('samples') != setup.config.eval.num_samples:
     return False
-  return network is None or report.get(f'reference_{network.name}') == reference.identity
+  if network is None:
+    return True
+  assert reference is not None  # as there is a network
+  return report.get(f'reference_{network.name}') == reference.identity
 
 
 def evaluate_samples(
@@ -198,7 +201,9 @@ def evaluate_samples(
   wanted, first, features = setup.config.eval, None, []
   # The last round is as large as the others, so that samples do not depend on their number.
   size = min(wanted.batch_size, wanted.num_samples)
-  extract = network and network.compile(setup.batch.mesh)
+  mesh = setup.batch.mesh
+  assert isinstance(mesh, jax.sharding.Mesh)  # not one without devices
+  extract = network.compile(mesh) if network else None
   nfes, seconds, feature_seconds = [], 0.0, 0.0
   with Bar('sample', wanted.num_samples, unit='samples') as bar:
     for i, begin in enumerate(range(0, wanted.num_samples, size)):
@@ -210,18 +215,20 @@ def evaluate_samples(
       nfes.append(int(arrays['nfe']))
       seconds += float(arrays['seconds'])
       first = samples if first is None else first
-      if network:
+      if network and extract:
         path = folder / f'features_{network.name}_{i}.npz'
         make = partial(_features_round, extract, samples)
         arrays = rounds.kept_or_made(path, 'features', n, make)
         features.append(arrays['features'])
         feature_seconds += float(arrays['seconds'])
       bar.update(begin + n)
+  assert first is not None  # there is a round
   artifacts.write_samples(folder / 'samples.png', first, most=100)
   report = {'samples': wanted.num_samples, 'nfe': float(np.mean(nfes)), 'sample_seconds': seconds}
   if network:
+    assert reference is not None  # as there is a network
     began = time.monotonic()
-    report |= distances(np.concatenate(features), network, reference, setup.batch.mesh)
+    report |= distances(np.concatenate(features), network, reference, mesh)
     report |= {f'reference_{network.name}': reference.identity}
     report |= {'feature_seconds': feature_seconds, 'distance_seconds': time.monotonic() - began}
   return report
@@ -240,7 +247,7 @@ def _draw_round(
   labels = classes_in_turn(setup, i * size, size)
   samples, nfe = draw(setup, params, rng, size, progress, labels)
   extra = {} if labels is None else {'labels': labels[:n]}
-  return {'samples': samples[:n], 'nfe': np.int64(nfe), **extra}
+  return {'samples': samples[:n], 'nfe': np.array(nfe, np.int64), **extra}
 
 
 def _features_round(extract: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> Arrays:

@@ -199,9 +199,9 @@ def _over_rows(function, x: np.ndarray, *rest: np.ndarray, mesh: jax.sharding.Me
   """function(rows of x, *rest) [N], some rows at a time, shared by the devices."""
   by_rows, whole = NamedSharding(mesh, PartitionSpec('data')), NamedSharding(mesh, PartitionSpec())
   size = _ROWS * mesh.size
-  rest = [processes.shard(array, whole) for array in rest]
+  shared = [processes.shard(array, whole) for array in rest]
   compiled, parts = jax.jit(function, out_shardings=whole), []
   for start in range(0, len(x), size):
     rows = np.arange(start, start + size).clip(max=len(x) - 1)
-    parts.append(np.asarray(compiled(processes.shard(x[rows], by_rows), *rest)))
+    parts.append(np.asarray(compiled(processes.shard(x[rows], by_rows), *shared)))
   return np.concatenate(parts)[: len(x)]

@@ -344,12 +344,14 @@ def _combine(weights: Array, values: tuple[Array, ...]) -> Array:
   return sum(w * v for w, v in zip(weights, values, strict=False))
 
 
-def _multistep(newest: Array, c: Coefficients, x: Array, history: Memory) -> tuple[Array, Memory]:
+def _multistep(
+  newest: Array, c: dict[str, Array], x: Array, history: Memory
+) -> tuple[Array, Memory]:
   values = (newest, *history)
   return c['keep'] * x + _combine(c['weights'], values), values[:-1]
 
 
-def _add_noise(rng: Array, c: Coefficients, mean: Array) -> Update:
+def _add_noise(rng: Array, c: dict[str, Array], mean: Array) -> Update:
   return mean + c['noise'] * jax.random.normal(rng, mean.shape), mean
 
 

@@ -82,7 +82,8 @@ def load(name: str, inception_path: str = '') -> FeatureNetwork | None:
 
 
 def _inception(inception_path: str) -> FeatureNetwork:
-  params, net = inception_weights.load(inception_path), inception.InceptionV3()
+  params = inception_weights.load(inception_path)
+  net: Any = inception.InceptionV3()  # whose `apply` might return a tuple
   return FeatureNetwork(
     name='inception',
     version=inception_weights.SHA256,

@@ -125,7 +125,7 @@ def convert(content: Mapping[str, np.ndarray]) -> Params:
     UserError: naming the first array that is missing, unknown or of another shape.
   """
   found = {k: v for k, v in content.items() if not k.endswith('.num_batches_tracked')}
-  wanted, flat = _torch_shapes(), {}
+  wanted, flat = _torch_shapes(), dict[str, np.ndarray]()
   for name, shape in wanted.items():
     if name not in found:
       raise UserError(f'these are not the weights of Inception: {name} {shape} is missing')

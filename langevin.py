@@ -8,7 +8,7 @@ which a Metropolis test takes away (MALA, Roberts & Tweedie 1996).
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
@@ -20,7 +20,7 @@ from sampler_lib import Constraint, Observer, Update
 from sde_lib import expand, ScoreFn, SDE
 
 
-def langevin_step(x: Array, score: Array, h: Array, z: Array) -> Update:
+def langevin_step(x: Array, score: Array, h: Array | float, z: Array) -> Update:
   """x + h s(x) + sqrt(2 h) z for x [B, ...], h that broadcasts to it, and noise z; and its mean."""
   x_mean = x + h * score
   return x_mean + jnp.sqrt(2 * h) * z, x_mean
@@ -115,13 +115,13 @@ class MALAState(NamedTuple):
   log_p: Array  # [B], up to a constant
 
 
-def mala_state(score_fn: ScoreFn, x: Array, t: Array) -> MALAState:
+def mala_state(score_fn: Any, x: Array, t: Array) -> MALAState:
   """The state at x [B, ...] and t [B], for a score with a method `log_density(x, t)` [B]."""
   return MALAState(x, score_fn(x, t), score_fn.log_density(x, t))
 
 
 def mala_step(
-  rng: Array, score_fn: ScoreFn, state: MALAState, t: Array, h: float
+  rng: Array, score_fn: Any, state: MALAState, t: Array, h: float
 ) -> tuple[MALAState, Array]:
   """A Langevin step that is taken with probability min(1, p(y) q(x | y) / (p(x) q(y | x))).
 

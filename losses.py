@@ -9,7 +9,7 @@ minimise. Its forerunners, explicit, implicit and sliced score matching, ask for
 from collections.abc import Callable
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import flax
 import jax
@@ -38,6 +38,9 @@ class TrainState:
   params: Params
   ema_params: Params
   opt_state: Any
+
+
+AnyState = TypeVar('AnyState', bound=TrainState)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,12 +331,12 @@ def _mean(function: Callable[[Any], Any], parts: Any) -> Any:
 
 
 def apply_gradients(
-  state: TrainState,
+  state: AnyState,
   differentiate: Callable[[Params], tuple[tuple[Array, Metrics], Params]],
   tx: optax.GradientTransformation,
   ema_rate: float,
   ema_warmup: bool,
-) -> tuple[TrainState, Metrics]:
+) -> tuple[AnyState, Metrics]:
   """A step of the optimiser down the loss, and one of the moving average of the parameters.
 
   Args:
@@ -351,8 +354,8 @@ def apply_gradients(
   rate = jnp.minimum(ema_rate, (1 + state.step) / (10 + state.step)) if ema_warmup else ema_rate
   ema_params = optax.incremental_update(params, state.ema_params, 1 - rate)
   metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads), **measured}
-  state = state.replace(
-    step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
+  state = dataclasses.replace(
+    state, step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
   )
   return state, metrics
 
@@ -369,7 +372,7 @@ def finite_step(
   """
   following, measured = update(state, batch, rng)
   finite = jnp.isfinite(measured['loss']) & jnp.isfinite(measured['grad_norm'])
-  unmoved = state.replace(step=following.step)
+  unmoved = dataclasses.replace(state, step=following.step)
   kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), following, unmoved)
   return kept, measured | {'skipped': 1 - finite.astype(jnp.float32)}
 

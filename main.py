@@ -94,9 +94,7 @@ def parse(argv: Sequence[str]) -> tuple[str, str]:
   if rest[1:]:
     raise UserError(f'{rest[1]!r} is not a flag; fields are set as --config.section.field=value')
   if _MODE.value is None:
-    raise UserError(
-      f'--mode is missing; allowed: {", ".join(flags.FLAGS["mode"].parser.enum_values)}'
-    )
+    raise UserError(f'--mode is missing; allowed: {", ".join(_MODES)}')
   if (_MODE.value == 'import') != bool(_CHECKPOINT.value):
     raise UserError('--mode import and --checkpoint FILE go together')
   return path, variant
@@ -142,6 +140,7 @@ def main(argv: Sequence[str]) -> None:
     elif _MODE.value == 'stats':
       run_lib.stats(_CONFIG.value)
     else:
+      assert _CHECKPOINT.value is not None  # by `parse`
       run_lib.import_released(_CONFIG.value, workdir, _CHECKPOINT.value)
 
 
@@ -151,7 +150,11 @@ def _quiet_libraries() -> None:
   Those are the threads of Orbax, TensorStore and tensorboardX where a disk is full.
   """
   logging.getLogger('absl').setLevel(logging.CRITICAL)
-  sys.unraisablehook = threading.excepthook = lambda what: logging.debug('%s', what)
+
+  def note(what: object) -> None:
+    logging.debug('%s', what)
+
+  sys.unraisablehook = threading.excepthook = note
 
 
 @contextlib.contextmanager
@@ -191,12 +194,13 @@ if __name__ == '__main__':
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
   except (Failure, OSError) as error:
+    reason = str(error)
     if isinstance(error, OSError):
       where = f' {error.filename}' if error.filename else ''
-      error = (
+      reason = (
         f'{error.strerror or error}{where}; repeat the command once that is mended: it goes on'
       )
-    print(f'error: {error}', file=sys.stderr, flush=True)
+    print(f'error: {reason}', file=sys.stderr, flush=True)
     os._exit(1)  # what other threads cannot write either would bury this line
   except KeyboardInterrupt:
     print('interrupted; the same command goes on from there', file=sys.stderr)

@@ -89,7 +89,9 @@ def num_scales(sigma_max: float, sigma_min: float, ratio: float) -> int:
   return max(2, 1 + math.ceil(math.log(sigma_max / sigma_min) / math.log(ratio)))
 
 
-def variance_ratio(epsilon: float, sigma_min: float, ratio: float, n_steps: int) -> float:
+def variance_ratio(
+  epsilon: float | np.ndarray, sigma_min: float, ratio: float, n_steps: int
+) -> float | np.ndarray:
   """s_T^2 / sigma_i^2, the variance that n_steps = T steps leave at a level, beside its own.
 
   They begin with samples of the level above, with the variance gamma^2 sigma_i^2 (Proposition 3):

@@ -17,7 +17,7 @@ import numpy as np
 
 State = Any  # x, an array or a tree of arrays
 Drift = Callable[[State, Array], State]  # (x, t []) -> dx/dt, like x; a pytree of its arrays
-Observer = Callable[[float, State], None]  # told the fraction that is done, and x there
+Observer = Callable[[float, State], object]  # told the fraction that is done, and x there
 
 MAX_STEPS = 10_000
 
@@ -169,13 +169,18 @@ def _first_step(
   return float(np.copysign(h if np.isfinite(h) else 0.01 * span, t1 - t0))
 
 
-def _row(n: int, weights: Sequence[float]) -> np.ndarray:
+def _row(n: int, weights: Sequence[float] | np.ndarray) -> np.ndarray:
   """The weights [n], of which the missing ones are 0."""
   return np.pad(np.asarray(weights, np.float32), (0, n - len(weights)))
 
 
 def _slope_at(
-  n: int, drift: Drift, x: State, slopes: list[State], weights: Sequence[float], t: float
+  n: int,
+  drift: Drift,
+  x: State,
+  slopes: list[State],
+  weights: Sequence[float] | np.ndarray,
+  t: float,
 ) -> State:
   """The drift at (x + sum_i weights[i] slopes[i], t), of less than n slopes so far."""
   # Always n, so that it is compiled once; those that are missing weigh nothing.

@@ -39,7 +39,7 @@ def write(root: epath.Path) -> None:
   if jax.process_index() > 0:
     return
   lines, config = _lines(root / 'metrics.jsonl'), _json(root / 'config.json')
-  step = max([line['step'] for line in lines] + _steps(root / 'checkpoints'), default=0)
+  step = max([*(line['step'] for line in lines), *_steps(root / 'checkpoints')], default=0)
   total = config.get('training', {}).get('n_iters', 0)
   sections = [
     _section('Training', _curves(lines)),
@@ -185,7 +185,7 @@ def _curves(lines: Sequence[dict[str, float]]) -> str:
   hidden = ('step', 'steps_per_s')  # the latter says what images_per_s does
   names = list(dict.fromkeys(name for line in lines for name in line if name not in hidden))
   shared = [n for n in names if f'eval_{n}' in names]
-  groups = [(n, f'eval_{n}') for n in shared]
+  groups: list[tuple[str, ...]] = [(n, f'eval_{n}') for n in shared]
   groups += [(n,) for n in names if n not in shared and n.removeprefix('eval_') not in shared]
   return _row(_curve(lines, group) for group in groups)
 

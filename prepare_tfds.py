@@ -115,7 +115,7 @@ def prepared_builder(
   # A namespace ('huggingface:x') would send TFDS to the network, so only plain names pass.
   if not re.fullmatch(r'\w+(/[\w.\-]+)?(:[\d.*]+)?', name):
     raise UserError(f'{name!r} is not a TFDS name; write it as set, set/config or set/config:1.2.3')
-  head, config = re.match(r'(\w+)/?([^:]*)', name).groups()
+  head, _, config = name.partition(':')[0].partition('/')
   try:
     configs = tfds.builder_cls(head).builder_configs
   except tfds.core.DatasetNotFoundError:
@@ -172,7 +172,8 @@ def _is_prepared(builder: Any) -> bool:
 
 def _prepare(builder: Any, path: str) -> None:
   """Writes the dataset of the official `builder`, from `path` or else from the network."""
-  official_class, name = type(builder), builder.name
+  official_class: Any = type(builder)
+  name = builder.name
   official = OFFICIAL[name]
   urls = list(official_class.url_infos)
   try:
@@ -187,7 +188,8 @@ def _prepare(builder: Any, path: str) -> None:
       f'--config.data.path must be an archive or a folder of the official files: {" ".join(urls)}'
     ) from error
 
-  class Prepared(official_class, skip_registration=True):  # the same name, features and layout
+  # The same name, features and layout.
+  class Prepared(official_class, skip_registration=True):  # type: ignore[call-arg]  # of TFDS
     name = official_class.name
     __module__ = official_class.__module__
 
@@ -282,7 +284,9 @@ def _members(origins: dict[str, Path], wanted: set[str]) -> Iterator[tuple[str, 
       with tarfile.open(origin) as archive:
         for member in archive:
           if (base := _base(member.name)) in wanted and member.isfile():
-            yield base, archive.extractfile(member).read()
+            stream = archive.extractfile(member)
+            assert stream is not None  # which it is of folders
+            yield base, stream.read()
 
 
 def _base(name: str) -> str:
@@ -319,7 +323,8 @@ def tfrecord_spans(file: Path) -> list[tuple[int, int]]:
 
   Only the checksum of the size is verified; that of the data would read every byte in Python.
   """
-  spans, end = [], file.stat().st_size
+  spans: list[tuple[int, int]] = []
+  end = file.stat().st_size
   with open(file, 'rb') as stream:
     while header := stream.read(12):
       offset = stream.tell()

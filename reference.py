@@ -92,7 +92,9 @@ def _make(setup: Setup, network: FeatureNetwork, source: datasets.Source, path: 
   provenance = _provenance(setup, network) | {'count': n}
   mark = zlib.crc32(json.dumps([provenance, size]).encode())
   folder = path.parent / f'.{path.stem}-{mark:08x}'  # not of other data, network or rounds
-  extract, total, kept, parts = network.compile(setup.batch.mesh), None, [], []
+  mesh = setup.batch.mesh
+  assert isinstance(mesh, jax.sharding.Mesh)  # not one without devices
+  extract, total, kept, parts = network.compile(mesh), None, [], []
   chosen = np.linspace(0, n - 1, min(n, KEPT)).round().astype(int)
   with Bar('features', n, unit='images') as bar:
     for i, batch in enumerate(datasets.eval_batches(source, size, **processes.share())):
@@ -104,6 +106,7 @@ def _make(setup: Setup, network: FeatureNetwork, source: datasets.Source, path: 
       total = Moments.of(features) if total is None else total + Moments.of(features)
       kept.append(features[chosen[(chosen >= begin) & (chosen < end)] - begin])
       bar.update(end)
+  assert total is not None  # there are images
   text = json.dumps(provenance | {'versions': versions.here()}, indent=2)
   artifacts.write_npz(
     path, mean=total.mean, cov=total.cov, features=np.concatenate(kept), provenance=text

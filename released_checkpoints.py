@@ -110,7 +110,7 @@ def load(
 
 def network_parameters(model: ScoreModel, shape: tuple[int, ...]) -> Shapes:
   """The parameters of a network by name, in the order of their creation."""
-  names = []  # JAX returns trees sorted by name
+  names: list[str] = []  # JAX returns trees sorted by name
 
   def init() -> Params:
     params = model.init(jax.random.key(0), shape)
@@ -243,8 +243,9 @@ def _names_from_torch(theirs: list[str], ours: Iterable[str]) -> dict[str, str]:
     _, number, *path, leaf = name.split('.')
     module = module_of[number]
     weights = ('kernel', 'scale', 'weight') if leaf == 'weight' else (leaf,)
-    inside = ['/'.join([*path, weight]) for weight in weights]
-    names[name] = f'{module}/' + next((n for n in inside if n in modules[module]), inside[0])
+    candidates = ['/'.join([*path, weight]) for weight in weights]
+    inside = next((n for n in candidates if n in modules[module]), candidates[0])
+    names[name] = f'{module}/{inside}'
   return names
 
 

@@ -28,7 +28,7 @@ def kept_or_made(path: epath.Path, name: str, n: int, make: Callable[[], Arrays]
       return kept
   began = time.monotonic()
   made = make()
-  made['seconds'] = np.float64(time.monotonic() - began)
+  made['seconds'] = np.array(time.monotonic() - began)
   artifacts.write_npz(path, **made)
   return made
 
@@ -36,6 +36,6 @@ def kept_or_made(path: epath.Path, name: str, n: int, make: Callable[[], Arrays]
 def _read(path: epath.Path) -> Arrays:
   try:
     with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
-      return {'seconds': np.float64(0), **arrays}
+      return {'seconds': np.array(0.0), **arrays}
   except Exception as error:  # zipfile, zlib and NumPy raise many kinds
     raise UserError(f'{path} is damaged ({error}); move it away, and it is made again') from None

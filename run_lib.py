@@ -222,6 +222,8 @@ def _newest(setup: Setup, root: epath.Path) -> tuple[int, Params]:
   check_unchanged(root / 'config.json', setup.config, FIXED_IN_RUN)
   with Checkpoints(root) as checkpoints:
     state = checkpoints.restore_latest(_like(setup))
+  if state is None:  # an object store shows those that broke off
+    raise UserError(f'{root} holds no whole checkpoint; train first (--mode train)')
   return int(state.step), state.ema_params
 
 

@@ -85,7 +85,7 @@ def sample(
       of_rows = None if labels is None else processes.shard(labels[rows % each], setup.batch)
       score_fn = class_score(setup, params, of_rows, log_prob)
       constraint = None
-      if choice.task:
+      if y is not None and operator is not None:
         y_of_rows = processes.shard(y[rows // each], setup.batch)
         score_fn, constraint = _condition(setup, score_fn, operator, y_of_rows)
 
@@ -183,8 +183,8 @@ def _inpaint(setup: Setup, files: list[Path]) -> tuple[np.ndarray, Operator]:
   if mask.all() or not mask.any():
     colour = 'white, so that nothing is to be painted' if mask.all() else 'black: nothing is known'
     raise UserError(f'the mask {choice.mask} is all {colour}')
-  known = Mask(mask.astype(np.float32))
-  return known(_read_all(setup, files)), known
+  known = mask.astype(np.float32)
+  return known * _read_all(setup, files), Mask(known)
 
 
 def _colorize(setup: Setup, files: list[Path]) -> tuple[np.ndarray, Operator]:

@@ -8,7 +8,7 @@ steps of a time grid, which `GridSampler` walks down.
 from collections.abc import Callable
 import dataclasses
 from functools import cache, partial
-from typing import Any, Protocol
+from typing import Any, overload, Protocol
 
 import jax
 from jax import Array
@@ -64,7 +64,9 @@ class Sampler(Protocol):
 class Solver(Protocol):
   """Takes the steps of a time grid."""
 
-  nfe: int  # score evaluations of one step
+  @property
+  def nfe(self) -> int:
+    """Score evaluations of one step."""
 
   def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
     """The numbers that each of the n - 1 steps between `times` [n] needs."""
@@ -73,7 +75,7 @@ class Solver(Protocol):
     """The memory before the first step."""
 
   def update(
-    self, rng: Array, denoise: Denoiser, c: Coefficients, x: Array, memory: Memory
+    self, rng: Array, denoise: Denoiser, c: dict[str, Array], x: Array, memory: Memory
   ) -> tuple[Update, Memory]:
     """One step for x [B, ...], with its coefficients c."""
 
@@ -140,6 +142,10 @@ def _segment(sampler, score_fn, constraint, rng, coefficients, state, start, sto
 # The parts of samplers.
 
 
+@overload
+def as_pytree(function: Callable) -> Callable: ...
+@overload
+def as_pytree(function: None) -> None: ...
 def as_pytree(function: Callable | None) -> Callable | None:
   """A plain function, made into what jitted code accepts as an argument."""
   plain = function is not None and jax.tree_util.all_leaves([function])

@@ -39,7 +39,9 @@ class Predictor(Protocol):
 class Corrector(Protocol):
   """Moves x towards p_t, at a fixed time t."""
 
-  nfe: int  # score evaluations of one update
+  @property
+  def nfe(self) -> int:
+    """Score evaluations of one update."""
 
   def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, t: Array) -> Update:
     """Some steps of MCMC for x [B, ...] at times t [B]."""

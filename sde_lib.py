@@ -30,10 +30,15 @@ def expand(v: Array, x: Array) -> Array:
 class SDE(abc.ABC):
   """A forward SDE; subclasses say what `alpha`, `sigma`, `drift_coef` and `diffusion_coef` are.
 
-  They also have a field `N`, the number of steps of the chain.
+  They also have a field `N`, with a default.
   """
 
   eps: float = dataclasses.field(default=0.0, kw_only=True)  # smallest time in use
+
+  @property
+  @abc.abstractmethod
+  def N(self) -> int:
+    """The number of steps of the chain."""
 
   @property
   def T(self) -> float:

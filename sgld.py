@@ -21,7 +21,7 @@ Schedule = Callable[[Array], Array]
 class SGLDState(NamedTuple):
   """How many steps were taken; the noise is a function of it."""
 
-  count: Array  # int32 []
+  count: Array  # type: ignore[assignment]  # int32 []; hides the method of tuples
 
 
 def sgld(step_size: float | Schedule, seed: int = 0) -> optax.GradientTransformation:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 import dataclasses
 from functools import partial
 import logging
+from typing import Any
 
 from etils import epath
 import jax
@@ -148,7 +149,7 @@ def updates(
   batches = datasets.train_batches(
     source, task.batch_size, seed=setup.config.seed, start=step, **processes.share()
   )
-  choices = {'out_shardings': (setup.replicated, setup.replicated), 'donate_argnums': 0}
+  choices: dict[str, Any] = {'out_shardings': (setup.replicated,) * 2, 'donate_argnums': 0}
   skip = setup.config.training.skip_nonfinite
   update = partial(losses.finite_step, task.update) if skip else task.update
   one_step = jax.jit(update, **choices)

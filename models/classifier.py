@@ -1,6 +1,7 @@
 """From a network and an SDE to p_t(y | x), the probability of a class given a noisy image."""
 
 import dataclasses
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -55,5 +56,5 @@ class ClassLogProb:
   def of_all(self, x: Array, t: Array) -> Array:
     """log p_t(y | x) of every class y: [B, K]."""
     net, sde = self.classifier.net, self.classifier.sde
-    logits = net.apply({'params': self.params}, x, -sde.log_snr(t), False)
+    logits: Any = net.apply({'params': self.params}, x, -sde.log_snr(t), False)
     return jax.nn.log_softmax(logits)

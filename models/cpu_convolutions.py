@@ -6,6 +6,7 @@ convolutions have other layouts. So here JAX lowers all of them to that one, for
 them: derivatives of any kind and order are what they always were.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax import Array
 from jax.extend.core.primitives import conv_general_dilated_p
 from jax.interpreters import mlir
 
+_conv_general_dilated_lower: Callable[..., Any] | None
 try:
   from jax._src.lax.convolution import _conv_general_dilated_lower
 except ImportError:  # it is not public; where it has another name, loops are slow, and right
@@ -36,6 +38,7 @@ def _lower(ctx: Any, x: Any, w: Any, *, dimension_numbers: Any, **choices: Any) 
   }
   if all(order == tuple(range(n)) for order in axes.values()):
     choices |= {'dimension_numbers': dimension_numbers, 'expand_complex_convolutions': True}
+    assert _conv_general_dilated_lower is not None  # or this were not registered
     return _conv_general_dilated_lower(ctx, x, w, **choices)
   space = tuple(range(1, n - 1))
   canonical = jax.lax.ConvDimensionNumbers(

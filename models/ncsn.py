@@ -206,7 +206,7 @@ class RefineNet(nn.Module):
       h = ResidualBlock(width, act, False, stage.dilation)(h, normalize)
       features.append(h)
 
-    refined = []
+    refined: list[Array] = []
     for i, stage in reversed(list(enumerate(self.stages))):
       block = RefineBlock(self.nf * stage.refined, act, self.interpolation, pool, last=i == 0)
       refined = [block([features[i], *refined], normalize_refined)]

@@ -7,6 +7,7 @@ the order of their creation follow the released code, so that its parameters fit
 
 from collections.abc import Sequence
 from itertools import count
+from typing import Any
 
 import flax.linen as nn
 from jax import Array
@@ -175,7 +176,7 @@ class NCSNpp(nn.Module):
     names = (f'{plain.__name__}_{i}' for i in count())  # nn.remat would change them
 
     def resblock(h: Array, features: int, direction: str = '') -> Array:
-      fields = {
+      fields: dict[str, Any] = {
         'features': features,
         'act': act,
         'dropout': self.dropout,
@@ -241,5 +242,7 @@ class NCSNpp(nn.Module):
       if level > 0:
         h = resblock(h, h.shape[-1], 'up')
 
-    out = pyramid if self.progressive == 'output_skip' else head(h, channels, self.init_scale)
-    return out.astype(jnp.float32)
+    if self.progressive == 'output_skip':
+      assert pyramid is not None  # there is a level
+      return pyramid.astype(jnp.float32)
+    return head(h, channels, self.init_scale).astype(jnp.float32)

@@ -156,12 +156,13 @@ class ModelScore:
     return x if self.model.centered else 2 * x - 1
 
   def _network(self, x: Array, t: Array) -> Array:
-    model, train = self.model, self.dropout_rng is not None
-    return model.net.apply(
+    model, rng = self.model, self.dropout_rng
+    output: Any = model.net.apply(
       {'params': self.params},
       self._scale(x),
       model.conditioning(model.sde, t),
-      train,
+      rng is not None,
       *([self.labels] if model.num_classes else []),
-      rngs={'dropout': self.dropout_rng} if train else None,
+      rngs=None if rng is None else {'dropout': rng},
     )
+    return output
