@@ -53,6 +53,7 @@ import stats_lib
 import toy_data
 import train_lib
 from train_lib import Task
+import versions
 
 logger = logging.getLogger('score_sde')
 
@@ -68,6 +69,7 @@ def train(config: ConfigDict, workdir: str) -> None:
   source, held_out = (_load(setup, split) for split in ('train', 'test'))
   at_snapshot = partial(_at_snapshot, setup, root)
   with _opened(root, setup, FIXED_IN_RUN if checkpoints_lib.exist(root) else ()):
+    _note_machine(root)
     train_lib.train(setup, score_task(setup), root, source, held_out, at_snapshot)
     page.write(root)
 
@@ -289,6 +291,20 @@ def _opened(folder: epath.Path, setup: Setup, fixed: tuple[str, ...]) -> Iterato
     except OSError as error:
       raise UserError(f'cannot write to {folder} ({error.strerror}); choose another') from None
     yield
+
+
+def _note_machine(root: epath.Path) -> None:
+  """Writes down what a run is trained with and on; says so if it had other devices before."""
+  path, here = root / 'machine.json', versions.here()
+  before = artifacts.read_json(path) if path.exists() else here
+  names = ('devices', 'processes')
+  if any(before.get(name) != here[name] for name in names):
+    was, now = ([machine.get(name) for name in names] for machine in (before, here))
+    logger.info(
+      'on %s devices of %s processes, before on %s of %s: the same but for the order of sums',
+      *now, *was,
+    )  # fmt: skip
+  artifacts.write_json(path, here)
 
 
 def score_task(setup: Setup) -> Task:

@@ -51,6 +51,9 @@ class GroupNorm(nn.Module):
 
   Moments are summed by channel, then by group, and scale and shift are applied as one: on CPU twice
   as fast as Flax's layer, whose parameters these are.
+
+  Raises:
+    ValueError: if the groups cannot share the channels.
   """
 
   num_groups: int
@@ -59,6 +62,8 @@ class GroupNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     channels = x.shape[-1]
+    if channels % self.num_groups:
+      raise ValueError(f'{channels} channels cannot be shared by {self.num_groups} groups')
     scale = self.param('scale', nn.initializers.ones, (channels,))
     bias = self.param('bias', nn.initializers.zeros, (channels,))
 

@@ -84,6 +84,15 @@ def test_eight_devices_give_the_parameters_of_one(whole, tmp_path):
   assert np.abs(a - b).max() <= 2
 
 
+def test_a_run_goes_on_with_other_devices_and_says_so(whole, half, tmp_path):
+  shutil.copytree(half, tmp_path, dirs_exist_ok=True)
+  said = succeed('train', tmp_path, devices=2, **UNSEEN).stderr
+  assert 'on 2 devices of 1 processes, before on 1 of 1' in said and 'at step 6' in said
+  one, two = state_of(whole, 12), state_of(tmp_path, 12)
+  for name, value in one.items():
+    np.testing.assert_allclose(value, two[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 def test_samples_are_drawn_from_the_newest_checkpoint(whole):
   few = {'sampling__num_samples': 5, 'sampling__method': 'ddim', 'sampling__num_steps': 4}
   succeed('sample', whole, **few)
@@ -182,7 +191,7 @@ def test_a_loss_that_is_not_finite_stops_and_is_never_saved(tmp_path):
   """Also where a checkpoint is due, here at step 2, before the next line of the log, at step 5."""
   wild = {'optim__lr': 1e30, 'optim__warmup': 0, 'optim__grad_clip': -1.0}
   error = refused(run('train', tmp_path, training__log_freq=5, **wild))
-  assert ' at step 2; what was saved before is good' in error
+  assert ' at step 2: nothing was saved' in error
   assert not [p for p in tmp_path.glob('checkpoints*/*') if p.name.isdigit()]
 
 
