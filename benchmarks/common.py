@@ -35,6 +35,10 @@ NETWORKS = {
   'cifar10 ncsnpp deep': ('ve.cifar10', 'ncsnpp_deep_continuous', {}),
   'ffhq_256 ncsnpp': ('ve.ffhq_256', 'ncsnpp_continuous', {}),
   'ffhq ncsnpp': ('ve.ffhq', 'ncsnpp_continuous', {}),
+  'photos 32': ('vp.photos', '32', {}),
+  'photos 64': ('vp.photos', '64', {}),
+  'photos 128': ('vp.photos', '128', {}),
+  'photos 256': ('vp.photos', '256', {}),
 }
 QUICK = {'xla_backend_optimization_level': 0}  # compiled sooner, for what is run once
 _DIMENSION = 2048  # of the matrices whose product gives the peak
