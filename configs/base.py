@@ -432,7 +432,7 @@ PHOTOS: dict[str, Changes] = {
     'model.nf': 64,
     'model.ch_mult': (1, 1, 2, 2, 4, 4),
     'model.num_res_blocks': 2,
-    'training.batch_size': 8,
+    'training.batch_size': 4,
   },
 }
 _PHOTOS = {
