@@ -5,7 +5,9 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import math
+import secrets
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +21,8 @@ from PIL import Image
 from errors import UserError
 import processes
 
+logger = logging.getLogger('score_sde')
+
 MIN_TILE = 64  # pixels
 POINT_BINS = 100  # of a picture of points, along each side
 
@@ -31,7 +35,8 @@ def is_remote(path: epath.Path) -> bool:
 def write(path: epath.Path, data: bytes) -> None:
   """Writes a file, by way of a temporary name beside it; on process 0 only.
 
-  An object store shows a file whole or not at all, and has no renaming.
+  That name is this call's own: training and an evaluation may write the same page. An object store
+  shows a file whole or not at all, and has no renaming.
   """
   if jax.process_index() > 0:
     return
@@ -39,9 +44,12 @@ def write(path: epath.Path, data: bytes) -> None:
   if is_remote(path):
     path.write_bytes(data)
     return
-  temporary = path.parent / f'.{path.name}.tmp'
-  temporary.write_bytes(data)
-  temporary.replace(path)
+  temporary = path.parent / f'.{path.name}.{secrets.token_hex(4)}.tmp'
+  try:
+    temporary.write_bytes(data)
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)  # where the disk is full
 
 
 @contextlib.contextmanager
@@ -58,6 +66,8 @@ def claimed(folder: epath.Path) -> Iterator[None]:
       lock.acquire(blocking=False)
     except filelock.Timeout:
       taken = True
+    except NotImplementedError:
+      logger.warning('the disk of %s has no locks: see to it that no other run uses it', folder)
   if processes.from_first(taken):
     raise UserError(f'another run is at work in {folder}; wait for it, or choose another folder')
   try:

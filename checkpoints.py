@@ -48,7 +48,8 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: type | None, *exception: object) -> None:
-    if kind and jax.process_count() > 1:  # processes would wait for one that may be lost
+    lost = kind and issubclass(kind, (jax.errors.JaxRuntimeError, Failure))
+    if lost and jax.process_count() > 1:  # to wait would be for a process that is lost
       return
     # What is on its way is finished; if it cannot be, an error that came before is told instead.
     with contextlib.suppress(Failure) if kind else contextlib.nullcontext():
@@ -155,11 +156,13 @@ def _told(manager: ocp.CheckpointManager) -> Iterator[None]:
   """Turns what Orbax and TensorStore raise where they cannot write into one line."""
   try:
     yield
-  except Exception as error:
+  except jax.errors.JaxRuntimeError:  # of the devices or of other processes
+    raise
+  except Exception as error:  # they raise many kinds
     reason = str(error).strip().partition('\n')[0].rpartition(': ')[2][:120]
     raise Failure(
-      f'a checkpoint cannot be written to {manager.directory} ({reason}); make room there and '
-      'repeat the command: it goes on from the newest whole one'
+      f'a checkpoint cannot be written to {manager.directory} ({reason}); see to that, for example '
+      'make room, and repeat the command: it goes on from the newest whole one'
     ) from error
 
 

@@ -147,7 +147,8 @@ def load(setup: Setup, root: epath.Path) -> Params:
   check_unchanged(where / 'config.json', setup.config, FIXED_IN_CLASSIFIER)
   with Checkpoints(where) as checkpoints:
     state = checkpoints.restore_latest(like(setup, task(setup)))
-  assert state is not None  # as there are checkpoints
+  if state is None:  # an object store shows those that broke off
+    raise UserError(f'{root} holds no whole classifier; train it first (--mode train_classifier)')
   return state.ema_params
 
 

@@ -65,6 +65,8 @@ it evaluates, or draws. Numbers: <code>metrics.jsonl</code>, <code>tensorboard/<
 
 
 def _what(config: dict[str, Any]) -> str:
+  if not config:
+    return 'without a config'
   data, model = config.get('data', {}), config.get('model', {})
   size = data.get('image_size')
   shape = f'{data["dim"]} dimensions' if data.get('dim') else f'{size}x{size}'

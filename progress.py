@@ -169,7 +169,7 @@ class TrainLog:
     """Writes what is due, and looks at all steps up to this one, before its state is saved.
 
     Raises:
-      UserError: if a loss is not finite.
+      UserError: if a loss is not finite, and such steps are not skipped.
     """
     self.flush()
     if self._window and 'skipped' not in self._window[0]:
@@ -178,21 +178,28 @@ class TrainLog:
   def _finite_means(self, step: int, window: list[dict[str, Array]]) -> dict[str, float]:
     """Means over the steps of a window that ends at `step`, and how many of them were skipped."""
     values = {name: np.concatenate([np.ravel(m[name]) for m in window]) for name in window[0]}
-    skipped = values.pop('skipped', np.zeros(len(values[next(iter(values))]))) > 0
+    if 'skipped' in values:
+      return self._means_of_taken(step, values)
+    for name, each in values.items():
+      for i in np.flatnonzero(~np.isfinite(each)):
+        raise UserError(
+          f'{name} is {each[i]} at step {step - len(each) + 1 + i}: {self._advice()}, or leave out '
+          'such steps (config.training.skip_nonfinite)'
+        )
+    return {name: float(each.mean()) for name, each in values.items()}
+
+  def _means_of_taken(self, step: int, values: dict[str, np.ndarray]) -> dict[str, float]:
+    """The same where steps may be skipped, which are not part of the means."""
+    skipped = values.pop('skipped') > 0
     taken = np.flatnonzero(~skipped)
     self._skipped = len(skipped) - 1 - taken[-1] if len(taken) else self._skipped + len(skipped)
     if self._skipped >= MOST_SKIPPED:
       raise UserError(f'{self._skipped} steps in a row up to {step} were skipped: {self._advice()}')
-    for name, each in values.items():
-      for i in taken[~np.isfinite(each[taken])]:
-        at = step - len(each) + 1 + i
-        raise UserError(f'{name} is {each[i]} at step {at}: {self._advice()}')
     means = {name: float(each[taken].mean()) for name, each in values.items() if len(taken)}
-    return means | {'skipped': float(skipped.sum())} if 'skipped' in window[0] else means
+    return means | {'skipped': float(skipped.sum())}
 
   def _advice(self) -> str:
     saved = f'the checkpoint of step {self.saved} is good' if self.saved else 'nothing was saved'
     return (
-      f'{saved}. Try a lower learning rate (lr) or config.optim.grad_clip, look for damaged '
-      'images, or leave out single steps (config.training.skip_nonfinite)'
+      f'{saved}. Try a lower learning rate (lr) or config.optim.grad_clip, look for damaged images'
     )

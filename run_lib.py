@@ -1,6 +1,6 @@
 """Training, evaluation, sampling and import of checkpoints, of a config in a workdir.
 
-A workdir holds `config.json`, `index.html` which shows the run, `checkpoints/` and
+A workdir holds `config.json`, `machine.json`, `index.html` which shows the run, `checkpoints/` and
 `checkpoints-meta/`, `metrics.jsonl` and `tensorboard/`, `samples/iter_<step>/sample.png`, in
 `eval/` what evaluation made, in `sample/` what was drawn, and in `classifier/` the same of a
 classifier. All of it can be stopped at any moment and started again, with the same final result.
@@ -71,7 +71,7 @@ def train(config: ConfigDict, workdir: str) -> None:
   with _opened(root, setup, FIXED_IN_RUN if checkpoints_lib.exist(root) else ()):
     _note_machine(root)
     train_lib.train(setup, score_task(setup), root, source, held_out, at_snapshot)
-    page.write(root)
+    page.write(root)  # now that the last checkpoint is there
 
 
 def train_classifier(config: ConfigDict, workdir: str) -> Report:
@@ -299,11 +299,8 @@ def _note_machine(root: epath.Path) -> None:
   before = artifacts.read_json(path) if path.exists() else here
   names = ('devices', 'processes')
   if any(before.get(name) != here[name] for name in names):
-    was, now = ([machine.get(name) for name in names] for machine in (before, here))
-    logger.info(
-      'on %s devices of %s processes, before on %s of %s: the same but for the order of sums',
-      *now, *was,
-    )  # fmt: skip
+    was, now = (', '.join(f'{n} {m.get(n)}' for n in names) for m in (before, here))
+    logger.info('%s, before %s: the same run but for the order of sums', now, was)
   artifacts.write_json(path, here)
 
 

@@ -3,12 +3,15 @@
 import json
 import os
 from pathlib import Path
+import signal
+import subprocess
+import time
 
 import jax
 import numpy as np
 from PIL import Image
 import pytest
-from whole_runs import assert_same_bits, refusal, state_of, succeed, two_processes, UNSEEN
+from whole_runs import assert_same_bits, command, refusal, state_of, succeed, two_processes, UNSEEN
 
 from build_lib import build
 from checkpoints import Checkpoints
@@ -120,6 +123,21 @@ def test_a_table_compares_the_checkpoints(evaluated):
     'loss',
   )
   assert reports.best([]) is None
+
+
+def test_killed_at_any_moment_it_says_the_same_in_the_end(evaluated, wanted):
+  """SIGKILL as soon as there is a first round, then as soon as there is one more."""
+  fields = wanted | {'eval__begin_ckpt': 2, 'eval_folder': 'killed'}
+  folder = evaluated / 'killed'
+  for n in (1, 3):
+    process = subprocess.Popen(command('eval', evaluated, **fields), stderr=subprocess.DEVNULL)
+    while len(list(folder.glob('step_12/*.npz'))) < n:
+      assert process.poll() is None
+      time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  succeed('eval', evaluated, **fields)
+  assert report_of(folder) == report_of(evaluated / 'eval')
 
 
 @pytest.fixture(scope='module')

@@ -308,13 +308,17 @@ class Lines:
     self.written[step] = means
 
 
-def log_of(steps: list[dict[str, float]], log_freq: int, saved: int = 0) -> dict:
+def log_of(
+  steps: list[dict[str, float]], log_freq: int, saved: int = 0, eval_freq: int = 1000
+) -> dict:
   lines, n = Lines(), len(steps)
   choices = {'n_iters': n, 'step': 0, 'batch_size': 1, 'log_freq': log_freq}
   with progress.TrainLog(lines, **choices) as log:
     log.saved = saved
     for step, measured in enumerate(steps, 1):
       log.add(step, {name: jnp.float32(value) for name, value in measured.items()})
+      if step % eval_freq == 0:
+        log.add_eval(step, {'loss': jnp.float32(1.0)})
     log.settle(n)
   return lines.written
 
@@ -325,8 +329,9 @@ def test_skipped_steps_are_counted_and_not_part_of_means():
   written = log_of(steps, 3)
   assert (written[3]['loss'], written[3]['skipped']) == (2.0, 1.0)
   assert 'loss' not in written[6] and written[6]['skipped'] == 3.0
-  with pytest.raises(UserError, match='101 steps in a row up to 102 were skipped'):
-    log_of(steps[:2] + 101 * [nan], 3)
+  for eval_freq in (1000, 6):  # held-out losses, which stay finite, do not count
+    with pytest.raises(UserError, match='101 steps in a row up to 102 were skipped'):
+      log_of(steps[:2] + 101 * [nan], 3, eval_freq=eval_freq)
 
 
 def test_the_step_of_a_loss_that_is_not_finite_is_named():

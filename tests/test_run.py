@@ -1,4 +1,4 @@
-"""Whole runs of main.py: stopping, devices, bad input; what befalls them is in `test_faults`.
+"""Whole runs of main.py: resuming, stopping, devices, bad input; worse is in `test_faults`.
 
 What is killed, resumed or shared by devices runs in a process of its own, and so do mistakes in
 flags and configs, on devices, of an evaluation and in mid-training. The others are made in this
@@ -50,6 +50,28 @@ def test_training_leaves_checkpoints_metrics_and_pictures(whole):
   assert json.loads((whole / 'config.json').read_text())['model']['nf'] == 8
 
 
+def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(whole, tmp_path):
+  """SIGKILL in the middle of training, twice, loses nothing that a checkpoint held."""
+  for lines in (3, 8):
+    process = subprocess.Popen(command('train', tmp_path), stderr=subprocess.DEVNULL)
+    metrics = tmp_path / 'metrics.jsonl'
+    deadline = time.monotonic() + 300
+    while not metrics.exists() or metrics.read_text().count('"loss"') < lines:
+      assert process.poll() is None and time.monotonic() < deadline
+      time.sleep(0.005)
+    process.kill()
+    process.wait()
+  assert 'resuming' in succeed('train', tmp_path).stderr
+  assert_same_bits(state_of(tmp_path, 12), state_of(whole, 12))
+  assert_same_bits(state_of(tmp_path, 6), state_of(whole, 6))
+
+  def training_losses(workdir):
+    lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+    return {line['step']: line['loss'] for line in lines if 'loss' in line}
+
+  assert training_losses(tmp_path) == training_losses(whole)
+
+
 def test_a_signal_saves_and_leaves(whole, tmp_path):
   """SIGTERM, then Ctrl-C after the run went on, and it ends as if neither had come."""
   never = UNSEEN | {'training__snapshot_freq_for_preemption': 1000}
@@ -87,7 +109,7 @@ def test_eight_devices_give_the_parameters_of_one(whole, tmp_path):
 def test_a_run_goes_on_with_other_devices_and_says_so(whole, half, tmp_path):
   shutil.copytree(half, tmp_path, dirs_exist_ok=True)
   said = succeed('train', tmp_path, devices=2, **UNSEEN).stderr
-  assert 'on 2 devices of 1 processes, before on 1 of 1' in said and 'at step 6' in said
+  assert 'devices 2, processes 1, before devices 1, processes 1' in said and 'at step 6' in said
   one, two = state_of(whole, 12), state_of(tmp_path, 12)
   for name, value in one.items():
     np.testing.assert_allclose(value, two[name], rtol=1e-4, atol=1e-5, err_msg=name)
