@@ -1,18 +1,16 @@
-"""What the configs have in common: defaults, and tables of SDEs, networks and datasets.
+"""What the configs have in common: defaults, networks, and the settings of the three SDEs.
 
-A config file is a table of variants, each a network and what it changes. Values are those of the
-released code (https://github.com/yang-song/score_sde) unless a comment says otherwise; fields with
-a comment are not in it. `python -m configs` lists them all.
+Values are those of the released code (https://github.com/yang-song/score_sde) unless a comment says
+otherwise; fields with a comment are not in it. `python -m configs` lists all configs.
 """
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from errors import unknown, UserError
+from errors import UserError
 
 Changes = dict[str, Any]  # dotted fields, and the values to set
-Variants = dict[str, tuple[str, Changes]]  # by name: a network, and what it changes
 
 # What `model` holds beside the noise scales: the fields of each network.
 _UNET = {'nf': 128, 'ch_mult': (1, 2, 2, 2), 'attn_resolutions': (16,), 'nonlinearity': 'swish'}
@@ -56,37 +54,6 @@ NETWORKS = {
 }
 
 _ANNEALED = ('ncsn', 'ncsnv2_64', 'ncsnv2_128', 'ncsnv2_256')
-
-_LARGE = {
-  'data.image_size': 256,
-  'training.n_iters': 2_400_001,
-  'training.snapshot_freq_for_preemption': 5000,
-  'eval.batch_size': 512,
-  'eval.begin_ckpt': 50,
-  'eval.end_ckpt': 96,
-  'eval.enable_sampling': True,
-}
-_HUGE = {
-  'data.image_size': 1024,
-  'training.n_iters': 2_400_001,
-  'training.snapshot_freq_for_preemption': 5000,
-  'eval.end_ckpt': 96,
-}
-_CELEBA = {'data.dataset': 'CELEBA', 'data.image_size': 64, 'eval.enable_sampling': True}
-_LSUN = _LARGE | {'data.dataset': 'LSUN'}
-DATASETS: dict[str, Changes] = {
-  'cifar10': {'eval.begin_ckpt': 9, 'classifier.num_classes': 10},
-  'celeba': _CELEBA,
-  'bedroom': _LSUN | {'data.category': 'bedroom'},
-  'church': _LSUN | {'data.category': 'church_outdoor'},
-  'celebahq_256': _LARGE | {'data.dataset': 'CelebAHQ'},
-  'celebahq': _HUGE | {'data.dataset': 'CelebAHQ'},
-  'ffhq_256': _LARGE | {'data.dataset': 'FFHQ'},
-  'ffhq': _HUGE | {'data.dataset': 'FFHQ'},
-}
-
-# What goes with a network for 256x256 pixels.
-_RUN_256 = {'training.batch_size': 64, 'sampling.snr': 0.075}
 
 
 def _default() -> ConfigDict:
@@ -282,179 +249,3 @@ def subvp(network: str) -> ConfigDict:
 
 
 SDES = {'ve': ve, 'vp': vp, 'subvp': subvp}
-
-
-def released(sde: str, dataset: str, variant: str, variants: Variants) -> ConfigDict:
-  """The config of the entry `variant` of a table, on a dataset from `DATASETS`.
-
-  Raises:
-    UserError: if there is no such entry.
-  """
-  if variant not in variants:
-    raise unknown(f'variant ({sde}, {dataset})', variant, variants)
-  network, changes = variants[variant]
-  config = SDES[sde](network)
-  config.update_from_flattened_dict(DATASETS[dataset] | changes)
-  return config
-
-
-def ncsnpp_256(sigma_max: float) -> Variants:
-  """NCSN++ on images of 256x256 pixels, under the VE SDE."""
-  changes = _RUN_256 | {'model.num_scales': 2000, 'model.sigma_max': sigma_max}
-  return {'ncsnpp_continuous': ('ncsnpp_256', changes)}
-
-
-def ddpm_256() -> Variants:
-  """DDPM on images of 256x256 pixels, under the VP SDE."""
-  changes = _RUN_256 | {
-    'model.sigma_max': 378.0,  # which the VP SDE does not read
-    'training.continuous': False,
-    'optim.lr': 2e-5,
-    'sampling.predictor': 'ancestral_sampling',
-  }
-  return {'ddpm': ('ddpm_256', changes)}
-
-
-def ncsnpp_1024(reduce_mean: bool) -> Variants:
-  """NCSN++ on images of 1024x1024 pixels, under the VE SDE."""
-  changes = {
-    'model.num_scales': 2000,
-    'model.sigma_max': 1348.0,
-    'model.ema_rate': 0.9999,
-    'training.batch_size': 8,
-    'training.reduce_mean': reduce_mean,
-    'sampling.snr': 0.15,
-  }
-  return {'ncsnpp_continuous': ('ncsnpp_1024', changes)}
-
-
-def ncsn(num_scales: int, sigma_max: float, snr: float) -> Variants:
-  """NCSN, with some of the techniques of NCSNv2 by their numbers there, and NCSNv2 itself.
-
-  The arguments are what techniques 1 (sigma_max), 2 (number of scales) and 4 (step size) choose;
-  technique 5 is the moving average of the parameters (https://arxiv.org/abs/2006.09011).
-  """
-  first = {
-    'model.num_scales': 10,
-    'model.sigma_max': 1.0,
-    'sampling.n_steps_each': 100,
-    'sampling.snr': 0.316,
-  }
-  improved = {
-    'model.num_scales': num_scales,
-    'model.sigma_max': sigma_max,
-    'sampling.n_steps_each': 5,
-    'sampling.snr': snr,
-  }
-  no_average = {'model.ema_rate': 0.0}
-  return {
-    'ncsn': ('ncsn', first | no_average),
-    'ncsn_5': ('ncsn', first),
-    'ncsn_124': ('ncsn', improved | no_average),
-    'ncsn_1245': ('ncsn', improved),
-    'ncsnv2': ('ncsnv2_64', improved),
-  }
-
-
-def digits(config: ConfigDict) -> ConfigDict:
-  """The handwritten digits that come with the code, 8x8: minutes on two CPU cores.
-
-  Not in the released code.
-  """
-  config.data.dataset = 'digits'
-  config.data.image_size = 8
-  config.data.num_channels = 1
-  config.data.random_flip = False
-  config.model.nf = 16
-  config.model.ch_mult = (1, 2)
-  config.model.attn_resolutions = (4,)
-  config.model.num_res_blocks = 1
-  config.model.sigma_max = 5.0  # about the largest distance between two images
-  config.model.dropout = 0.0
-  config.model.ema_rate = 0.999
-  config.model.ema_warmup = True
-  config.training.batch_size = 64
-  config.training.n_iters = 2000
-  config.training.snapshot_freq = 1000
-  config.training.snapshot_freq_for_preemption = 500
-  config.optim.lr = 2e-3
-  config.optim.warmup = 100
-  config.classifier.num_classes = 10
-  config.classifier.blocks_per_group = 1
-  config.classifier.channel_multiplier = 1
-  config.classifier.batch_size = 64
-  config.classifier.n_iters = 2000
-  config.classifier.lr = 2e-3
-  config.classifier.warmup = 100
-  config.sampling.predictor = 'reverse_diffusion'
-  config.sampling.num_steps = 200
-  config.eval.begin_ckpt = 2
-  config.eval.end_ckpt = 1000
-  config.eval.batch_size = 128
-  config.eval.enable_sampling = True
-  config.eval.num_samples = 128
-  config.eval.features = 'pixels'
-  return config
-
-
-# Images of one's own, by size: what fits a GPU of 16 GB, and what two CPU cores train in minutes.
-PHOTOS: dict[str, Changes] = {
-  'cpu': {
-    'data.image_size': 16,
-    'model.nf': 32,
-    'model.ch_mult': (1, 2),
-    'model.attn_resolutions': (8,),
-    'model.num_res_blocks': 1,
-    'training.batch_size': 32,
-    'training.n_iters': 1000,
-    'training.snapshot_freq': 500,
-    'training.snapshot_freq_for_preemption': 100,
-    'training.snapshot_samples': 16,
-    'optim.lr': 1e-3,
-    'optim.warmup': 100,
-    'sampling.num_steps': 100,
-    'eval.begin_ckpt': 2,
-    'eval.batch_size': 64,
-    'eval.num_samples': 128,
-    'eval.features': 'pixels',
-  },
-  '32': {'data.image_size': 32, 'training.batch_size': 64},
-  '64': {'data.image_size': 64, 'model.num_res_blocks': 2, 'training.batch_size': 32},
-  '128': {
-    'data.image_size': 128,
-    'model.nf': 64,
-    'model.ch_mult': (1, 2, 2, 4, 4),
-    'model.num_res_blocks': 2,
-    'training.batch_size': 16,
-  },
-  '256': {
-    'data.image_size': 256,
-    'model.nf': 64,
-    'model.ch_mult': (1, 1, 2, 2, 4, 4),
-    'model.num_res_blocks': 2,
-    'training.batch_size': 4,
-  },
-}
-_PHOTOS = {
-  'data.dataset': 'folder',
-  'model.ema_warmup': True,
-  'training.n_iters': 200_000,
-  'training.snapshot_freq': 10_000,
-  'training.snapshot_freq_for_preemption': 1000,
-  'eval.batch_size': 64,
-  'eval.num_samples': 10_000,
-  'eval.end_ckpt': 1000,
-  'eval.enable_sampling': True,
-}
-
-
-def photos(config: ConfigDict, size: str) -> ConfigDict:
-  """A folder of images, `data.path`, at one of the sizes of `PHOTOS`; not in the released code.
-
-  Raises:
-    UserError: if there is no such size.
-  """
-  if size not in PHOTOS:
-    raise unknown('variant', size, PHOTOS)
-  config.update_from_flattened_dict(_PHOTOS | PHOTOS[size])
-  return config

@@ -14,7 +14,7 @@ import pytest
 
 import build_lib
 import classifier_lib
-from configs import base
+from configs import base, own
 import datasets
 from errors import UserError
 import losses
@@ -113,7 +113,7 @@ class Guess:
 
 
 def test_every_held_out_image_counts_once_at_each_level():
-  config = base.digits(base.vp('ddpmpp'))
+  config = own.digits(base.vp('ddpmpp'))
   config.eval.batch_size = 128
   setup = build_lib.build(config)
   setup = dataclasses.replace(setup, classifier=dataclasses.replace(setup.classifier, net=Guess()))
@@ -130,7 +130,7 @@ def test_every_held_out_image_counts_once_at_each_level():
 
 
 def tiny_config(**fields) -> ConfigDict:
-  config = base.digits(base.ve('ncsnpp'))
+  config = own.digits(base.ve('ncsnpp'))
   config.training.update(log_freq=2, eval_freq=2, snapshot_freq=4, snapshot_freq_for_preemption=2)
   config.classifier.update(batch_size=16, n_iters=6, warmup=0)
   config.update_from_flattened_dict(fields)

@@ -12,7 +12,7 @@ from PIL import Image
 import pytest
 from test_golden_networks import load, released_state, setup_of, shapes_of, torch_content
 
-from configs import base
+from configs import base, own
 from errors import UserError
 import released_checkpoints
 from released_checkpoints import from_torch
@@ -23,7 +23,7 @@ PIXELS = 8
 
 def tiny_config(photos) -> base.ConfigDict:
   """A tiny network, and data of its own."""
-  config = base.digits(base.ve('ncsnpp'))
+  config = own.digits(base.ve('ncsnpp'))
   config.data.update(dataset='folder', path=str(photos), num_channels=3)
   config.model.update(nf=8, ch_mult=(1, 1), attn_resolutions=())
   config.training.update(batch_size=4, n_iters=10, log_freq=1, eval_freq=100)

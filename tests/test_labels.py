@@ -13,7 +13,7 @@ from PIL import Image
 import pytest
 
 import build_lib
-from configs import base
+from configs import base, own
 import datasets
 from datasets import eval_batches, ImageSource, load, train_batches
 from errors import UserError
@@ -133,7 +133,7 @@ def test_each_image_of_a_batch_is_seen_with_its_own_label():
 
 
 def test_a_model_without_labels_refuses_them():
-  setup = build_lib.build(base.digits(base.vp('ddpmpp')))
+  setup = build_lib.build(own.digits(base.vp('ddpmpp')))
   with pytest.raises(ValueError, match='takes no labels'):
     setup.model.bind({}, labels=jnp.zeros(2, jnp.int32))
 
@@ -210,7 +210,7 @@ def test_labels_that_a_network_cannot_take_are_told(network, fields, said):
 
 @pytest.mark.parametrize('section', ['model', 'classifier'])
 def test_other_classes_than_those_of_the_data_are_told(section, tmp_path):
-  config = base.digits(base.vp('ddpmpp'))
+  config = own.digits(base.vp('ddpmpp'))
   config[section].num_classes = 7
   run = {'model': run_lib.train, 'classifier': run_lib.train_classifier}[section]
   with pytest.raises(UserError, match=f"{section}.num_classes is 7, .*'digits'.* has 10 classes"):
@@ -222,7 +222,7 @@ def test_samples_are_of_all_classes_in_turn(tmp_path):
     pixels = jnp.broadcast_to(expand(score_fn.labels, jnp.zeros(shape)), shape)
     return 2 * pixels / 255 - 1 + 1e-3, 1
 
-  config = base.digits(base.vp('ddpmpp'))
+  config = own.digits(base.vp('ddpmpp'))
   config.model.num_classes = 10
   config.eval.update(num_samples=24, batch_size=16)
   setup = build_lib.dataclasses.replace(build_lib.build(config), sampler=show_labels)

@@ -13,7 +13,7 @@ import pytest
 from test_golden_sde import DATA, golden, numbers
 
 import build_lib
-from configs import base
+from configs import base, own
 import datasets
 import eval_lib
 import likelihood
@@ -201,7 +201,7 @@ def few_digits() -> datasets.ImageSource:
 @pytest.mark.parametrize('centered', [False, True])
 def test_evaluation_counts_every_image_once_per_repeat(centered, tmp_path):
   """Ten images in batches of four; what is lost is made again, and the rest kept."""
-  config = base.digits(base.vp('ddpmpp'))
+  config = own.digits(base.vp('ddpmpp'))
   config.eval.update(enable_bpd=True, bpd_repeats=2, batch_size=4)
   setup = build_lib.build(config)
   setup = dataclasses.replace(setup, model=KnownModel(setup.model.sde, centered))
@@ -240,7 +240,7 @@ def test_bits_per_dimension_of_an_image_do_not_depend_on_its_batch(tmp_path):
 
   def bits(batch_size: int, seed: int = 0) -> np.ndarray:
     """Of each image and repeat."""
-    config = base.digits(base.vp('ddpmpp'))
+    config = own.digits(base.vp('ddpmpp'))
     config.seed = seed
     config.eval.update(enable_bpd=True, bpd_repeats=2, batch_size=batch_size)
     setup = build_lib.build(config)

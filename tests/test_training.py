@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import build_lib
-from configs import base
+from configs import base, own
 from configs.toy import two_moons
 import datasets
 from errors import UserError
@@ -23,7 +23,7 @@ import train_lib
 
 
 def tiny_setup(make=base.vp, network: str = 'ddpmpp', **fields) -> build_lib.Setup:
-  config = base.digits(make(network))
+  config = own.digits(make(network))
   config.model.update(nf=8, ch_mult=(1,), attn_resolutions=())
   config.training.update(batch_size=4, n_iters=6, log_freq=3, eval_freq=3)
   config.training.update(snapshot_freq=6, snapshot_freq_for_preemption=6)

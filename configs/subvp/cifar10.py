@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import released
 
 _DEEP = {'model.num_res_blocks': 8, 'training.n_iters': 950_001}
 VARIANTS = {
@@ -15,4 +15,4 @@ VARIANTS = {
 
 
 def get_config(variant: str = 'ddpmpp_continuous') -> ConfigDict:
-  return base.released('subvp', 'cifar10', variant, VARIANTS)
+  return released.config_of('subvp', 'cifar10', variant, VARIANTS)

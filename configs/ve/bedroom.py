@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import released
 
 _NCSNV2 = {
   'data.image_size': 128,
@@ -12,8 +12,8 @@ _NCSNV2 = {
   'sampling.n_steps_each': 3,
   'sampling.snr': 0.095,
 }
-VARIANTS = base.ncsnpp_256(sigma_max=378.0) | {'ncsnv2': ('ncsnv2_128', _NCSNV2)}
+VARIANTS = released.ncsnpp_256(sigma_max=378.0) | {'ncsnv2': ('ncsnv2_128', _NCSNV2)}
 
 
 def get_config(variant: str = 'ncsnpp_continuous') -> ConfigDict:
-  return base.released('ve', 'bedroom', variant, VARIANTS)
+  return released.config_of('ve', 'bedroom', variant, VARIANTS)

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import released
 
 VARIANTS = {
   'ncsnpp': (
@@ -14,9 +14,9 @@ VARIANTS = {
       'sampling.snr': 0.17,
     },
   ),
-  **base.ncsn(num_scales=500, sigma_max=90.0, snr=0.128),
+  **released.ncsn(num_scales=500, sigma_max=90.0, snr=0.128),
 }
 
 
 def get_config(variant: str = 'ncsnpp') -> ConfigDict:
-  return base.released('ve', 'celeba', variant, VARIANTS)
+  return released.config_of('ve', 'celeba', variant, VARIANTS)

@@ -2,16 +2,16 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import released
 
 VARIANTS = {
   'ncsnpp_continuous': ('ncsnpp', {}),
   'ncsnpp_deep_continuous': ('ncsnpp', {'model.num_res_blocks': 8, 'training.n_iters': 950_001}),
   'ncsnpp': ('ncsnpp', {'training.continuous': False, 'model.embedding_type': 'positional'}),
   'ddpm': ('ddpm', {'training.continuous': False}),
-  **base.ncsn(num_scales=232, sigma_max=50.0, snr=0.176),
+  **released.ncsn(num_scales=232, sigma_max=50.0, snr=0.176),
 }
 
 
 def get_config(variant: str = 'ncsnpp_continuous') -> ConfigDict:
-  return base.released('ve', 'cifar10', variant, VARIANTS)
+  return released.config_of('ve', 'cifar10', variant, VARIANTS)

@@ -2,10 +2,10 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import released
 
-VARIANTS = base.ncsnpp_1024(reduce_mean=True)
+VARIANTS = released.ncsnpp_1024(reduce_mean=True)
 
 
 def get_config(variant: str = 'ncsnpp_continuous') -> ConfigDict:
-  return base.released('ve', 'ffhq', variant, VARIANTS)
+  return released.config_of('ve', 'ffhq', variant, VARIANTS)

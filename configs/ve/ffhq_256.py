@@ -2,10 +2,10 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import released
 
-VARIANTS = base.ncsnpp_256(sigma_max=348.0)
+VARIANTS = released.ncsnpp_256(sigma_max=348.0)
 
 
 def get_config(variant: str = 'ncsnpp_continuous') -> ConfigDict:
-  return base.released('ve', 'ffhq_256', variant, VARIANTS)
+  return released.config_of('ve', 'ffhq_256', variant, VARIANTS)

@@ -2,10 +2,10 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import released
 
-VARIANTS = base.ddpm_256()
+VARIANTS = released.ddpm_256()
 
 
 def get_config(variant: str = 'ddpm') -> ConfigDict:
-  return base.released('vp', 'church', variant, VARIANTS)
+  return released.config_of('vp', 'church', variant, VARIANTS)

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import released
 
 _DEEP = {'model.num_res_blocks': 8, 'training.n_iters': 950_001}
 _ANCESTRAL = {'training.continuous': False, 'sampling.predictor': 'ancestral_sampling'}
@@ -20,4 +20,4 @@ VARIANTS = {
 
 
 def get_config(variant: str = 'ddpmpp_continuous') -> ConfigDict:
-  return base.released('vp', 'cifar10', variant, VARIANTS)
+  return released.config_of('vp', 'cifar10', variant, VARIANTS)

@@ -2,8 +2,8 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, own
 
 
 def get_config() -> ConfigDict:
-  return base.digits(base.vp('ddpmpp'))
+  return own.digits(base.vp('ddpmpp'))

@@ -2,10 +2,10 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, own
 
 
 def get_config() -> ConfigDict:
-  config = base.digits(base.vp('ddpmpp'))
+  config = own.digits(base.vp('ddpmpp'))
   config.model.num_classes = 10
   return config

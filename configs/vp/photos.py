@@ -2,10 +2,10 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, own
 
-VARIANTS = base.PHOTOS
+VARIANTS = own.PHOTOS
 
 
 def get_config(variant: str = 'cpu') -> ConfigDict:
-  return base.photos(base.vp('ddpmpp'), variant)
+  return own.photos(base.vp('ddpmpp'), variant)
