@@ -136,6 +136,14 @@ def parser(doc: str) -> argparse.ArgumentParser:
   return made
 
 
+def network_parser(doc: str) -> argparse.ArgumentParser:
+  """The same, and which network sees how many images."""
+  made = parser(doc)
+  made.add_argument('--network', choices=NETWORKS, default='reduced ncsnpp')
+  made.add_argument('--batch', type=int, default=16, help='images (16)')
+  return made
+
+
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
   """Which images; see `load`."""
   parser.add_argument('--dataset', default='digits', help='config.data.dataset (digits)')

@@ -75,10 +75,8 @@ def table(results: dict[str, float], batch: int) -> str:
 
 
 def main() -> None:
-  parser = common.parser(__doc__)
+  parser = common.network_parser(__doc__)
   common.add_data_flags(parser)
-  parser.add_argument('--network', choices=common.NETWORKS, default='reduced ncsnpp')
-  parser.add_argument('--batch', type=int, default=16, help='images (16)')
   parser.add_argument('--steps', type=int, default=15, help='timed; the median counts (15)')
   args = parser.parse_args()
   fixed = {'training.batch_size': args.batch, 'training.n_jitted_steps': 1}

@@ -3,7 +3,8 @@
 One 3x3 convolution and its gradients, by itself and three times in a `lax.scan`, lowered as JAX
 does and as `models/cpu_convolutions.py` does; twofold FIR upsampling, as a convolution of the image
 with zeros between its pixels, which is the released form, and as `models/resample.py` has it;
-GroupNorm and the activation after it, with Flax's layer and with ours.
+GroupNorm and the activation after it, with Flax's layer and with ours; attention by
+`jax.nn.dot_product_attention` and by ours.
 
   python -m benchmarks.layers [--json PATH]
 """
@@ -14,12 +15,10 @@ from functools import partial
 import flax.linen as nn
 import jax
 from jax import Array
-from jax.extend.core.primitives import conv_general_dilated_p
-from jax.interpreters import mlir
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import common
+from benchmarks import common, released
 from models import cpu_convolutions, layers, resample
 
 SHAPE, FEATURES = (16, 32, 32, 32), 64  # of the 3x3 convolution; channels of the other layers
@@ -49,19 +48,21 @@ def in_loop(function: Callable[[Array, Array], Array], xs: Array, w: Array) -> A
   return jax.lax.map(lambda x: function(x, w), xs)
 
 
-def upsample_with_zeros(x: Array) -> Array:
-  """FIR upsampling as one convolution of all channels: zeros between pixels, then `FIR`."""
-  taps = 2 * jnp.array(FIR, x.dtype) / sum(FIR)
-  kernel = jnp.einsum('h,w,io->hwio', taps, taps, jnp.eye(x.shape[-1], dtype=x.dtype))
-  return jax.lax.conv_general_dilated(
-    x, kernel, (1, 1), ((2, 2), (2, 2)), lhs_dilation=(2, 2), dimension_numbers=LAYOUT
-  )
-
-
 def normalize_and_activate(norm: nn.Module) -> Callable[[Array], Array]:
   """The layer with initial weights, then swish."""
   weights = norm.init(jax.random.key(0), jnp.zeros((1, 1, 1, FEATURES)))
   return lambda x: nn.swish(norm.apply(weights, x))
+
+
+def library_attention(q: Array, k: Array, v: Array) -> Array:
+  """Of one head, by JAX's function."""
+  return jax.nn.dot_product_attention(q[:, :, None], k[:, :, None], v[:, :, None])[:, :, 0]
+
+
+def attend(attention: Callable[[Array, Array, Array], Array], x: Array) -> Array:
+  """Attention among a quarter of the pixels of an image, of themselves."""
+  h = x[:, ::2, ::2].reshape(len(x), -1, x.shape[-1])
+  return attention(h, h, h)
 
 
 def gradient(function: Callable[[Array], Array], x: Array) -> Array:
@@ -75,7 +76,10 @@ def measure() -> dict[str, dict[str, float]]:
   xs = jax.random.normal(rng_x, (TURNS, *SHAPE))
   w = jax.random.normal(rng_w, (3, 3, SHAPE[-1], SHAPE[-1]))
   runs = {}
-  for which, register in (('by default', restore_default), ('here', cpu_convolutions.register)):
+  for which, register in (
+    ('by default', released.restore_lowering),
+    ('here', cpu_convolutions.register),
+  ):
     register()  # what is compiled from now on is lowered so
     for what, function in (
       ('3x3', convolve), ('3x3, gradient by input', by_input),
@@ -87,10 +91,12 @@ def measure() -> dict[str, dict[str, float]]:
       runs[f'{what}, in a loop', which] = partial(loop, xs, w), TURNS
   x = jax.random.normal(rng_x, (*SHAPE[:-1], FEATURES))
   for what, which, function in (
-    ('FIR upsampling', 'by default', upsample_with_zeros),
+    ('FIR upsampling', 'by default', partial(released.upsample, kernel=FIR)),
     ('FIR upsampling', 'here', partial(resample.upsample, kernel=FIR)),
     ('GroupNorm and swish', 'by default', normalize_and_activate(nn.GroupNorm(FEATURES // 4))),
     ('GroupNorm and swish', 'here', normalize_and_activate(layers.GroupNorm(FEATURES // 4))),
+    ('attention of 16x16 pixels', 'by default', partial(attend, library_attention)),
+    ('attention of 16x16 pixels', 'here', partial(attend, layers.attention)),
   ):
     runs[what, which] = partial(jax.jit(function), x), 1
     runs[f'{what}, with gradient', which] = partial(jax.jit(partial(gradient, function)), x), 1
@@ -100,12 +106,6 @@ def measure() -> dict[str, dict[str, float]]:
     results.setdefault(what, {})[which] = seconds / runs[what, which][1]
     np.testing.assert_allclose(value, timed[what, 'by default'][1], rtol=1e-3, atol=1e-2)
   return results
-
-
-def restore_default() -> None:
-  """JAX's own lowering of convolutions."""
-  rule = cpu_convolutions._conv_general_dilated_lower
-  mlir.register_lowering(conv_general_dilated_p, rule, platform='cpu')
 
 
 def table(results: dict[str, dict[str, float]]) -> str:

@@ -1,14 +1,14 @@
 """What a likelihood costs: this code, and the scheme of the released code, on a reduced NCSN++.
 
 The released scheme evaluates the network twice for each evaluation of the ODE, once for the drift
-and once inside the gradient that gives the divergence, and solves the ODE with SciPy's RK45 on the
-host, in float64. Here one evaluation and its pullback give both, and the state of the solver stays
-on the device.
+and once inside the gradient that gives the divergence, with its layers (`benchmarks/released.py`),
+and solves the ODE with SciPy's RK45 on the host, in float64. Here one evaluation and its pullback
+give both, and the state of the solver stays on the device.
 Both get the same probe, tolerance and weights and are timed in turns, so that ratios mean
 something on any machine; the first runs compile and are not timed.
 
-Two ratios matter. That of one evaluation is what the shared pass saves. That of whole solutions
-adds what surrounds the evaluations.
+Two ratios matter. That of one evaluation is what the layers and the shared pass save. That of whole
+solutions adds what surrounds the evaluations.
 
   python -m benchmarks.likelihood [--network NAME] [--batch N] [--json PATH]
 """
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import integrate
 
-from benchmarks import common
+from benchmarks import common, released
 from likelihood import bits_per_dim, draw_probes, Likelihood, VolumeChange
 from sampling import ProbabilityFlow
 from sde_lib import SDE
@@ -97,6 +97,8 @@ def measure(name: str, batch: int) -> dict[str, dict[str, float]]:
     'released': lambda: solve_released(sde, flow, probes[0], x0),
     'here': lambda: ours(rng_probe, score_fn, x0)[::2],
   }
+  with released.forms():
+    evaluate_released(flow, probes[0], x0, t)  # compiles it with these layers
   evaluations, results = common.timed(evaluate, EVALUATIONS), {}
   for name, (seconds, (logp, nfe)) in common.timed(solve, SOLUTIONS).items():
     results[name] = {
@@ -124,10 +126,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-  parser = common.parser(__doc__)
-  parser.add_argument('--network', choices=common.NETWORKS, default='reduced ncsnpp')
-  parser.add_argument('--batch', type=int, default=16, help='images (16)')
-  args = parser.parse_args()
+  args = common.network_parser(__doc__).parse_args()
   results = measure(args.network, args.batch)
   common.report(table(results), results, args.json)
 

@@ -69,10 +69,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-  parser = common.parser(__doc__)
+  parser = common.network_parser(__doc__)
   common.add_data_flags(parser)
-  parser.add_argument('--network', choices=common.NETWORKS, default='reduced ncsnpp')
-  parser.add_argument('--batch', type=int, default=16, help='images (16)')
   parser.add_argument('--steps', type=int, default=500, help='of training (500)')
   args = parser.parse_args()
   results = {}

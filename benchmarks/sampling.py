@@ -80,9 +80,7 @@ def table(results: dict[str, dict[str, float]], batch: int) -> str:
 
 
 def main() -> None:
-  parser = common.parser(__doc__)
-  parser.add_argument('--network', choices=common.NETWORKS, default='reduced ncsnpp')
-  parser.add_argument('--batch', type=int, default=16, help='images (16)')
+  parser = common.network_parser(__doc__)
   parser.add_argument('--steps', type=int, default=20, help='times of the grid (20)')
   parser.add_argument('--dtype', default='float32', help='float32 or bfloat16')
   args = parser.parse_args()

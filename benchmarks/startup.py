@@ -69,9 +69,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-  parser = common.parser(__doc__)
-  parser.add_argument('--network', choices=common.NETWORKS, default='reduced ncsnpp')
-  parser.add_argument('--batch', type=int, default=16, help='images (16)')
+  parser = common.network_parser(__doc__)
   parser.add_argument('--launched', type=float, help='of this very process: print JSON (internal)')
   args = parser.parse_args()
   if args.launched:

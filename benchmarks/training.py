@@ -6,12 +6,15 @@ the peak is that of the convolution measured on the same machine just before. Me
 for the program: arguments, results and temporaries.
 
   python -m benchmarks.training [--networks NAME ...] [--batch N] [--steps N]
-      [--changes SECTION.FIELD=VALUE ...] [--compile-only] [--json PATH]
+      [--changes SECTION.FIELD=VALUE ...] [--released] [--compile-only] [--json PATH]
 
-Every network is measured as it is, and once with each of --changes.
+Every network is measured as it is, once with each of --changes, and, with --released, as the
+released code has it: with its FIR resampling, Flax's GroupNorm, and five steps in a `lax.scan`
+of one program, whose convolutions are lowered as JAX does by itself.
 """
 
 import ast
+from contextlib import nullcontext
 from functools import partial
 import statistics
 import sys
@@ -21,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import common
+from benchmarks import common, released
 from build_lib import Setup
 import run_lib
 import train_lib
@@ -100,18 +103,24 @@ def main() -> None:
   parser.add_argument('--batch', type=int, default=16, help='images (16)')
   parser.add_argument('--steps', type=int, default=5, help='calls, after one that warms up (5)')
   parser.add_argument('--changes', nargs='+', type=change, default=[], metavar='FIELD=VALUE,...')
+  parser.add_argument('--released', action='store_true', help='also as the released code has it')
   parser.add_argument('--compile-only', action='store_true', help='take no step, and show what '
                       'memory is needed without donation too')  # fmt: skip
   args = parser.parse_args()
+  variants = [(changes, nullcontext) for changes in [{}, *args.changes]]
+  if args.released:
+    variants.append(({'training.n_jitted_steps': 5}, released.forms))
   results = []
   for name in args.networks:
-    for changes in [{}, *args.changes]:
+    for changes, forms in variants:
       fixed = {'training.batch_size': args.batch, 'training.n_jitted_steps': 1}
       setup = common.network(name, fixed | changes)
       for donate in (True, False) if args.compile_only else (True,):
-        row = measure(setup, 0 if args.compile_only else args.steps, donate)
+        with forms():
+          row = measure(setup, 0 if args.compile_only else args.steps, donate)
         what = [name, *(f'{key.partition(".")[2]}={value}' for key, value in changes.items())]
-        row['name'] = ' '.join(what + ([] if donate else ['not donated']))
+        what += ['released'] * (forms is released.forms) + ['not donated'] * (not donate)
+        row['name'] = ' '.join(what)
         results.append(row)
         print(f'{row["name"]}: compiled in {row["compile"]:.0f} s', end='', file=sys.stderr)
         print(f', a step in {row["step"]:.3g} s' if 'step' in row else '', file=sys.stderr)

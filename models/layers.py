@@ -83,6 +83,13 @@ def group_norm(x: Array, min_group_size: int = 4) -> Array:
   return GroupNorm(min(x.shape[-1] // min_group_size, 32))(x)
 
 
+def attention(q: Array, k: Array, v: Array) -> Array:
+  """softmax(q k^T / sqrt(C)) v of one head, for q, k, v [B, N, C]; the softmax is in float32."""
+  logits = jnp.einsum('bqc,bkc->bqk', q, k, preferred_element_type=jnp.float32)
+  weights = nn.softmax(logits * q.shape[-1] ** -0.5).astype(q.dtype)
+  return jnp.einsum('bqk,bkc->bqc', weights, v)
+
+
 class NIN(nn.Module):
   """Network in network: the same linear map at every pixel (a 1x1 convolution)."""
 

@@ -43,9 +43,7 @@ class AttnBlockpp(nn.Module):
     b, height, width, c = x.shape
     h = group_norm(x, self.min_group_size)
     q, k, v = (NIN(c)(h).reshape(b, height * width, c) for _ in range(3))
-    logits = jnp.einsum('bqc,bkc->bqk', q, k, preferred_element_type=jnp.float32) * c**-0.5
-    attention = nn.softmax(logits).astype(x.dtype)
-    h = jnp.einsum('bqk,bkc->bqc', attention, v).reshape(x.shape)
+    h = layers.attention(q, k, v).reshape(x.shape)
     return _add(x, NIN(c, self.init_scale)(h), self.skip_rescale)
 
 
