@@ -1,11 +1,11 @@
 """What a likelihood costs: this code, and the scheme of the released code, on a reduced NCSN++.
 
 The released scheme evaluates the network twice for each evaluation of the ODE, once for the drift
-and once inside the gradient that gives the divergence, with its layers (`benchmarks/released.py`),
-and solves the ODE with SciPy's RK45 on the host, in float64. Here one evaluation and its pullback
-give both, and the state of the solver stays on the device.
-Both get the same probe, tolerance and weights and are timed in turns, so that ratios mean
-something on any machine; the first runs compile and are not timed.
+and once inside the gradient that gives the divergence, with its layers and JAX's own flags
+(`benchmarks/released.py`), and solves the ODE with SciPy's RK45 on the host, in float64. Here one
+evaluation and its pullback give both, and the state of the solver stays on the device. Both get the
+same probe, tolerance and weights and are timed in turns, so that ratios mean something on any
+machine; the first runs compile and are not timed.
 
 Two ratios matter. That of one evaluation is what the layers and the shared pass save. That of whole
 solutions adds what surrounds the evaluations.
@@ -13,6 +13,7 @@ solutions adds what surrounds the evaluations.
   python -m benchmarks.likelihood [--network NAME] [--batch N] [--json PATH]
 """
 
+from functools import partial
 import math
 
 import jax
@@ -32,13 +33,13 @@ WEIGHTS = 0.02  # standard deviation of what is added to initial weights, whose 
 EVALUATIONS, SOLUTIONS = 11, 2  # timed; the median counts
 
 
-@jax.jit
+@partial(jax.jit, compiler_options=released.OPTIONS)
 def drift_alone(flow: ProbabilityFlow, x: Array, t: Array) -> Array:
   """The drift [B, ...]."""
   return flow(x, t)
 
 
-@jax.jit
+@partial(jax.jit, compiler_options=released.OPTIONS)
 def divergence_alone(flow: ProbabilityFlow, probe: Array, x: Array, t: Array) -> Array:
   """The estimated divergence [B], by the gradient of an inner product."""
   gradient = jax.grad(lambda x: (flow(x, t) * probe).sum())(x)

@@ -13,6 +13,12 @@ import jax.numpy as jnp
 
 from models import cpu_convolutions, layers, resample
 
+# What JAX 0.10 hands to the library YNNPACK where no flag says otherwise; `start.py` does.
+_LIBRARY = ('DOT', 'REDUCE', 'INDIVIDUAL_DOT', 'INDIVIDUAL_CONVOLUTION')
+OPTIONS = {
+  'xla_cpu_experimental_ynn_fusion_type': ','.join(f'LIBRARY_FUSION_TYPE_{x}' for x in _LIBRARY)
+}
+
 
 def _convolve(
   x: Array, kernel: Sequence[float], gain: float, up: int, stride: int, pad: tuple[int, int]

@@ -10,7 +10,7 @@ for the program: arguments, results and temporaries.
 
 Every network is measured as it is, once with each of --changes, and, with --released, as the
 released code has it: with its FIR resampling, Flax's GroupNorm, and five steps in a `lax.scan`
-of one program, whose convolutions are lowered as JAX does by itself.
+of one program, which JAX compiles by its own rules and flags.
 """
 
 import ast
@@ -43,7 +43,7 @@ def _value(text: str) -> Any:
     return text
 
 
-def measure(setup: Setup, steps: int, donate: bool = True) -> dict[str, float]:
+def measure(setup: Setup, steps: int, donate: bool, options: dict[str, str]) -> dict[str, float]:
   """Seconds, bytes and FLOP of one step; times and peaks only where some steps are to be taken."""
   training, task, rng = setup.config.training, run_lib.score_task(setup), setup.key('train')
   n, update = training.n_jitted_steps, task.update
@@ -57,7 +57,7 @@ def measure(setup: Setup, steps: int, donate: bool = True) -> dict[str, float]:
   lowered = jax.jit(update, donate_argnums=0 if donate else ()).lower(state, batch, rng)
   traced = time.perf_counter()
   with common.no_cache():
-    step = lowered.compile()
+    step = lowered.compile(options)
   compiled, memory = time.perf_counter(), step.memory_analysis()
   flop = jax.jit(task.update).lower(state, one, rng).cost_analysis()['flops']
   flop *= training.grad_accum  # of a loop XLA counts one turn
@@ -107,19 +107,20 @@ def main() -> None:
   parser.add_argument('--compile-only', action='store_true', help='take no step, and show what '
                       'memory is needed without donation too')  # fmt: skip
   args = parser.parse_args()
-  variants = [(changes, nullcontext) for changes in [{}, *args.changes]]
+  variants = [(changes, False) for changes in [{}, *args.changes]]
   if args.released:
-    variants.append(({'training.n_jitted_steps': 5}, released.forms))
+    variants.append(({'training.n_jitted_steps': 5}, True))
   results = []
   for name in args.networks:
-    for changes, forms in variants:
+    for changes, old in variants:
       fixed = {'training.batch_size': args.batch, 'training.n_jitted_steps': 1}
       setup = common.network(name, fixed | changes)
       for donate in (True, False) if args.compile_only else (True,):
-        with forms():
-          row = measure(setup, 0 if args.compile_only else args.steps, donate)
+        with released.forms() if old else nullcontext():
+          options = released.OPTIONS if old else {}
+          row = measure(setup, 0 if args.compile_only else args.steps, donate, options)
         what = [name, *(f'{key.partition(".")[2]}={value}' for key, value in changes.items())]
-        what += ['released'] * (forms is released.forms) + ['not donated'] * (not donate)
+        what += ['released'] * old + ['not donated'] * (not donate)
         row['name'] = ' '.join(what)
         results.append(row)
         print(f'{row["name"]}: compiled in {row["compile"]:.0f} s', end='', file=sys.stderr)
