@@ -281,6 +281,21 @@ def test_when_one_of_two_processes_dies_the_other_ends_and_both_go_on(tmp_path, 
   assert_same_bits(state_of(tmp_path / 'pair', 24), state_of(tmp_path / 'whole', 24))
 
 
+@pytest.mark.slow
+def test_of_64_devices_one_is_left_and_the_run_goes_on(tmp_path):
+  """A pod, simulated: an image on each device, and all of them on the one that is left."""
+  fields = UNSEEN | {'training__batch_size': 64, 'training__snapshot_samples': 64}
+  fields |= {'eval__batch_size': 64, 'eval__num_samples': 64}
+  fields |= {'training__snapshot_freq_for_preemption': 1000}
+  succeed('train', tmp_path / 'one', **fields)
+  succeed('train', tmp_path / 'pod', devices=64, training__n_iters=6, **fields)
+  said = succeed('train', tmp_path / 'pod', **fields).stderr
+  assert 'devices 1, processes 1, before devices 64, processes 1' in said, said
+  one, pod = state_of(tmp_path / 'one', 12), state_of(tmp_path / 'pod', 12)
+  for name, value in one.items():
+    np.testing.assert_allclose(value, pod[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 # Losses that are not finite.
 
 
