@@ -217,8 +217,10 @@ class Metrics:
 
   def flush(self) -> None:
     """Sees to it that what was added so far is there, whatever comes."""
-    if self._events and not self._lines:
-      write(self._path, ''.join(self._all).encode())
+    if self._events:
+      self._events.flush()
+      if not self._lines:
+        write(self._path, ''.join(self._all).encode())
 
 
 def events_writer(folder: epath.Path, purge_step: int) -> Any:

@@ -101,7 +101,7 @@ def _key(seed: int, purpose: int, step: int) -> Array:
 
 
 def build(config: ConfigDict) -> Setup:
-  """Makes the parts of a run; the only reader of the config's model, SDE, loss and sampler.
+  """Makes the parts of a run; model, SDE, loss, optimiser and sampler.
 
   Raises:
     UserError: if a value is not allowed, or values don't go together.
@@ -145,7 +145,8 @@ def build(config: ConfigDict) -> Setup:
 
 
 def _steps_per_call(config: FrozenConfigDict) -> int:
-  # Nothing is gained on a CPU, whose steps are long: compiling both programs takes twice the time.
+  # Little is gained on a CPU, whose steps are long: at most an eighth (docs/performance.md), once a
+  # second program is compiled.
   slow = jax.default_backend() == 'cpu' and config.model.name != 'mlp'
   return 1 if slow else config.training.n_jitted_steps
 
@@ -195,14 +196,8 @@ def _check(config: FrozenConfigDict) -> None:
     value = field(config, name)
     if value is not None and value not in allowed:
       raise unknown(f'config.{name}', value, allowed)
-  for name in ('training.snapshot_samples', 'eval.batch_size'):
-    check_shared(config, name)
+  check_shared(config, 'eval.batch_size')
   devices = jax.device_count()
-  if config.training.batch_size % (config.training.grad_accum * devices):
-    raise UserError(
-      f'config.training.batch_size = {config.training.batch_size} must be a multiple of the number '
-      f'of devices, {devices}, times config.training.grad_accum = {config.training.grad_accum}'
-    )
   if config.eval.num_samples < config.eval.batch_size and config.eval.num_samples % devices:
     raise UserError(
       f'config.eval.num_samples = {config.eval.num_samples}, where less than a batch, must be a '
@@ -267,12 +262,17 @@ def _check_ebm(config: FrozenConfigDict) -> None:
     )
 
 
-def check_shared(config: FrozenConfigDict, name: str) -> None:
-  """Raises UserError unless the devices can share a batch of the size that a field holds."""
-  if field(config, name) % jax.device_count():
+def check_shared(config: FrozenConfigDict, name: str, parts: str = '') -> None:
+  """Raises UserError unless the devices can share a batch of the size that a field holds.
+
+  `parts` is the field, if any, that says in how many parts they take it.
+  """
+  n = field(config, parts) if parts else 1
+  if field(config, name) % (n * jax.device_count()):
+    times = f', times config.{parts} = {n}' if parts else ''
     raise UserError(
       f'config.{name} = {field(config, name)} must be a multiple of the number of devices, '
-      f'{jax.device_count()}'
+      f'{jax.device_count()}{times}'
     )
 
 

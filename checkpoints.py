@@ -9,6 +9,7 @@ a checksum.
 from collections.abc import Iterator
 import contextlib
 import gc
+import itertools
 import logging
 import sys
 from typing import Any
@@ -22,8 +23,15 @@ import orbax.checkpoint as ocp
 from artifacts import is_remote
 from errors import Failure, UserError
 from losses import TrainState
+import processes
 
 logger = logging.getLogger('score_sde')
+
+# What says that a checkpoint is out of reach, not that it is damaged: of Python, of TensorStore.
+_UNREADABLE = (PermissionError, ConnectionError, TimeoutError)
+_UNREADABLE_STATUS = (
+  'PERMISSION_DENIED', 'UNAUTHENTICATED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'RESOURCE_EXHAUSTED',
+)  # fmt: skip
 
 
 def checksum(state: Any) -> np.ndarray:
@@ -64,15 +72,28 @@ class Checkpoints:
       Failure: if it, or the one before it, cannot be written.
     """
     manager, step = (self._kept if keep else self._meta), int(state.step)
-    folder = manager.directory / str(step)
-    if folder in self._damaged:  # it is made again, and what is left of it stays for inspection
-      folder.rename(folder.with_name(f'{step}.damaged'))
-      manager.reload()
+    if self._damaged:
+      self._set_aside()
     if step in manager.all_steps():
       return
     item = {'state': state, 'checksum': checksum(state)}
     with _told(manager):
-      manager.save(step, args=ocp.args.StandardSave(item))
+      begun = manager.save(step, args=ocp.args.StandardSave(item))
+    if not begun:  # Orbax goes forward only
+      raise Failure(
+        f'checkpoint {step} cannot be written to {manager.directory}, where there is one of step '
+        f'{manager.latest_step()}; move that away and repeat the command'
+      )
+
+  def _set_aside(self) -> None:
+    """Renames damaged checkpoints: they are made again, and what is left stays for inspection."""
+    if jax.process_index() == 0:
+      for folder in self._damaged:
+        folder.rename(_free_name(folder))
+    processes.wait_for_all('damaged checkpoints')
+    self._damaged.clear()
+    for manager in (self._kept, self._meta):
+      manager.reload()
 
   def wait(self) -> None:
     """Returns once all that was saved is on disk.
@@ -94,6 +115,7 @@ class Checkpoints:
 
     Raises:
       UserError: if it is damaged or does not fit.
+      Failure: if it cannot be read at present.
     """
     return _restore(self._kept, step, like)
 
@@ -102,14 +124,18 @@ class Checkpoints:
 
     Raises:
       UserError: if there are checkpoints and not one can be restored.
+      Failure: if one cannot be read at present.
     """
     newest = [(step, m) for m in (self._kept, self._meta) for step in m.all_steps()]
     for step, manager in sorted(newest, key=lambda entry: entry[0], reverse=True):
+      state = None
       try:
-        return _restore(manager, step, like)
+        state = _restore(manager, step, like)
       except UserError as error:
         logger.warning('%s; trying the one before it', error)
-        self._damaged.append(manager.directory / str(step))
+      if processes.all_of(state is not None):
+        return state
+      self._damaged.append(manager.directory / str(step))
     if newest:
       raise UserError(
         f'none of the {len(newest)} checkpoints in {self._kept.directory.parent} can be restored; '
@@ -122,6 +148,11 @@ def exist(workdir: epath.PathLike) -> bool:
   """Whether a workdir holds a checkpoint of either kind."""
   folders = (epath.Path(workdir) / name for name in ('checkpoints', 'checkpoints-meta'))
   return any(path.name.isdigit() for f in folders if f.exists() for path in f.iterdir())
+
+
+def _free_name(folder: epath.Path) -> epath.Path:
+  names = (f'{folder.name}.damaged{f"-{i}" if i > 1 else ""}' for i in itertools.count(1))
+  return next(path for path in map(folder.with_name, names) if not path.exists())
 
 
 def _manager(directory: epath.Path, max_to_keep: int | None) -> ocp.CheckpointManager:
@@ -143,8 +174,14 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> Tra
   with _without_noise():
     try:
       item = manager.restore(step, args=ocp.args.StandardRestore(jax.tree.map(struct, whole)))
+    except jax.errors.JaxRuntimeError:  # memory is short, or another process is lost
+      raise
     except Exception as error:  # Orbax and TensorStore raise many kinds
       reason = str(error).strip().partition('\n')[0][:120]
+      if isinstance(error, _UNREADABLE) or reason.startswith(_UNREADABLE_STATUS):
+        raise Failure(
+          f'checkpoint {where} cannot be read ({reason}); see to that and repeat the command'
+        ) from error
       raise UserError(f'checkpoint {where} is damaged or does not fit: {reason}') from None
   if int(item['checksum']) != int(checksum(item['state'])):
     raise UserError(f'checkpoint {where} is damaged: its checksum does not match')

@@ -8,7 +8,8 @@
 Images stay uint8 here; flips, dequantisation and scaling happen on the device.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 import dataclasses
 import functools
 import io
@@ -29,6 +30,7 @@ from prepare_tfds import parse_example, prepared_builder, tfrecord_spans
 logger = logging.getLogger('score_sde')
 
 Batch = dict[str, np.ndarray]
+Batches = Generator[Batch, None, None]
 
 
 class Source(Protocol):
@@ -45,6 +47,7 @@ class Source(Protocol):
 
 
 _MEMORY_LIMIT = 4 * 2**30  # bytes; a larger set is decoded anew each time
+_AHEAD_LIMIT = 2**30  # bytes of batches that are prepared ahead, but at least two
 _DIGITS = Path(__file__).parent / 'assets' / 'digits.npz'
 
 
@@ -315,7 +318,7 @@ def train_batches(
   start: int = 0,
   process_index: int = 0,
   process_count: int = 1,
-) -> Iterator[Batch]:
+) -> Batches:
   """Endless batches from number `start` on, each epoch in a new random order.
 
   The epochs follow each other in one stream of images; global batch k is its elements
@@ -334,7 +337,7 @@ def train_batches(
     source has labels, prefetched by threads; it has a `close()`.
 
   Raises:
-    UserError: a bad size or seed; from the iterator, an image that can't be read.
+    UserError: a bad size or seed; also from the iterator, an image that can't be read.
   """
   rows = _rows(batch_size, process_index, process_count)
   if seed < 0 or start < 0:
@@ -347,12 +350,12 @@ def train_batches(
       indices[epoch == e] = _order(seed, int(e), len(source))[within[epoch == e]]
     return source.batch(indices)
 
-  return _prefetch(batch, start, sys.maxsize // batch_size)
+  return _prefetch(batch, start, sys.maxsize // batch_size, _nbytes(source, rows))
 
 
 def eval_batches(
   source: Source, batch_size: int, *, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
+) -> Batches:
   """Every image once, in order; the last batch is filled up with the last image, masked out.
 
   The arguments and errors are those of `train_batches`. All processes get as many batches.
@@ -366,7 +369,7 @@ def eval_batches(
     indices = k * batch_size + rows
     return source.batch(np.minimum(indices, len(source) - 1)) | {'mask': indices < len(source)}
 
-  return _prefetch(batch, 0, -(-len(source) // batch_size))
+  return _prefetch(batch, 0, -(-len(source) // batch_size), _nbytes(source, rows))
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
@@ -380,10 +383,18 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray
   return np.arange(process_index * own, (process_index + 1) * own)
 
 
-def _prefetch(batch: Callable[[int], Any], start: int, stop: int) -> Iterator[Any]:
+def _nbytes(source: Source, rows: np.ndarray) -> int:
+  """The size of a batch of so many rows."""
+  return len(rows) * source.batch(np.zeros(1, np.int64))['data'].nbytes
+
+
+def _prefetch(batch: Callable[[int], Any], start: int, stop: int, nbytes: int) -> Batches:
   """batch(start), ..., batch(stop - 1), computed ahead by threads: decoding releases the GIL."""
   import grain
 
   threads = min(16, os.cpu_count() or 1)
-  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-  return iter(grain.MapDataset.range(start, stop).map(batch).to_iter_dataset(options))
+  ahead = max(2, min(2 * threads, _AHEAD_LIMIT // nbytes))
+  options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
+  numbers = grain.MapDataset.range(start, stop)
+  with closing(iter(numbers.map(batch).to_iter_dataset(options))) as batches:
+    yield from batches

@@ -57,7 +57,17 @@ def draw(
 
 
 def to_stored(setup: Setup, x: np.ndarray) -> np.ndarray:
-  """Data as a dataset has them: images as uint8 of the same shape, points as they are."""
+  """Data as a dataset has them: images as uint8 of the same shape, points as they are.
+
+  Raises:
+    FloatingPointError: if some are not finite.
+  """
+  if not np.isfinite(x).all():
+    broken = (~np.isfinite(x.reshape(len(x), -1)).all(1)).sum()
+    raise FloatingPointError(
+      f'{broken} of {len(x)} samples are not finite; try another sampler, more steps '
+      '(config.sampling.num_steps), or a checkpoint of earlier'
+    )
   if setup.config.data.dim:
     return x
   x = (x + 1) / 2 if setup.config.data.centered else x

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable
 import difflib
+import errno
+
+_NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 class UserError(Exception):
@@ -10,6 +13,14 @@ class UserError(Exception):
 
 class Failure(Exception):
   """What stops a run that was right: a full disk, a lost process. `main.py` prints it likewise."""
+
+
+def cannot_write(path: object, error: OSError, do: str) -> UserError | Failure:
+  """The error for a path that cannot be written: the user's, told what to do, or the machine's."""
+  reason = f'cannot write to {path} ({error.strerror or error})'
+  if error.errno in _NOT_OURS:
+    return UserError(f'{reason}; {do}')
+  return Failure(f'{reason}; see to that, for example make room, and repeat the command')
 
 
 def unknown(what: str, name: str, allowed: Iterable[str]) -> UserError:

@@ -69,13 +69,14 @@ def steps(config: FrozenConfigDict, checkpoints: Checkpoints) -> Iterator[int]:
     return
   there = f'checkpoints {begin} to {end} (steps {begin * unit} to {end * unit})'
   others = checkpoints.steps()
-  if not others or others[-1] > end * unit:
+  newest = processes.from_first(others[-1] if others else -1)
+  if not 0 <= newest <= end * unit:
     raise UserError(
       f'no {there}; there are those of steps {others}: set config.eval.begin_ckpt and end_ckpt, '
       f'which count in units of config.training.snapshot_freq = {unit}'
     )
-  logger.warning('no %s yet; evaluating the newest, of step %d', there, others[-1])
-  yield others[-1]
+  logger.warning('no %s yet; evaluating the newest, of step %d', there, newest)
+  yield newest
 
 
 def compile_loss_sums(setup: Setup) -> LossSums:
@@ -102,6 +103,7 @@ def compile_loss_sums(setup: Setup) -> LossSums:
 def evaluate_loss(
   setup: Setup, loss_sums: LossSums, held_out: datasets.Source, params: Any
 ) -> Report:
+  """The means of `loss_sums` over the held-out data, of which each counts once."""
   sums, began = [], time.monotonic()
   size, n = setup.config.eval.batch_size, len(held_out)
   with Bar('loss', n, unit='examples') as bar:
@@ -218,7 +220,7 @@ def evaluate_samples(
       if network and extract:
         path = folder / f'features_{network.name}_{i}.npz'
         make = partial(_features_round, extract, samples)
-        arrays = rounds.kept_or_made(path, 'features', n, make)
+        arrays = rounds.kept_or_made(path, 'features', n, make, network.version)
         features.append(arrays['features'])
         feature_seconds += float(arrays['seconds'])
       bar.update(begin + n)

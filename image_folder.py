@@ -63,6 +63,7 @@ def image_files(root: Path) -> list[Path]:
       folders.clear()
     else:
       visited.add(real)
+      folders[:] = [name for name in folders if not name.startswith('.')]
       shown = (n for n in names if n.lower().endswith(_SUFFIXES) and not n.startswith('.'))
       files += [Path(folder, name) for name in shown]
   return sorted(files, key=lambda file: file.as_posix())

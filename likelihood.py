@@ -14,13 +14,15 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
+from errors import unknown
 import ode
 from ode import Observer
 from sampler_lib import as_pytree
 from sampling import ProbabilityFlow
 from sde_lib import expand, ScoreFn, SDE
 
-PROBES = ('rademacher', 'gaussian', 'exact')
+_DRAW = {'rademacher': jax.random.rademacher, 'gaussian': jax.random.normal}
+PROBES = (*_DRAW, 'exact')
 LEVELS = 256  # of a pixel
 
 
@@ -43,6 +45,9 @@ class Likelihood:
     rtol, atol: relative and absolute tolerance of the solver.
     probe: one of `PROBES`.
     n_probes: how many probes are averaged; not read for the exact trace.
+
+  Raises:
+    UserError: for a probe that there is not.
   """
 
   sde: SDE
@@ -50,6 +55,10 @@ class Likelihood:
   atol: float = 1e-5
   probe: str = 'rademacher'
   n_probes: int = 1
+
+  def __post_init__(self) -> None:
+    if self.probe not in PROBES:
+      raise unknown('probe', self.probe, PROBES)
 
   def __call__(
     self, rng: Array, score_fn: ScoreFn, x0: Array, observe: Observer | None = None
@@ -104,9 +113,8 @@ def draw_probes(rng: Array, x: Array, probe: str, n: int) -> Array:
     dim = math.prod(x.shape[1:])
     axes = math.sqrt(dim) * jnp.eye(dim, dtype=x.dtype).reshape(dim, 1, *x.shape[1:])
     return jnp.broadcast_to(axes, (dim, *x.shape))
-  draw = {'rademacher': jax.random.rademacher, 'gaussian': jax.random.normal}[probe]
   rngs = rng if rng.ndim else jax.random.split(rng, len(x))
-  return jax.vmap(lambda rng: draw(rng, (n, *x.shape[1:]), x.dtype), out_axes=1)(rngs)
+  return jax.vmap(lambda rng: _DRAW[probe](rng, (n, *x.shape[1:]), x.dtype), out_axes=1)(rngs)
 
 
 def bits_per_dim(logp: Array, dim: int, centered: bool) -> Array:

@@ -78,7 +78,10 @@ def parse(argv: Sequence[str]) -> tuple[str, str]:
   if not Path(path).is_file():
     here = sorted(str(p) for p in Path('configs').glob('*/*.py'))
     raise UserError(f'--config {path!r} is not a file; configs here: {", ".join(here) or "none"}')
-  get_config = runpy.run_path(path).get('get_config')
+  try:
+    get_config = runpy.run_path(path).get('get_config')
+  except Exception as error:  # whatever Python says of it
+    raise UserError(f'{path} is not a config file: {type(error).__name__}: {error}') from error
   if get_config is None:
     raise UserError(f'{path} is not a config file: it has no function get_config')
   if variant and not inspect.signature(get_config).parameters:

@@ -12,6 +12,8 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
+from errors import UserError
+
 BLOCK = 1000  # rows whose distances are computed at a time
 
 
@@ -37,9 +39,18 @@ class NoiseScales:
 
 
 def recommend(x: np.ndarray, sigma_min: float = 0.01, n_steps: int = 5) -> NoiseScales:
-  """The noise levels for data x [n, ...], and the step for `n_steps` Langevin steps at each."""
+  """The noise levels for data x [n, ...], and the step for `n_steps` Langevin steps at each.
+
+  Raises:
+    UserError: if no two of the data are further apart than sigma_min.
+  """
   dim = math.prod(x.shape[1:])
   sigma_max = largest_distance(x)
+  if sigma_max <= sigma_min:
+    raise UserError(
+      f'the largest distance between two of {len(x)} examples is {sigma_max:.4g}, not above '
+      f'config.model.sigma_min = {sigma_min:g}; noise levels take data that differ'
+    )
   n = num_scales(sigma_max, sigma_min, geometric_ratio(dim))
   ratio = (sigma_max / sigma_min) ** (1 / (n - 1))
   epsilon = step_size(sigma_min, ratio, n_steps)

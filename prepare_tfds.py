@@ -25,7 +25,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from errors import unknown, UserError
+from errors import cannot_write, unknown, UserError
 
 logger = logging.getLogger('score_sde')
 
@@ -212,7 +212,7 @@ def _prepare(builder: Any, path: str) -> None:
     Prepared(data_dir=builder.data_dir_root).download_and_prepare(file_format='array_record')
   except OSError as error:
     if not _is_prepared(builder):  # else another process was faster
-      raise UserError(f'cannot write {builder.data_dir}: {_one_line(error)}') from error
+      raise cannot_write(builder.data_dir, error, 'set config.data.tfds_dir') from error
 
 
 def _download(name: str, urls: Sequence[str], data_dir: Path) -> dict[str, Path]:

@@ -24,6 +24,19 @@ def from_first(value: Any) -> Any:
   return type(value)(multihost_utils.broadcast_one_to_all(np.int64(value)))
 
 
+def all_of(value: bool) -> bool:
+  """Whether something is true on every process."""
+  if jax.process_count() == 1:
+    return value
+  return bool(multihost_utils.process_allgather(np.int64(value)).all())
+
+
+def wait_for_all(where: str) -> None:
+  """Returns once every process has come to the place that is named so."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(where)
+
+
 def shard(rows: np.ndarray, sharding: Sharding) -> Array:
   """The rows of a batch, the same on every process, as a batch on the devices."""
   return jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)

@@ -11,6 +11,7 @@ from functools import partial
 import hashlib
 import json
 import logging
+import os
 from typing import Any
 import zlib
 
@@ -21,7 +22,7 @@ import numpy as np
 import artifacts
 from build_lib import Setup
 import datasets
-from errors import UserError
+from errors import cannot_write, UserError
 from evaluation import Moments
 from feature_networks import FeatureNetwork
 import processes
@@ -62,7 +63,10 @@ def path_of(setup: Setup) -> epath.Path:
   data, choice = setup.config.data, setup.config.eval
   if choice.stats_path:
     return epath.Path(choice.stats_path).expanduser()
-  folder = epath.Path(data.path).name if data.dataset.lower() == 'folder' else ''
+  folder = ''
+  if data.dataset.lower() == 'folder':  # others may have the same name
+    place = epath.Path(data.path).expanduser()
+    folder = f'{place.name}-{zlib.crc32(os.path.abspath(place).encode()):08x}'
   parts = [data.dataset.replace('/', '-').lower(), data.category, folder]
   name = '-'.join(part for part in parts if part)
   split = '' if choice.stats_split == 'train' else f'_{choice.stats_split}'
@@ -75,15 +79,14 @@ def make(setup: Setup, network: FeatureNetwork, source: datasets.Source) -> epat
   It goes on from where it was stopped. An existing file is replaced.
 
   Raises:
-    UserError: if an image cannot be read, or the file not be written.
+    UserError: if an image cannot be read, or the file may not be written.
+    Failure: if there is no room for it.
   """
   path = path_of(setup)
   try:
     _make(setup, network, source, path)
   except OSError as error:
-    raise UserError(
-      f'cannot write {path} ({error.strerror}); set config.eval.stats_path to another'
-    ) from None
+    raise cannot_write(path, error, 'set config.eval.stats_path to another') from error
   return path
 
 
@@ -94,15 +97,13 @@ def _make(setup: Setup, network: FeatureNetwork, source: datasets.Source, path: 
   folder = path.parent / f'.{path.stem}-{mark:08x}'  # not of other data, network or rounds
   mesh = setup.batch.mesh
   assert isinstance(mesh, jax.sharding.Mesh)  # not one without devices
-  extract, total, kept, parts = network.compile(mesh), None, [], []
+  extract, total, kept = network.compile(mesh), None, []
   chosen = np.linspace(0, n - 1, min(n, KEPT)).round().astype(int)
   with Bar('features', n, unit='images') as bar:
     for i, batch in enumerate(datasets.eval_batches(source, size, **processes.share())):
       begin, end = i * size, min((i + 1) * size, n)
-      parts.append(folder / f'{i}.npz')
-      features = rounds.kept_or_made(
-        parts[-1], 'features', end - begin, partial(_features, extract, batch, end - begin)
-      )['features']
+      make = partial(_features, extract, batch, end - begin)
+      features = rounds.kept_or_made(folder / f'{i}.npz', 'features', end - begin, make)['features']
       total = Moments.of(features) if total is None else total + Moments.of(features)
       kept.append(features[chosen[(chosen >= begin) & (chosen < end)] - begin])
       bar.update(end)
@@ -111,11 +112,9 @@ def _make(setup: Setup, network: FeatureNetwork, source: datasets.Source, path: 
   artifacts.write_npz(
     path, mean=total.mean, cov=total.cov, features=np.concatenate(kept), provenance=text
   )
+  processes.wait_for_all('features')
   if jax.process_index() == 0:
-    for part in parts:
-      part.unlink()
-    if not artifacts.is_remote(folder):  # an object store has no folders
-      folder.rmdir()
+    folder.rmtree()
 
 
 def _features(extract: Any, batch: datasets.Batch, n: int) -> rounds.Arrays:

@@ -13,8 +13,12 @@ import processes
 Arrays = dict[str, np.ndarray]
 
 
-def kept_or_made(path: epath.Path, name: str, n: int, make: Callable[[], Arrays]) -> Arrays:
+def kept_or_made(
+  path: epath.Path, name: str, n: int, make: Callable[[], Arrays], version: str = ''
+) -> Arrays:
   """The arrays of a round: those of its file, if `name` has n rows there, else made and written.
+
+  What a file of another `version` holds is made again.
 
   Returns:
     The arrays, and 'seconds', float [], that it took to make them.
@@ -24,11 +28,11 @@ def kept_or_made(path: epath.Path, name: str, n: int, make: Callable[[], Arrays]
   """
   if processes.from_first(path.exists()):
     kept = _read(path)
-    if len(kept.get(name, ())) == n:
+    if len(kept.get(name, ())) == n and str(kept['version']) == version:
       return kept
   began = time.monotonic()
   made = make()
-  made['seconds'] = np.array(time.monotonic() - began)
+  made |= {'seconds': np.array(time.monotonic() - began), 'version': np.array(version)}
   artifacts.write_npz(path, **made)
   return made
 
@@ -36,6 +40,6 @@ def kept_or_made(path: epath.Path, name: str, n: int, make: Callable[[], Arrays]
 def _read(path: epath.Path) -> Arrays:
   try:
     with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
-      return {'seconds': np.array(0.0), **arrays}
+      return {'seconds': np.array(0.0), 'version': np.array(''), **arrays}
   except Exception as error:  # zipfile, zlib and NumPy raise many kinds
     raise UserError(f'{path} is damaged ({error}); move it away, and it is made again') from None

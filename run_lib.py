@@ -26,7 +26,7 @@ from configs.base import saved
 import datasets
 from draw_lib import classes_in_turn, draw
 import ebm
-from errors import UserError
+from errors import cannot_write, UserError
 import eval_lib
 import feature_networks
 from feature_networks import FeatureNetwork
@@ -65,7 +65,9 @@ def train(config: ConfigDict, workdir: str) -> None:
     UserError: for a mistake in the config, the data or the workdir, or a loss that is not finite.
     SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written; the code is 128 + signal.
   """
-  setup, root = build(config), epath.Path(workdir)
+  setup, root = build(config), epath.Path(workdir).expanduser()
+  check_shared(setup.config, 'training.snapshot_samples')
+  check_shared(setup.config, 'training.batch_size', 'training.grad_accum')
   source, held_out = (_load(setup, split) for split in ('train', 'test'))
   at_snapshot = partial(_at_snapshot, setup, root)
   with _opened(root, setup, FIXED_IN_RUN if checkpoints_lib.exist(root) else ()):
@@ -84,7 +86,7 @@ def train_classifier(config: ConfigDict, workdir: str) -> Report:
     UserError: for a mistake in the config, the data or the workdir, or a loss that is not finite.
     SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written; the code is 128 + signal.
   """
-  setup, root = build(config), epath.Path(workdir)
+  setup, root = build(config), epath.Path(workdir).expanduser()
   if setup.config.data.dim:
     raise UserError(f'a classifier is for images, and config.data.dim = {setup.config.data.dim}')
   check_shared(setup.config, 'classifier.batch_size')
@@ -117,7 +119,7 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   Raises:
     UserError: for a mistake in the config, the data or the workdir.
   """
-  setup, root = build(config), epath.Path(workdir)
+  setup, root = build(config), epath.Path(workdir).expanduser()
   wanted, out = setup.config.eval, root / eval_folder
   if not checkpoints_lib.exist(root) and not wanted.wait:
     raise UserError(f'{root} holds no checkpoints to evaluate; train first (--mode train)')
@@ -165,7 +167,7 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
   Raises:
     UserError: for a mistake in the config, the workdir or the user's images.
   """
-  setup, root = build(config), epath.Path(workdir)
+  setup, root = build(config), epath.Path(workdir).expanduser()
   step, params = _newest(setup, root)
   log_prob = None
   if setup.config.sampling.labels and not setup.model.num_classes:
@@ -209,7 +211,7 @@ def load(workdir: str) -> tuple[Setup, Params]:
   Raises:
     UserError: if the workdir holds no checkpoint.
   """
-  root = epath.Path(workdir)
+  root = epath.Path(workdir).expanduser()
   path = root / 'config.json'
   if not path.exists():
     raise UserError(f'{path} does not exist; name the workdir of a run')
@@ -237,7 +239,7 @@ def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
   Raises:
     UserError: for a mistake in the config, a file that does not fit it, or a workdir in use.
   """
-  setup, root = build(config), epath.Path(workdir)
+  setup, root = build(config), epath.Path(workdir).expanduser()
   if checkpoints_lib.exist(root):
     raise UserError(f'{root} holds checkpoints already; choose another --workdir')
   like = _like(setup)  # says so if the config does not make a network
@@ -289,7 +291,7 @@ def _opened(folder: epath.Path, setup: Setup, fixed: tuple[str, ...]) -> Iterato
       stack.enter_context(artifacts.claimed(folder))
       artifacts.write_json(folder / 'config.json', setup.config.to_dict())
     except OSError as error:
-      raise UserError(f'cannot write to {folder} ({error.strerror}); choose another') from None
+      raise cannot_write(folder, error, 'choose another') from error
     yield
 
 
@@ -368,6 +370,9 @@ def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop
       labels = classes_in_turn(setup, 0, n)
       images, _ = draw(setup, state.ema_params, rng, n, progress, labels)
     except InterruptedError:
+      return
+    except FloatingPointError as error:  # training can do without
+      logger.warning('step %d: no picture: %s', step, error)
       return
   artifacts.write_samples(path, images)
   logger.info('step %d: samples are in %s', step, path)

@@ -15,11 +15,12 @@ from errors import UserError
 # what samples depend on beside it, which must not change within an eval folder.
 FIXED_IN_RUN = (
   'model', 'training.sde', 'training.continuous', 'training.objective', 'training.single_scale',
-  'data.image_size', 'data.num_channels', 'data.centered', 'data.dim',
+  'data.image_size', 'data.num_channels', 'data.centered', 'data.dim', 'ebm.buffer_size',
 )  # fmt: skip
 FIXED_IN_EVAL = (
-  *FIXED_IN_RUN, 'training.reduce_mean', 'training.likelihood_weighting', 'training.eps',
-  'data.dataset', 'data.uniform_dequantization', 'sampling', 'eval.batch_size', 'seed',
+  *FIXED_IN_RUN, 'model.dtype', 'training.reduce_mean', 'training.likelihood_weighting',
+  'training.eps', 'data.dataset', 'data.category', 'data.path', 'data.uniform_dequantization',
+  'sampling', 'eval.batch_size', 'seed',
 )  # fmt: skip
 # How images are perturbed; what a classifier of such images depends on.
 FIXED_NOISE = (
@@ -30,7 +31,8 @@ FIXED_IN_CLASSIFIER = (
   *FIXED_NOISE, 'classifier.num_classes', 'classifier.blocks_per_group',
   'classifier.channel_multiplier',
 )  # fmt: skip
-_FREE = ('model.dropout', 'model.ema_rate', 'model.ema_warmup', 'model.dtype')
+# Of a fixed section, unless they are named themselves.
+_FREE = ('model.dropout', 'model.ema_rate', 'model.ema_warmup', 'model.dtype', 'model.remat')
 
 
 def check_unchanged(path: epath.Path, config: FrozenConfigDict, fixed: tuple[str, ...]) -> None:
@@ -50,8 +52,7 @@ def check_unchanged(path: epath.Path, config: FrozenConfigDict, fixed: tuple[str
     f'config.{name}: {old.get(name)!r} there, {new.get(name)!r} now'
     for name in sorted(old.keys() | new.keys())
     if old.get(name) != new.get(name)
-    and name not in _FREE
-    and any(name == f or name.startswith(f + '.') for f in fixed)
+    and (name in fixed or (name not in _FREE and any(name.startswith(f'{f}.') for f in fixed)))
   ]
   if changes:
     raise UserError(

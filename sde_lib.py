@@ -339,7 +339,7 @@ class VPSDE(_LinearBeta):
     Sampling from T to eps asks the network of DDPM between two steps; x has then the noise of
     the earlier one, to which the released code's truncation leads too.
     """
-    return self._clip(jnp.floor(t / self.T * (self.N - 1) + 1e-3))  # 1e-3: for rounding errors
+    return self._clip(jnp.floor(t / self.T * (self.N - 1) + 1e-6 * self.N))  # of rounding errors
 
   def chain_marginal(self, i: Array) -> tuple[Array, Array]:
     log_alpha2 = jnp.cumsum(jnp.log1p(-self.discrete_betas))[i]

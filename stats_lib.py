@@ -1,5 +1,6 @@
 """The noise levels that the training data of a config ask for."""
 
+from contextlib import closing
 import logging
 import math
 
@@ -26,8 +27,8 @@ def noise_scales(setup: Setup, source: datasets.Source) -> NoiseScales:
   """
   size = setup.config.eval.batch_size
   n = min(len(source), EXAMPLES, NUMBERS // math.prod(setup.data_shape))
-  batches = datasets.train_batches(source, min(size, n), seed=setup.config.seed)
-  parts = [next(batches)['data'] for _ in range(math.ceil(n / min(size, n)))]
+  with closing(datasets.train_batches(source, min(size, n), seed=setup.config.seed)) as batches:
+    parts = [next(batches)['data'] for _ in range(math.ceil(n / min(size, n)))]
   data, rng = np.concatenate(parts)[:n], jax.random.key(0)  # of nothing: there are no flips
   x = losses.preprocess(rng, jnp.asarray(data), setup.model.centered, False, False)
   n_steps = setup.config.sampling.n_steps_each

@@ -1,6 +1,7 @@
 """The training loop, of score models and of classifiers: resume, step, evaluate, save, stop."""
 
 from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 from functools import partial
 import logging
@@ -121,7 +122,7 @@ def like(setup: Setup, task: Task) -> TrainState:
     state = jax.eval_shape(task.init, setup.key(task.purposes[0]))
   except (TypeError, ValueError) as error:
     reason = str(error).strip().partition('\n')[0]
-    raise UserError(f'config.{task.section} does not make a network: {reason}') from None
+    raise UserError(f'config.{task.section} does not make a network: {reason}') from error
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setup.replicated), state
   )
@@ -146,25 +147,27 @@ def updates(
 ) -> Iterator[tuple[TrainState, int, Metrics]]:
   """Trains to the end; yields state, step and metrics after every call of the device."""
   step, n, rng = int(state.step), setup.steps_per_call, setup.key(task.purposes[1])
-  batches = datasets.train_batches(
-    source, task.batch_size, seed=setup.config.seed, start=step, **processes.share()
-  )
   choices: dict[str, Any] = {'out_shardings': (setup.replicated,) * 2, 'donate_argnums': 0}
   skip = setup.config.training.skip_nonfinite
   update = partial(losses.finite_step, task.update) if skip else task.update
   one_step = jax.jit(update, **choices)
   many_steps = jax.jit(partial(several_steps, update), **choices)
   stacked = NamedSharding(setup.batch.mesh, PartitionSpec(None, *setup.batch.spec))
-  while step < task.n_iters:
-    if n > 1 and steps_to_event(step, task.n_iters, setup.config.training) >= n:
-      many = jax.tree.map(lambda *rows: np.stack(rows), *(next(batches) for _ in range(n)))
-      many = jax.tree.map(partial(jax.make_array_from_process_local_data, stacked), many)
-      state, measured = many_steps(state, many, rng)
-      step += n
-    else:
-      state, measured = one_step(state, setup.put(next(batches)), rng)
-      step += 1
-    yield state, step, measured
+  with contextlib.closing(
+    datasets.train_batches(
+      source, task.batch_size, seed=setup.config.seed, start=step, **processes.share()
+    )
+  ) as batches:
+    while step < task.n_iters:
+      if n > 1 and steps_to_event(step, task.n_iters, setup.config.training) >= n:
+        many = jax.tree.map(lambda *rows: np.stack(rows), *(next(batches) for _ in range(n)))
+        many = jax.tree.map(partial(jax.make_array_from_process_local_data, stacked), many)
+        state, measured = many_steps(state, many, rng)
+        step += n
+      else:
+        state, measured = one_step(state, setup.put(next(batches)), rng)
+        step += 1
+      yield state, step, measured
 
 
 def several_steps(
@@ -190,8 +193,7 @@ def _held_out_batches(
 ) -> Iterator[tuple[Batch, Array]]:
   """Batches of held-out images on the devices, without end, each with a key."""
   seed = setup.config.seed
-  batches = datasets.train_batches(
-    held_out, task.batch_size, seed=seed, start=start, **processes.share()
-  )
-  for i, batch in enumerate(batches, start):
-    yield setup.put(batch), setup.key(task.purposes[2], i)
+  choices = {'seed': seed, 'start': start, **processes.share()}
+  with contextlib.closing(datasets.train_batches(held_out, task.batch_size, **choices)) as batches:
+    for i, batch in enumerate(batches, start):
+      yield setup.put(batch), setup.key(task.purposes[2], i)
