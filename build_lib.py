@@ -64,7 +64,6 @@ class Setup:
     sampler: draws samples.
     batch: sharding of a batch [B, ...].
     replicated: sharding of the training state.
-    steps_per_call: training steps in one call of the compiled program.
   """
 
   config: FrozenConfigDict
@@ -78,7 +77,6 @@ class Setup:
   sampler: Sampler
   batch: NamedSharding
   replicated: NamedSharding
-  steps_per_call: int
 
   @property
   def data_shape(self) -> tuple[int, ...]:
@@ -140,15 +138,7 @@ def build(config: ConfigDict) -> Setup:
     sampler=sampler,
     batch=NamedSharding(mesh, PartitionSpec('data')),
     replicated=NamedSharding(mesh, PartitionSpec()),
-    steps_per_call=_steps_per_call(config),
   )
-
-
-def _steps_per_call(config: FrozenConfigDict) -> int:
-  # Little is gained on a CPU, whose steps are long: at most an eighth (docs/performance.md), once a
-  # second program is compiled.
-  slow = jax.default_backend() == 'cpu' and config.model.name != 'mlp'
-  return 1 if slow else config.training.n_jitted_steps
 
 
 _SDES: dict[str, Callable[[Any, float], SDE]] = {

@@ -70,7 +70,7 @@ def steps(config: FrozenConfigDict, checkpoints: Checkpoints) -> Iterator[int]:
   there = f'checkpoints {begin} to {end} (steps {begin * unit} to {end * unit})'
   others = checkpoints.steps()
   newest = processes.from_first(others[-1] if others else -1)
-  if not 0 <= newest <= end * unit:
+  if not 0 <= newest < (end + 1) * unit:  # the last step may be one after a multiple
     raise UserError(
       f'no {there}; there are those of steps {others}: set config.eval.begin_ckpt and end_ckpt, '
       f'which count in units of config.training.snapshot_freq = {unit}'

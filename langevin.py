@@ -63,7 +63,10 @@ class LangevinSampler:
     if constraint is not None and self.adjusted:
       raise UserError('the sampler mala takes no constraint; choose another config.sampling.method')
     if self.adjusted and not hasattr(score_fn, 'log_density'):
-      raise ValueError('mala needs a score that has a log_density')
+      raise UserError(
+        'the sampler mala needs a log-density, which energies have (config.model.output), without '
+        'guidance; choose another config.sampling.method'
+      )
     score_fn, constraint = sampler_lib.as_pytree(score_fn), sampler_lib.as_pytree(constraint)
     rng_prior, rng_steps = jax.random.split(rng)
     x = sampler_lib.draw_prior(self.sde, rng_prior, shape, sharding)

@@ -348,17 +348,18 @@ def apply_gradients(
       `jax.value_and_grad` with `has_aux` makes it.
     tx: the optimiser.
     ema_rate: what the moving average keeps of itself.
-    ema_warmup: let that grow with the number n of steps taken, as (1 + n) / (10 + n), up to
+    ema_warmup: let that grow with the number n of this step, from 1, as (1 + n) / (10 + n), up to
       `ema_rate`.
   """
   (loss, measured), grads = differentiate(state.params)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  rate = jnp.minimum(ema_rate, (1 + state.step) / (10 + state.step)) if ema_warmup else ema_rate
+  n = state.step + 1
+  rate = jnp.minimum(ema_rate, (1 + n) / (10 + n)) if ema_warmup else ema_rate
   ema_params = optax.incremental_update(params, state.ema_params, 1 - rate)
   metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads), **measured}
   state = dataclasses.replace(
-    state, step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
+    state, step=n, params=params, ema_params=ema_params, opt_state=opt_state
   )
   return state, metrics
 

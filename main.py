@@ -7,15 +7,14 @@
   train_classifier  a classifier of noisy images, for sampling by class
   import            a checkpoint of the released code becomes a workdir
 
-  python main.py --config configs/ve/cifar10.py --mode train
-  python main.py --config configs/ve/cifar10.py:ncsnpp_deep_continuous --mode train
-  python main.py --config configs/ve/cifar10.py --mode eval --config.eval.enable_sampling
-  python main.py --config configs/vp/digits.py --mode train --config.training.n_iters=2000
-  python main.py --config configs/vp/digits.py --mode train_classifier
-  python main.py --config configs/ve/cifar10.py --mode import --checkpoint checkpoint_26
+  python main.py --config configs/vp/digits.py --mode train --config.training.n_iters=4000
   python main.py --config configs/vp/digits.py --mode sample --config.sampling.num_samples=64
+  python main.py --config configs/vp/digits.py --mode train_classifier
   python main.py --config configs/toy/two_moons.py:cd --mode train
-  python main.py --config configs/ve/cifar10.py:ncsnv2 --mode stats
+  python main.py --config configs/ve/cifar10.py:ncsnpp_deep_continuous --mode train
+  python main.py --config configs/ve/cifar10.py --mode stats
+  python main.py --config configs/ve/cifar10.py --mode eval --config.eval.enable_sampling
+  python main.py --config configs/ve/cifar10.py --mode import --checkpoint checkpoint_8
 
 Any field of a config can be set as --config.section.field=value. The index.html of a workdir shows
 what is in it. Ends with 0 when done, 1 if the machine failed (a full disk, a lost process), 2 for
@@ -42,13 +41,13 @@ import start
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, [:variant] of it.')
 _MODES = ['train', 'train_classifier', 'eval', 'sample', 'stats', 'import']
 _MODE = flags.DEFINE_enum('mode', None, _MODES, 'What to do.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; runs/<config>[-<variant>].')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder; by default runs/<config>[-<variant>].')
 _EVAL_FOLDER = flags.DEFINE_string('eval_folder', 'eval', 'Folder of an evaluation in workdir.')
 _SAMPLE_FOLDER = flags.DEFINE_string('sample_folder', 'sample', 'Folder of samples in workdir.')
-_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Join the processes of a pod or SLURM job;')
-_COORDINATOR = flags.DEFINE_string('coordinator', None, 'elsewhere: host:port of process 0,')
-_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'how many processes there are,')
-_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'and the number of this one, from 0.')
+_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'One of the processes of a pod or job.')
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0; pods know it.')
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many there are; likewise.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this one, from 0; likewise.')
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Released checkpoint to import.')
 _FLAGS = (
   _CONFIG, _MODE, _WORKDIR, _EVAL_FOLDER, _SAMPLE_FOLDER, _CHECKPOINT,

@@ -45,7 +45,7 @@ def write(root: epath.Path) -> None:
     _section('Training', _curves(lines)),
     _section('Samples of the snapshots', _pictures(root)),
     *(_evaluation(root, folder) for folder in _folders(root, 'report_*.json')),
-    _section('Classifier of noisy images', _table([_json(root / 'classifier' / 'report.json')])),
+    _section('Classifier of noisy images', _classifier(_json(root / 'classifier' / 'report.json'))),
     *(_drawn(root, folder) for folder in _folders(root, 'step_*/samples.npz')),
     _section('Config', _config(config)),
   ]
@@ -134,7 +134,8 @@ def _pictures(root: epath.Path) -> str:
 
 def _evaluation(root: epath.Path, folder: epath.Path) -> str:
   """The reports of an evaluation, and samples of its last step."""
-  found = [_json(path) for path in sorted(folder.glob('report_*.json'), key=_number)]
+  read = (_json(path) for path in sorted(folder.glob('report_*.json'), key=_number))
+  found = [report for report in read if report]
   body = _table([{'step': r.get('step'), **reports.scalars(r)} for r in found])
   if chosen := reports.best(found):
     body += f'<p>Best by {chosen[1]}: the checkpoint of step {chosen[0]:,}.</p>'
@@ -143,6 +144,14 @@ def _evaluation(root: epath.Path, folder: epath.Path) -> str:
     f'Evaluation: {folder.name}/',
     body + _row(_figure(root, path, f'step {_number(path.parent):,}') for path in grids[-3:]),
   )
+
+
+def _classifier(report: dict[str, Any]) -> str:
+  """Its report: in all, and by level of noise."""
+  levels = (
+    {**level, 't': '{:.3g} to {:.3g}'.format(*level['t'])} for level in report.get('levels', [])
+  )
+  return _table([reports.scalars(report)]) + _table(list(levels))
 
 
 def _drawn(root: epath.Path, folder: epath.Path) -> str:

@@ -32,7 +32,9 @@ def kept_or_made(
       return kept
   began = time.monotonic()
   made = make()
-  made |= {'seconds': np.array(time.monotonic() - began), 'version': np.array(version)}
+  made['seconds'] = np.array(time.monotonic() - began)
+  if version:
+    made['version'] = np.array(version)
   artifacts.write_npz(path, **made)
   return made
 

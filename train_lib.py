@@ -146,7 +146,8 @@ def updates(
   setup: Setup, task: Task, source: datasets.Source, state: TrainState
 ) -> Iterator[tuple[TrainState, int, Metrics]]:
   """Trains to the end; yields state, step and metrics after every call of the device."""
-  step, n, rng = int(state.step), setup.steps_per_call, setup.key(task.purposes[1])
+  step, rng = int(state.step), setup.key(task.purposes[1])
+  n = setup.config.training.n_jitted_steps
   choices: dict[str, Any] = {'out_shardings': (setup.replicated,) * 2, 'donate_argnums': 0}
   skip = setup.config.training.skip_nonfinite
   update = partial(losses.finite_step, task.update) if skip else task.update

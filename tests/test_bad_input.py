@@ -111,6 +111,8 @@ WRONG_FLAGS = [
   ['--config='],
   ['--config=/dev/null'],
   ['--config=configs'],
+  ['--config=README.md'],
+  ['--config=CITATION.cff'],
   ['--config=configs/vp/digits.py:'],
   ['--config=configs/ve/cifar10.py:NCSNPP'],
 ]

@@ -1,5 +1,6 @@
 """Images come out whole, in the right geometry and order; a mistake costs one line."""
 
+import contextlib
 import gzip
 import io
 import itertools
@@ -17,8 +18,9 @@ import pytest
 
 import datasets
 from datasets import eval_batches, ImageSource, load, train_batches
-from errors import UserError
+from errors import Failure, UserError
 import geometry
+import image_folder
 import prepare_tfds
 
 
@@ -198,6 +200,33 @@ def test_a_folder_image_is_cropped_centrally(tmp_path, shape):
   top, left = (shape[0] - 10) // 2, (shape[1] - 10) // 2
   got = folder(tmp_path, 10)[0]
   np.testing.assert_array_equal(got, image[top : top + 10, left : left + 10])
+
+
+def test_hidden_folders_and_files_are_no_images(tmp_path):
+  image = noise(4, 4, 3)
+  for name in ('a.png', '.b.png', '.ipynb_checkpoints/c.png', 'd/.e/f.png', 'd/g.png'):
+    (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+    save(image, tmp_path / name)
+  assert [file.name for file in image_folder.image_files(tmp_path)] == ['a.png', 'g.png']
+
+
+def test_large_batches_are_prepared_two_ahead():
+  calls = []
+
+  class Large:
+    num_classes = 0
+
+    def __len__(self):
+      return 1000
+
+    def batch(self, indices):
+      calls.append(len(indices))
+      return {'data': np.broadcast_to(np.uint8(0), (len(indices), 2**29))}  # without their bytes
+
+  with contextlib.closing(datasets.train_batches(Large(), 8, seed=0)) as batches:
+    next(batches)
+    time.sleep(0.2)
+  assert calls[0] == 1 and 2 <= len(calls) - 1 <= 4
 
 
 def test_colours(tmp_path):
@@ -476,7 +505,7 @@ def test_a_preparation_that_breaks_off_leaves_nothing(tmp_path, small, monkeypat
       raise OSError(28, 'No space left on device')
 
     patch.setattr(prepare_tfds.Image, 'fromarray', fail)
-    with pytest.raises(UserError, match=r'cannot write .* No space left'):
+    with pytest.raises(Failure, match=r'cannot write .*No space left'):
       load('CIFAR10', 'train', path=archive, **options)
   assert not list((tmp_path / 'tfds').rglob('*array_record*'))
   assert len(load('CIFAR10', 'train', path=archive, **options)) == 10

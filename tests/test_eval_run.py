@@ -1,5 +1,6 @@
 """Whole evaluations: statistics, reports, kills, several processes."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -7,16 +8,20 @@ import signal
 import subprocess
 import time
 
+from etils import epath
 import jax
+from ml_collections import FrozenConfigDict
 import numpy as np
 from PIL import Image
 import pytest
 from whole_runs import assert_same_bits, command, refusal, state_of, succeed, two_processes, UNSEEN
 
+import artifacts
 from build_lib import build
 from checkpoints import Checkpoints
 from configs.vp.digits import get_config
 import datasets
+import draw_lib
 from errors import UserError
 import eval_lib
 import evaluation
@@ -24,7 +29,9 @@ from evaluation import Moments
 import feature_networks
 import reference
 import reports
+import rounds
 import run_lib
+from same_config import check_unchanged, FIXED_IN_EVAL, FIXED_IN_RUN
 
 
 @pytest.fixture(scope='module')
@@ -253,6 +260,71 @@ def test_statistics_that_are_stopped_go_on_and_end_the_same(stats, tmp_path):
   np.testing.assert_array_equal(once['features'], again['features'])
   told = json.loads(str(again['provenance']))
   assert told['count'] == 1500 and told['split'] == 'train' and told['versions']
+
+
+def test_statistics_of_two_folders_of_one_name_are_two_files(tmp_path):
+  paths = [
+    reference.path_of(
+      setup_with('', data__dataset='folder', data__path=str(tmp_path / where / 'images'))
+    )
+    for where in ('cats', 'dogs', 'dogs/../dogs')
+  ]
+  assert paths[0] != paths[1] == paths[2] and paths[0].name.startswith('folder-images-')
+
+
+def test_what_is_left_of_a_write_does_not_stop_statistics(stats, tmp_path):
+  """A process that is killed while it writes leaves a file of another name."""
+  setup, pixels = setup_with(tmp_path / 'again.npz'), feature_networks.load('pixels')
+  source = datasets.load('digits', 'train', image_size=8, num_channels=1)
+  write = reference.artifacts.write_npz
+
+  def leave_more(path, **arrays):
+    write(path, **arrays)
+    for folder in tmp_path.glob('.again*'):
+      (folder / '.0.npz.tmp').touch()
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(reference.artifacts, 'write_npz', leave_more)
+    reference.make(setup, pixels, source)
+  assert [path.name for path in tmp_path.iterdir()] == ['again.npz']
+
+
+def test_rounds_of_another_version_are_made_again(tmp_path):
+  def make(value):
+    return lambda: {'features': np.full(3, value)}
+
+  path = epath.Path(tmp_path / 'features_0.npz')
+  for version, value, found in (('1', 1, 1), ('1', 2, 1), ('2', 3, 3), ('2', 4, 3)):
+    arrays = rounds.kept_or_made(path, 'features', 3, make(value), version)
+    np.testing.assert_array_equal(arrays['features'], found)
+
+
+@pytest.mark.parametrize(
+  ('name', 'value', 'in_run', 'in_eval'),
+  [
+    ('model.remat', True, False, False),
+    ('model.dtype', 'bfloat16', False, True),
+    ('data.path', 'elsewhere', False, True),
+    ('ebm.buffer_size', 7, True, True),
+    ('optim.grad_clip', 3.0, False, False),
+  ],
+)
+def test_what_may_change_in_a_run_and_in_an_evaluation(tmp_path, name, value, in_run, in_eval):
+  config = get_config()
+  path = epath.Path(tmp_path / 'config.json')
+  artifacts.write_json(path, config.to_dict())
+  config.update_from_flattened_dict({name: value})
+  for fixed, refused in ((FIXED_IN_RUN, in_run), (FIXED_IN_EVAL, in_eval)):
+    with pytest.raises(UserError, match=name) if refused else contextlib.nullcontext():
+      check_unchanged(path, FrozenConfigDict(config), fixed)
+
+
+def test_samples_that_are_not_finite_are_told(stats):
+  setup = setup_with(stats)
+  x = np.zeros((4, 8, 8, 1), np.float32)
+  x[1, 2, 3] = np.nan
+  with pytest.raises(FloatingPointError, match='1 of 4 samples are not finite'):
+    draw_lib.to_stored(setup, x)
 
 
 def test_the_released_statistics_are_read(tmp_path):

@@ -272,8 +272,11 @@ def test_when_one_of_two_processes_dies_the_other_ends_and_both_go_on(tmp_path, 
   began = time.monotonic()
   said = pair[1 - which].communicate(timeout=PATIENCE)[1]
   print(f'the other ended after {time.monotonic() - began:.0f} s')
-  assert pair[1 - which].returncode == 1, said
-  assert 'Traceback' not in said and 'error: ' in said, said
+  assert 'Traceback' not in said, said
+  if pair[1 - which].returncode == -signal.SIGABRT:  # JAX's own service was faster, in C++
+    assert 'another task died' in said, said
+  else:
+    assert pair[1 - which].returncode == 1 and 'error: ' in said, said
   pair = two_processes('train', tmp_path / 'pair', **fields)
   said = [process.communicate(timeout=PATIENCE)[1] for process in pair]
   assert [process.returncode for process in pair] == [0, 0] and 'resuming' in said[0], said

@@ -84,7 +84,7 @@ def test_samples_are_watched_and_can_be_held():
 
 def test_what_the_metropolis_test_cannot_do_is_said():
   sampler = LangevinSampler(SDE, 0.1, 3, adjusted=True)
-  with pytest.raises(ValueError, match='log_density'):
+  with pytest.raises(UserError, match='log-density'):
     sampler(KEY, lambda x, t: -x, (2, 2))
   with pytest.raises(UserError, match='takes no constraint'):
     sampler(KEY, DATA.score_fn(SDE), (2, 2), constraint=lambda rng, update, t: update)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from errors import UserError
 from noise_scales import (
   BLOCK,
   geometric_ratio,
@@ -69,6 +70,11 @@ def test_the_step_size_is_the_best():
   best = step_size(0.02, 1.05, 5)
   away = [abs(variance_ratio(f * best, 0.02, 1.05, 5) - 1) for f in (0.9, 1.0, 1.1)]
   assert away[1] < away[0] and away[1] < away[2]
+
+
+def test_data_that_do_not_differ_are_told():
+  with pytest.raises(UserError, match=r'distance between two of 3 examples is 0, not above'):
+    recommend(np.ones((3, 4)))
 
 
 def test_a_recommendation_holds_together():

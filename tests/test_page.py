@@ -38,6 +38,8 @@ def workdir(tmp_path) -> epath.Path:
   artifacts.write_samples(root / 'eval' / 'step_40' / 'samples.png', red)
   artifacts.write_json(root / 'eval' / 'report_40.json', {'step': 40, 'fid': 12.5, 'nfe': 7})
   (root / 'eval' / 'report_41.json').write_text('{"step"')
+  levels = [{'t': [0.0, 0.5], 'loss': 1.0, 'accuracy': 0.75}]
+  artifacts.write_json(root / 'classifier' / 'report.json', {'images': 9, 'levels': levels})
   artifacts.write_npz(root / 'sample' / 'step_40' / 'samples.npz', samples=red)
   artifacts.write_samples(root / 'sample' / 'step_40' / 'samples.png', red)
   page.write(root)
@@ -71,7 +73,8 @@ class Parsed(HTMLParser):
 def test_the_page_shows_what_is_there(workdir):
   found = Parsed((workdir / 'index.html').read_text())
   assert 'a <b> & c' in found.text and 'At step 40' in found.text
-  assert 'fid' in found.text and '12.5' in found.text
+  assert 'fid' in found.text and '12.5' in found.text and 'Best by fid' in found.text
+  assert '0 to 0.5' in found.text and '0.75' in found.text  # of the classifier
   assert found.curves == 3  # loss with eval_loss, and grad_norm
   assert len(set(found.files)) == 4 and all((workdir / f).exists() for f in found.files)
   assert 'config.training.n_iters' in found.text

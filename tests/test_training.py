@@ -1,8 +1,10 @@
 """The objective, the training step and what surrounds it, on small problems with known answers."""
 
 import dataclasses
+from types import SimpleNamespace
 
 from analytic import gaussian
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,9 +94,8 @@ def test_preprocessing():
 
 
 def test_steps_in_one_call_are_single_steps():
-  """A scan over three training steps, as accelerators run it, and the steps one by one."""
-  one = tiny_setup()
-  three = dataclasses.replace(one, steps_per_call=3)
+  """A scan over three training steps, and the steps one by one."""
+  one, three = (tiny_setup(training__n_jitted_steps=n) for n in (1, 3))
   source = datasets.load('digits', 'train', image_size=8, num_channels=1)
   task = run_lib.score_task(one)
   init = jax.jit(lambda: task.init(one.key('init')))
@@ -158,9 +159,21 @@ def test_what_saves_memory_takes_the_same_step(fields):
   jax.tree.map(lambda m, n: np.testing.assert_allclose(m, n, rtol=1e-3, atol=1e-6), *moments)
 
 
+def test_a_picture_that_cannot_be_drawn_does_not_stop_training(tmp_path, monkeypatch, caplog):
+  def fail(*_):
+    raise FloatingPointError('the solver came to t = 0.3 only')
+
+  monkeypatch.setattr(run_lib, 'draw', fail)
+  setup, root = tiny_setup(training__snapshot_samples=4), epath.Path(tmp_path)
+  state = SimpleNamespace(step=6, ema_params=None)
+  run_lib._at_snapshot(setup, root, state, SimpleNamespace(signal=0))
+  assert 'no picture: the solver came to t = 0.3' in caplog.text
+  assert (root / 'index.html').exists() and not list(root.glob('samples/*'))
+
+
 def test_parts_of_a_batch_that_cannot_be_are_told():
   with pytest.raises(UserError, match=r'batch_size = 4 must be .* devices, 1, times .* = 3'):
-    tiny_setup(training__grad_accum=3)
+    run_lib.train(tiny_setup(training__grad_accum=3).config, 'unused')
 
 
 @pytest.mark.parametrize(('how', 'expected'), [('truncate', 127), ('round', 128)])
@@ -184,10 +197,10 @@ def test_a_network_that_cannot_be_is_told():
 
 
 def test_moving_average_warms_up():
-  """Its rate is (1 + n) / (10 + n) after n steps, or ema_rate where that is less."""
+  """Its rate is (1 + n) / (10 + n) at step n = 1, 2, ..., or ema_rate where that is less."""
   setup = build_lib.build(two_moons.get_config('ve'))  # any network will do
   state = jax.jit(lambda: run_lib.score_task(setup).init(setup.key('init')))()
-  state = state.replace(step=jnp.int32(8))
+  state = state.replace(step=jnp.int32(7))
   x0 = jnp.zeros((4, 2))
   new, _ = jax.jit(
     lambda state: losses.optimize(
