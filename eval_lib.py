@@ -199,7 +199,11 @@ def evaluate_samples(
   network: FeatureNetwork | None = None,
   reference: Reference | None = None,
 ) -> Report:
-  """Draws samples and compares their features with those of the reference, in rounds of a batch."""
+  """Draws samples and compares their features with those of the reference, in rounds of a batch.
+
+  Raises:
+    FloatingPointError: if samples are not finite, or a solver does not come to its end.
+  """
   wanted, first, features = setup.config.eval, None, []
   # The last round is as large as the others, so that samples do not depend on their number.
   size = min(wanted.batch_size, wanted.num_samples)

@@ -215,7 +215,7 @@ def load(workdir: str) -> tuple[Setup, Params]:
   path = root / 'config.json'
   if not path.exists():
     raise UserError(f'{path} does not exist; name the workdir of a run')
-  setup = build(saved(artifacts.read_json(path)))
+  setup = build(saved(artifacts.read_json(path), path))
   return setup, _newest(setup, root)[1]
 
 

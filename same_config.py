@@ -44,9 +44,8 @@ def check_unchanged(path: epath.Path, config: FrozenConfigDict, fixed: tuple[str
   if not path.exists():
     return
   # Through JSON, so that tuples are lists on both sides.
-  old, new = (
-    json.loads(json.dumps(side.to_dict())) for side in (saved(artifacts.read_json(path)), config)
-  )
+  before = saved(artifacts.read_json(path), path)
+  old, new = (json.loads(json.dumps(side.to_dict())) for side in (before, config))
   old, new = dict(flatten(old)), dict(flatten(new))
   changes = [
     f'config.{name}: {old.get(name)!r} there, {new.get(name)!r} now'

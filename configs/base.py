@@ -190,8 +190,8 @@ def _default() -> ConfigDict:
   return config
 
 
-def saved(values: dict[str, Any]) -> ConfigDict:
-  """A config that was saved, perhaps before it had all fields: what is new has its default.
+def saved(values: dict[str, Any], path: object) -> ConfigDict:
+  """A config that was saved at `path`, perhaps before it had all fields: those have their defaults.
 
   Raises:
     UserError: if it was changed to what is no config.
@@ -204,7 +204,7 @@ def saved(values: dict[str, Any]) -> ConfigDict:
     config.update(values)
   except (TypeError, ValueError, LookupError, AttributeError, StopIteration) as error:
     reason = ' '.join(str(error).split()) or 'model.name is not that of a network'
-    raise UserError(f'a config.json that was saved does not fit: {reason}') from None
+    raise UserError(f'{path} does not fit: {reason}') from None
   return config
 
 
