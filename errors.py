@@ -4,7 +4,11 @@ from collections.abc import Iterable
 import difflib
 import errno
 
-_NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+# Of a path that is not, or may not be, one to write to: another would do.
+_OF_THE_PATH = (
+  errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+  errno.ENOENT, errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 class UserError(Exception):
@@ -18,7 +22,7 @@ class Failure(Exception):
 def cannot_write(path: object, error: OSError, do: str) -> UserError | Failure:
   """The error for a path that cannot be written: the user's, told what to do, or the machine's."""
   reason = f'cannot write to {path} ({error.strerror or error})'
-  if error.errno in _NOT_OURS:
+  if error.errno in _OF_THE_PATH:
     return UserError(f'{reason}; {do}')
   return Failure(f'{reason}; see to that, for example make room, and repeat the command')
 
