@@ -378,6 +378,7 @@ def test_checkpoints_are_waited_for_only_if_asked(monkeypatch):
     45,
   ]
   assert chosen(Some(10), monkeypatch, **span) == [10]  # the newest stands for those to come
+  assert chosen(Some(45), monkeypatch, **span) == [45]  # released ones end a little after
   late = Some(50)
   late._seen = 1
   with pytest.raises(UserError, match=r'no checkpoints 2 to 4 \(steps 20 to 40\)'):
