@@ -55,7 +55,8 @@ def measure(setup: Setup, source: datasets.ImageSource, steps: int) -> dict[str,
     results[which] = sum(times) / len(times)  # threads deliver in bursts
   state = jax.jit(task.init, compiler_options=common.QUICK)(setup.key('init'))
   images = setup.put(source.batch(np.arange(size)))
-  update = jax.jit(task.update, out_shardings=setup.replicated)
+  choices = {'out_shardings': setup.replicated, 'compiler_options': train_lib.compiler_options()}
+  update = jax.jit(task.update, **choices)
   updates = train_lib.updates(setup, task, source, jax.tree.map(jnp.copy, state))
   held, trained = [], []
   for _ in range(steps + 2):  # in turns, as speed varies from minute to minute

@@ -117,7 +117,7 @@ def main() -> None:
       setup = common.network(name, fixed | changes)
       for donate in (True, False) if args.compile_only else (True,):
         with released.forms() if old else nullcontext():
-          options = released.OPTIONS if old else {}
+          options = released.OPTIONS if old else train_lib.compiler_options()
           row = measure(setup, 0 if args.compile_only else args.steps, donate, options)
         what = [name, *(f'{key.partition(".")[2]}={value}' for key, value in changes.items())]
         what += ['released'] * old + ['not donated'] * (not donate)

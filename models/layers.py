@@ -78,9 +78,17 @@ class GroupNorm(nn.Module):
     return (h * slope[:, None, None] + shift[:, None, None]).astype(x.dtype)
 
 
+def stored(x: Array) -> Array:
+  """x, computed once; XLA:CPU would fuse it into all that uses it, and so compute it for each.
+
+  So are its gradients. It takes `train_lib.compiler_options`, and has no effect without.
+  """
+  return jax.lax.optimization_barrier(x) if jax.default_backend() == 'cpu' else x
+
+
 def group_norm(x: Array, min_group_size: int = 4) -> Array:
   """GroupNorm with 32 groups, fewer where a group would have under `min_group_size` channels."""
-  return GroupNorm(min(x.shape[-1] // min_group_size, 32))(x)
+  return GroupNorm(min(x.shape[-1] // min_group_size, 32))(stored(x))
 
 
 def attention(q: Array, k: Array, v: Array) -> Array:

@@ -28,7 +28,8 @@ LABEL_STD = 0.2  # of the vectors of labels before training; about that of what 
 def _add(x: Array, h: Array, skip_rescale: bool) -> Array:
   """A residual sum, kept at unit variance if `skip_rescale`; rounded to the dtype of x once."""
   total = x.astype(jnp.float32) + h.astype(jnp.float32)
-  return (total / np.sqrt(2.0, dtype=np.float32) if skip_rescale else total).astype(x.dtype)
+  total = total / np.sqrt(2.0, dtype=np.float32) if skip_rescale else total
+  return layers.stored(total.astype(x.dtype))
 
 
 class AttnBlockpp(nn.Module):
