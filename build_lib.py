@@ -99,7 +99,7 @@ def _key(seed: int, purpose: int, step: int) -> Array:
 
 
 def build(config: ConfigDict) -> Setup:
-  """Makes the parts of a run; model, SDE, loss, optimiser and sampler.
+  """Makes the parts of a run: model, SDE, loss, optimiser and sampler.
 
   Raises:
     UserError: if a value is not allowed, or values don't go together.

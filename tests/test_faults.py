@@ -20,6 +20,7 @@ import pytest
 from whole_runs import (
   assert_same_bits,
   command,
+  losses_in,
   refusal,
   run,
   state_of,
@@ -68,12 +69,6 @@ def stop_at_random(
   # Before Python is up, SIGTERM kills it; then it is noticed, and what is new is saved.
   assert process.returncode in (0, -sent, 128 + sent), said
   return process.returncode == 0
-
-
-def losses_in(workdir: Path) -> dict[int, float]:
-  """What metrics.jsonl says of the training loss, by step."""
-  lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
-  return {line['step']: line['loss'] for line in lines if 'loss' in line}
 
 
 def test_training_stopped_at_random_moments_loses_nothing(undisturbed, tmp_path, request):

@@ -19,6 +19,7 @@ import pytest
 from whole_runs import (
   assert_same_bits,
   command,
+  losses_in,
   refusal,
   refused,
   run,
@@ -64,12 +65,7 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(whole, tmp_path):
   assert 'resuming' in succeed('train', tmp_path).stderr
   assert_same_bits(state_of(tmp_path, 12), state_of(whole, 12))
   assert_same_bits(state_of(tmp_path, 6), state_of(whole, 6))
-
-  def training_losses(workdir):
-    lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
-    return {line['step']: line['loss'] for line in lines if 'loss' in line}
-
-  assert training_losses(tmp_path) == training_losses(whole)
+  assert losses_in(tmp_path) == losses_in(whole)
 
 
 def test_a_signal_saves_and_leaves(whole, tmp_path):

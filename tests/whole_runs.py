@@ -1,6 +1,7 @@
 """Runs of main.py in processes of their own, with a tiny network, for the tests of whole runs."""
 
 from collections.abc import Callable
+import json
 import os
 from pathlib import Path
 import socket
@@ -105,6 +106,12 @@ def state_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
   )
   leaves = jax.tree_util.tree_leaves_with_path(checkpointer.restore(path, like)['state'])
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def losses_in(workdir: Path) -> dict[int, float]:
+  """What metrics.jsonl says of the training loss, by step."""
+  lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+  return {line['step']: line['loss'] for line in lines if 'loss' in line}
 
 
 def assert_same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
