@@ -22,7 +22,7 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/test_faults.py -m "slow or not slow" --kills 50 -rP
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/run_lib/test_faults.py -m "slow or not slow" --kills 50 -rP
 
 tutorial: .venv/installed-dev
 	$(BIN)/python -m tutorial

@@ -22,7 +22,7 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
-from sampler_lib import Update
+from samplers.base import Update
 from sde_lib import expand, ScoreFn, SDE
 
 # A linear map of data [B, ...] to measurements of the same shape; a pytree of its arrays.

@@ -14,10 +14,10 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from errors import unknown
-import ode
-from ode import Observer
-from sampler_lib import as_pytree
+from runtime.errors import unknown
+from samplers import ode
+from samplers.base import as_pytree
+from samplers.ode import Observer
 from sampling import ProbabilityFlow
 from sde_lib import expand, ScoreFn, SDE
 

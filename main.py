@@ -35,8 +35,8 @@ from absl import flags
 from ml_collections import config_flags, ConfigDict
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from errors import Failure, unknown, UserError
-import start
+from runtime import start
+from runtime.errors import Failure, unknown, UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, [:variant] of it.')
 _MODES = ['train', 'train_classifier', 'eval', 'sample', 'stats', 'import']

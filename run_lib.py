@@ -17,43 +17,44 @@ import jax
 from jax import Array
 from ml_collections import ConfigDict
 
-import artifacts
-from build_lib import build, check_shared, Setup
-import checkpoints as checkpoints_lib
-from checkpoints import Checkpoints
-import classifier_lib
+from builders.setup import build, check_shared, Setup
 from configs.base import saved
-import datasets
-from draw_lib import classes_in_turn, draw
-import ebm
-from errors import cannot_write, UserError
-import eval_lib
-import feature_networks
-from feature_networks import FeatureNetwork
+from data import points, sources
+from data.noise_scales import NoiseScales
+from evaluation import features, reference
+from evaluation.draw import classes_in_turn, draw
+from evaluation.evaluate import (
+  compile_loss_sums,
+  evaluate_bpd,
+  evaluate_loss,
+  evaluate_samples,
+  has_bpd,
+  has_samples,
+  step_folder,
+  steps,
+)
+from evaluation.features import FeatureNetwork
+from evaluation.sample import draw_samples
+from evaluation.stats import noise_scales
 import losses
 from losses import Batch, Metrics, TrainState
 from models.score import Params
-from noise_scales import NoiseScales
-import page
-import processes
-from progress import Bar, Stop
-import reference
-import released_checkpoints
-import reports
-from reports import Report
-from same_config import (
+from runtime import processes
+from runtime.errors import cannot_write, UserError
+from training import checkpoints as checkpoints_lib
+from training import classifier, contrastive_divergence, loop, released_checkpoints
+from training.checkpoints import Checkpoints
+from training.loop import Task
+from workdir import artifacts, page, reports, versions
+from workdir.progress import Bar, Stop
+from workdir.reports import Report
+from workdir.same_config import (
   check_unchanged,
   FIXED_IN_CLASSIFIER,
   FIXED_IN_EVAL,
   FIXED_IN_RUN,
   FIXED_NOISE,
 )
-import sample_lib
-import stats_lib
-import toy_data
-import train_lib
-from train_lib import Task
-import versions
 
 logger = logging.getLogger('score_sde')
 
@@ -72,7 +73,7 @@ def train(config: ConfigDict, workdir: str) -> None:
   at_snapshot = partial(_at_snapshot, setup, root)
   with _opened(root, setup, FIXED_IN_RUN if checkpoints_lib.exist(root) else ()):
     _note_machine(root)
-    train_lib.train(setup, score_task(setup), root, source, held_out, at_snapshot)
+    loop.train(setup, score_task(setup), root, source, held_out, at_snapshot)
     page.write(root)  # now that the last checkpoint is there
 
 
@@ -92,11 +93,11 @@ def train_classifier(config: ConfigDict, workdir: str) -> Report:
   check_shared(setup.config, 'classifier.batch_size')
   source, held_out = (_load(setup, split, 'classifier') for split in ('train', 'test'))
   check_unchanged(root / 'config.json', setup.config, FIXED_NOISE)
-  folder = classifier_lib.folder(root)
+  folder = classifier.folder(root)
   with _opened(folder, setup, FIXED_IN_CLASSIFIER if checkpoints_lib.exist(folder) else ()):
-    state = train_lib.train(setup, classifier_lib.task(setup), folder, source, held_out)
+    state = loop.train(setup, classifier.task(setup), folder, source, held_out)
     report = {'step': int(state.step)}
-    report |= classifier_lib.evaluate(setup, state.ema_params, held_out)
+    report |= classifier.evaluate(setup, state.ema_params, held_out)
     artifacts.write_json(folder / 'report.json', report)
     page.write(root)
   logger.info('accuracy %.4f; report in %s', report['accuracy'], folder / 'report.json')
@@ -127,20 +128,20 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   network = _feature_network(setup) if wanted.enable_sampling else None
   compared_with = reference.load(setup, network) if network else None
   held_out = _load(setup, 'test') if wanted.enable_loss else None
-  loss_sums = eval_lib.compile_loss_sums(setup)
+  loss_sums = compile_loss_sums(setup)
   all_reports = []
   with _opened(out, setup, FIXED_IN_EVAL), Checkpoints(root) as checkpoints:
-    for step in eval_lib.steps(setup.config, checkpoints):
+    for step in steps(setup.config, checkpoints):
       params = checkpoints.restore(step, _like(setup)).ema_params
-      folder, report = eval_lib.step_folder(out, step), reports.read(out, step)
+      folder, report = step_folder(out, step), reports.read(out, step)
       if held_out is not None and 'loss' not in report:
-        report |= eval_lib.evaluate_loss(setup, loss_sums, held_out, params)
+        report |= evaluate_loss(setup, loss_sums, held_out, params)
         reports.write(out, report)
-      if wanted.enable_bpd and not eval_lib.has_bpd(setup, report):
-        report |= eval_lib.evaluate_bpd(setup, _load(setup, wanted.bpd_dataset), params, folder)
+      if wanted.enable_bpd and not has_bpd(setup, report):
+        report |= evaluate_bpd(setup, _load(setup, wanted.bpd_dataset), params, folder)
         reports.write(out, report)
-      if wanted.enable_sampling and not eval_lib.has_samples(setup, report, network, compared_with):
-        report |= eval_lib.evaluate_samples(setup, params, step, folder, network, compared_with)
+      if wanted.enable_sampling and not has_samples(setup, report, network, compared_with):
+        report |= evaluate_samples(setup, params, step, folder, network, compared_with)
         reports.write(out, report)
       all_reports.append(report)
       reports.publish(out, all_reports)
@@ -159,7 +160,7 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
 def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> Report:
   """Draws samples from the newest checkpoint, in `<sample_folder>/step_<step>/`.
 
-  See `sample_lib.sample`; a model that knows no classes takes them from the workdir's classifier.
+  See `evaluation.sample`; a model that knows no classes takes them from the workdir's classifier.
 
   Returns:
     How many samples there are, and the number of score evaluations that each took.
@@ -171,11 +172,11 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
   step, params = _newest(setup, root)
   log_prob = None
   if setup.config.sampling.labels and not setup.model.num_classes:
-    log_prob = setup.classifier.bind(classifier_lib.load(setup, root))
+    log_prob = setup.classifier.bind(classifier.load(setup, root))
   out = root / sample_folder
-  folder = eval_lib.step_folder(out, step)
+  folder = step_folder(out, step)
   with _opened(out, setup, FIXED_IN_EVAL):
-    report = sample_lib.sample(setup, params, log_prob, folder)
+    report = draw_samples(setup, params, log_prob, folder)
     page.write(root)
   logger.info('%(samples)d samples, %(nfe)d evaluations each', report)
   logger.info('samples are in %s', folder / 'samples.png')
@@ -185,14 +186,14 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
 def stats(config: ConfigDict) -> NoiseScales:
   """Prints the noise levels that the training data ask for, and writes the statistics of features.
 
-  The former are NCSNv2's, see `stats_lib`; the latter are what samples are compared with, see
-  `reference`, of the images of `eval.stats_split` by the network `eval.features`, if any.
+  The former are NCSNv2's, see `evaluation.stats`; the latter are what samples are compared with,
+  see `reference`, of the images of `eval.stats_split` by the network `eval.features`, if any.
 
   Raises:
     UserError: for a mistake in the config or the data.
   """
   setup = build(config)
-  chosen = stats_lib.noise_scales(setup, _load(setup, 'train'))
+  chosen = noise_scales(setup, _load(setup, 'train'))
   network = _feature_network(setup)
   if network:
     path = reference.make(setup, network, _load(setup, setup.config.eval.stats_split))
@@ -202,7 +203,7 @@ def stats(config: ConfigDict) -> NoiseScales:
 
 def _feature_network(setup: Setup) -> FeatureNetwork | None:
   choice = setup.config.eval
-  return feature_networks.load(choice.features, choice.inception_path)
+  return features.load(choice.features, choice.inception_path)
 
 
 def load(workdir: str) -> tuple[Setup, Params]:
@@ -252,7 +253,7 @@ def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
   logger.info('imported %s, of step %d, to %s', checkpoint, int(state.step), root / 'checkpoints')
 
 
-def _load(setup: Setup, split: str, section: str = 'model') -> datasets.Source:
+def _load(setup: Setup, split: str, section: str = 'model') -> sources.Source:
   """The data of a split, for the network that a section of the config describes.
 
   Raises:
@@ -260,8 +261,8 @@ def _load(setup: Setup, split: str, section: str = 'model') -> datasets.Source:
   """
   data, num_classes = setup.config.data, setup.config[section].num_classes
   if data.dim:
-    return toy_data.load(data.dataset, split, data.dim)
-  source = datasets.load(
+    return points.load(data.dataset, split, data.dim)
+  source = sources.load(
     data.dataset,
     split,
     image_size=data.image_size,
@@ -336,13 +337,13 @@ def score_task(setup: Setup) -> Task:
   divergence = setup.divergence
   return dataclasses.replace(
     task,
-    init=lambda rng: ebm.init_state(rng, model, setup.tx, shape, divergence),
-    update=partial(ebm.train_step, divergence=divergence, **choices),
+    init=lambda rng: contrastive_divergence.init_state(rng, model, setup.tx, shape, divergence),
+    update=partial(contrastive_divergence.train_step, divergence=divergence, **choices),
   )
 
 
 def _like(setup: Setup) -> TrainState:
-  return train_lib.like(setup, score_task(setup))
+  return loop.like(setup, score_task(setup))
 
 
 def _at_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop) -> None:

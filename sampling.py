@@ -2,7 +2,7 @@
 
 `PCSampler` is the predictor-corrector sampler (Algorithm 1 of https://arxiv.org/abs/2011.13456);
 `ODESampler` solves the probability flow ODE with a black-box solver (Sec. 4.3). Later samplers are
-in exponential_integrators.py and adaptive_sde.py; what a sampler is, in sampler_lib.py.
+in samplers/, and what a sampler is, in samplers/base.py.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,12 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
-from errors import UserError
-from langevin import langevin_step
-import ode
-import sampler_lib
-from sampler_lib import Constraint, Observer, Update
+from runtime.errors import UserError
+from samplers import base, ode, time_grids
+from samplers.base import Constraint, Observer, Update
+from samplers.langevin import langevin_step
+from samplers.time_grids import Grid
 from sde_lib import expand, ReverseSDE, ScoreFn, SDE
-import time_grids
-from time_grids import Grid
 
 
 class Predictor(Protocol):
@@ -230,9 +228,9 @@ class PCSampler:
     observe: Observer | None = None,
   ) -> tuple[Array, int]:
     n = self.sde.N
-    score_fn, constraint = sampler_lib.as_pytree(score_fn), sampler_lib.as_pytree(constraint)
+    score_fn, constraint = base.as_pytree(score_fn), base.as_pytree(constraint)
     rng_prior, rng_steps = jax.random.split(rng)
-    x = sampler_lib.draw_prior(self.sde, rng_prior, shape, sharding)
+    x = base.draw_prior(self.sde, rng_prior, shape, sharding)
     times = self.grid(self.sde, n)
     dts = -np.diff(times)
     dts = np.append(dts, dts[-1])  # the last step, from eps, leads to clean data
@@ -240,14 +238,14 @@ class PCSampler:
     def advance(state: Update, start: int, stop: int) -> Update:
       return _pc_segment(self, score_fn, constraint, rng_steps, times, dts, state, start, stop)
 
-    x, x_mean = sampler_lib.in_segments(advance, (x, x), n, observe)
+    x, x_mean = base.in_segments(advance, (x, x), n, observe)
     nfe = n * (self.predictor.nfe + self.corrector.nfe)
     if self.noise_removal and self.predictor.nfe:
       x = x_mean
     elif self.noise_removal:
       last = jax.random.fold_in(rng_steps, n)
-      x, nfe = sampler_lib.tweedie(self.sde, score_fn, constraint, last, x), nfe + 1
-    sampler_lib.show_samples(observe, x)
+      x, nfe = base.tweedie(self.sde, score_fn, constraint, last, x), nfe + 1
+    base.show_samples(observe, x)
     return x, nfe
 
 
@@ -260,10 +258,10 @@ def _pc_segment(sampler, score_fn, constraint, rng, times, dts, state, start, st
     rngs = jax.random.split(jax.random.fold_in(rng, i), 4)
     t = jnp.full(x.shape[:1], times[i])
     update = sampler.corrector.update_fn(rngs[0], rsde, x, t)
-    x, _ = sampler_lib.constrain(constraint, rngs[2], update, t)
+    x, _ = base.constrain(constraint, rngs[2], update, t)
     update = sampler.predictor.update_fn(rngs[1], rsde, x, t, dts[i])
     # As in the released code, what is known is put at time t after the predictor too.
-    return sampler_lib.constrain(constraint, rngs[3], update, t)
+    return base.constrain(constraint, rngs[3], update, t)
 
   return jax.lax.fori_loop(start, stop, step, state)
 
@@ -294,8 +292,8 @@ class ODESampler:
   ) -> tuple[Array, int]:
     if constraint is not None:
       raise UserError('the sampler ode takes no constraint; choose another config.sampling.method')
-    sde, score_fn = self.sde, sampler_lib.as_pytree(score_fn)
-    x = sampler_lib.draw_prior(sde, rng, shape, sharding)
+    sde, score_fn = self.sde, base.as_pytree(score_fn)
+    x = base.draw_prior(sde, rng, shape, sharding)
     until_end = observe and (lambda fraction, x: fraction < 1 and observe(fraction, x))
     x, nfe = ode.integrate(
       ProbabilityFlow(score_fn, sde), x, sde.T, sde.eps,
@@ -303,7 +301,7 @@ class ODESampler:
     )  # fmt: skip
     if self.noise_removal:
       x, nfe = _remove_noise(sde, score_fn, x), nfe + 1
-    sampler_lib.show_samples(observe, x)
+    base.show_samples(observe, x)
     return x, nfe
 
 

@@ -1,5 +1,5 @@
 """Commands that measure this code; each prints a table, and writes JSON on request."""
 
-import start
+from runtime import start
 
 start.prepare()

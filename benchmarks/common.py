@@ -19,10 +19,9 @@ from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
 import numpy as np
 
-import build_lib
-from build_lib import Setup
-import datasets
-import versions
+from builders.setup import build, Setup
+from data import sources
+from workdir import versions
 
 _REDUCED = {'model.nf': 32, 'model.num_res_blocks': 2}
 _NCSNPP, _DDPMPP = ('ve.cifar10', 'ncsnpp_continuous'), ('vp.cifar10', 'ddpmpp_continuous')
@@ -50,7 +49,7 @@ def network(name: str, changes: dict[str, Any]) -> Setup:
   path, variant, own = NETWORKS[name]
   config = importlib.import_module(f'configs.{path}').get_config(variant)
   config.update_from_flattened_dict(own | changes)
-  return build_lib.build(config)
+  return build(config)
 
 
 def images(setup: Setup, batch: int) -> np.ndarray:
@@ -151,11 +150,11 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--data-dir', default='', help='config.data.tfds_dir')
 
 
-def load(args: argparse.Namespace, setup: Setup, split: str) -> datasets.ImageSource:
+def load(args: argparse.Namespace, setup: Setup, split: str) -> sources.ImageSource:
   """The images that the flags name, of the size that the network takes."""
   data = setup.config.data
   sizes = {'image_size': data.image_size, 'num_channels': data.num_channels}
-  return datasets.load(args.dataset, split, path=args.path, data_dir=args.data_dir, **sizes)
+  return sources.load(args.dataset, split, path=args.path, data_dir=args.data_dir, **sizes)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

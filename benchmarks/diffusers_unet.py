@@ -17,10 +17,10 @@ from jax import Array
 import jax.numpy as jnp
 
 from benchmarks import common
-from build_lib import Setup
+from builders.setup import Setup
 import run_lib
 from sde_lib import ScoreFn
-import train_lib
+from training import loop
 
 try:
   import diffusers
@@ -116,7 +116,7 @@ def here(setup: Setup, batch: int) -> dict[str, Callable[[], Any]]:
   state = jax.jit(task.init, compiler_options=common.QUICK)(setup.key('init'))
   score_fn = setup.model.bind(jax.tree.map(jnp.copy, state.params))  # the state is donated
   images = setup.put({'data': common.images(setup, batch)})
-  update = jax.jit(task.update, donate_argnums=0, compiler_options=train_lib.compiler_options())
+  update = jax.jit(task.update, donate_argnums=0, compiler_options=loop.compiler_options())
   x, t = jax.random.normal(rng, (batch, *setup.data_shape)), jnp.full(batch, 0.5)
 
   @jax.jit

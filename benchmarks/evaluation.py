@@ -23,15 +23,13 @@ from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image, ImageFilter
 
-import build_lib
-import datasets
-from eval_lib import distances
-import evaluation
-from evaluation import Moments
-import feature_networks
-from feature_networks import FeatureNetwork
-from models import inception
-from reference import Reference
+from builders.setup import build
+from data import sources
+from evaluation import features, inception, metrics
+from evaluation.evaluate import distances
+from evaluation.features import FeatureNetwork
+from evaluation.metrics import Moments
+from evaluation.reference import Reference
 
 
 def gigabytes() -> float:
@@ -64,10 +62,10 @@ def costs(rows: int, n_images: int) -> None:
   print(f'two sets of {rows} features of dimension {inception.FEATURES}: {gigabytes():.1f} GiB')
   a = timed('mean and covariance', lambda: Moments.of(x))
   b = Moments.of(y)
-  timed('Frechet distance', lambda: evaluation.frechet_distance(a.mean, a.cov, b.mean, b.cov))
-  timed('kernel distance', lambda: evaluation.kernel_distance(x, y))
-  timed('Inception score', lambda: evaluation.inception_score(x[:, : inception.CLASSES]))
-  timed('precision and recall', lambda: evaluation.precision_recall(x, y, mesh))
+  timed('Frechet distance', lambda: metrics.frechet_distance(a.mean, a.cov, b.mean, b.cov))
+  timed('kernel distance', lambda: metrics.kernel_distance(x, y))
+  timed('Inception score', lambda: metrics.inception_score(x[:, : inception.CLASSES]))
+  timed('precision and recall', lambda: metrics.precision_recall(x, y, mesh))
 
 
 def timed(what: str, function: Callable[[], Any]) -> Any:
@@ -78,13 +76,13 @@ def timed(what: str, function: Callable[[], Any]) -> Any:
 
 
 def sanity(config: ConfigDict, limit: int) -> None:
-  setup, data = build_lib.build(config), config.data
-  network = feature_networks.load(config.eval.features, config.eval.inception_path)
+  setup, data = build(config), config.data
+  network = features.load(config.eval.features, config.eval.inception_path)
   mesh = setup.batch.mesh
   extract = network.compile(mesh)
 
   def load(split: str) -> np.ndarray:
-    source = datasets.load(
+    source = sources.load(
       data.dataset, split, image_size=data.image_size, num_channels=data.num_channels,
       path=data.path, data_dir=data.tfds_dir, category=data.category,
     )  # fmt: skip

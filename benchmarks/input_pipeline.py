@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from build_lib import Setup
-import datasets
+from builders.setup import Setup
+from data import sources
 import run_lib
-import train_lib
+from training import loop
 
 
 def times_of(iterator: Iterator[Any], n: int) -> list[float]:
@@ -45,19 +45,19 @@ def seconds(function: Callable[[], Any]) -> float:
   return time.perf_counter() - began
 
 
-def measure(setup: Setup, source: datasets.ImageSource, steps: int) -> dict[str, float]:
+def measure(setup: Setup, source: sources.ImageSource, steps: int) -> dict[str, float]:
   """Median seconds of a batch, while decoded and from memory, and of a step, with and without."""
   training, task, rng = setup.config.training, run_lib.score_task(setup), setup.key('train')
   size, results = training.batch_size, {}
   for which in ('decoded', 'from memory'):  # the same images
-    with closing(datasets.train_batches(source, size, seed=0)) as batches:
+    with closing(sources.train_batches(source, size, seed=0)) as batches:
       times = times_of(map(setup.put, batches), len(source) // size)
     results[which] = sum(times) / len(times)  # threads deliver in bursts
   state = jax.jit(task.init, compiler_options=common.QUICK)(setup.key('init'))
   images = setup.put(source.batch(np.arange(size)))
-  choices = {'out_shardings': setup.replicated, 'compiler_options': train_lib.compiler_options()}
+  choices = {'out_shardings': setup.replicated, 'compiler_options': loop.compiler_options()}
   update = jax.jit(task.update, **choices)
-  updates = train_lib.updates(setup, task, source, jax.tree.map(jnp.copy, state))
+  updates = loop.updates(setup, task, source, jax.tree.map(jnp.copy, state))
   held, trained = [], []
   for _ in range(steps + 2):  # in turns, as speed varies from minute to minute
     held.append(seconds(partial(update, state, images, rng)))

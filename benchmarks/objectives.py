@@ -19,14 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import build_lib
-from build_lib import explicit_matching, Setup
-from configs import points
+from builders.setup import build, explicit_matching, Setup
+from configs.points import VARIANTS
+from data import points
 from losses import eval_step
 from models.score import Params
 import run_lib
-import toy_data
-import train_lib
+from training import loop
 
 POINTS = 5000  # that the error is measured on
 
@@ -41,16 +40,16 @@ def config_of(name: str, variant: str, steps: int):
 def train(setup: Setup) -> Params:
   """The moving average of the parameters after training in memory."""
   task, data = run_lib.score_task(setup), setup.config.data
-  source = toy_data.load(data.dataset, 'train', data.dim)
+  source = points.load(data.dataset, 'train', data.dim)
   state = jax.jit(task.init)(setup.key('init'))
-  *_, (state, _, _) = train_lib.updates(setup, task, source, state)
+  *_, (state, _, _) = loop.updates(setup, task, source, state)
   return state.ema_params
 
 
 def error(setup: Setup, params: Params) -> float:
   """The error of a learnt score, as a share of the score itself."""
   data, true_score_fn = setup.config.data, setup.true_score_fn
-  held_out = toy_data.load(data.dataset, 'test', data.dim).batch(np.arange(POINTS))
+  held_out = points.load(data.dataset, 'test', data.dim).batch(np.arange(POINTS))
   matchings = {
     'error': explicit_matching(true_score_fn),
     'size': lambda score_fn, x, t, rng: 0.5 * jnp.square(true_score_fn(x, t)).sum(-1),
@@ -66,18 +65,18 @@ def error(setup: Setup, params: Params) -> float:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--steps', type=int, default=4000, help='of training, at most')
-  parser.add_argument('--sets', nargs='+', choices=toy_data.DISTRIBUTIONS, metavar='NAME')
-  parser.add_argument('--variants', nargs='+', choices=points.VARIANTS, metavar='NAME')
+  parser.add_argument('--sets', nargs='+', choices=points.DISTRIBUTIONS, metavar='NAME')
+  parser.add_argument('--variants', nargs='+', choices=VARIANTS, metavar='NAME')
   parser.add_argument('--json', type=Path, metavar='PATH', help='also write the errors here')
   choices = parser.parse_args()
-  names = choices.sets or list(toy_data.DISTRIBUTIONS)
+  names = choices.sets or list(points.DISTRIBUTIONS)
   print('| objective | ' + ' | '.join(names) + ' | seconds each |')
   print('|---' * (len(names) + 2) + '|', flush=True)
   table = {}
-  for variant in choices.variants or points.VARIANTS:
+  for variant in choices.variants or VARIANTS:
     began, table[variant] = time.monotonic(), {}
     for name in names:
-      setup = build_lib.build(config_of(name, variant, choices.steps))
+      setup = build(config_of(name, variant, choices.steps))
       table[variant][name] = error(setup, train(setup))
     seconds = (time.monotonic() - began) / len(names)
     cells = ' | '.join(f'{value:.4f}' for value in table[variant].values())

@@ -18,28 +18,28 @@ import jax
 import numpy as np
 
 from benchmarks import common
-from build_lib import Setup
-import datasets
+from builders.setup import Setup
+from data import sources
 import run_lib
-import train_lib
+from training import loop
 
 DTYPES = ('float32', 'bfloat16')
 STRETCHES = 10  # rows of the table
 HELD_OUT = 16  # batches of held-out images
 
 
-def curve(setup: Setup, source: datasets.Source, held_out: datasets.Source) -> dict[str, Any]:
+def curve(setup: Setup, source: sources.Source, held_out: sources.Source) -> dict[str, Any]:
   """Mean training losses and held-out losses over stretches of a run, and seconds of a step."""
   task, size = run_lib.score_task(setup), setup.config.training.batch_size
   evaluate = jax.jit(task.evaluate)
-  batches = datasets.train_batches(held_out, size, seed=0)
+  batches = sources.train_batches(held_out, size, seed=0)
   fixed = [(setup.put(next(batches)), setup.key('eval', i)) for i in range(HELD_OUT)]
   batches.close()
   start = jax.jit(task.init, compiler_options=common.QUICK)(setup.key('init'))
   every, losses, times = task.n_iters // STRETCHES, [], []
   found = {'step': [], 'training': [], 'held out': []}
   began = time.perf_counter()
-  for state, step, measured in train_lib.updates(setup, task, source, start):
+  for state, step, measured in loop.updates(setup, task, source, start):
     losses.append(float(measured['loss']))
     times.append(time.perf_counter() - began)
     if step % every == 0:

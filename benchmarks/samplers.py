@@ -24,14 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adaptive_sde import AdaptiveSDESampler
-from exponential_integrators import DDIM, DEIS, DPMSolver, DPMSolver2S, EDM, UniPC
-from sampler_lib import draw_prior, GridSampler, Sampler, Solver
+from data.points import Mixture
+from samplers.adaptive_sde import AdaptiveSDESampler
+from samplers.base import draw_prior, GridSampler, Sampler, Solver
+from samplers.multistep import DDIM, DEIS, DPMSolver, DPMSolver2S, EDM, UniPC
+from samplers.time_grids import GRIDS, log_snr
 from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS
 from sde_lib import SDE, subVPSDE, VESDE, VPSDE
 from tests.analytic import gaussian, moments
-from time_grids import GRIDS, log_snr
-from toy_data import Mixture
 
 BUDGETS = (5, 10, 20, 50, 100, 1000)
 SAMPLES, DIMENSIONS, DIRECTIONS = 5000, 2, 64

@@ -20,7 +20,7 @@ import jax
 
 from benchmarks import common
 import run_lib
-import train_lib
+from training import loop
 
 _DTYPE_BYTES = {'f32': 4, 'bf16': 2, 's32': 4, 'u32': 4}
 
@@ -40,7 +40,7 @@ def plan(name: str, batch: int) -> dict[str, Any]:
   shardings = (setup.replicated, setup.replicated)
   step = jax.jit(task.update, donate_argnums=0, out_shardings=shardings).lower(state, images, rng)
   with common.no_cache():
-    compiled = step.compile(train_lib.compiler_options())
+    compiled = step.compile(loop.compiler_options())
   memory = compiled.memory_analysis()
   return {
     'devices': jax.device_count(),

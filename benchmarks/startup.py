@@ -18,7 +18,7 @@ import jax  # noqa: E402
 
 from benchmarks import common  # noqa: E402
 import run_lib  # noqa: E402
-import train_lib  # noqa: E402
+from training import loop  # noqa: E402
 
 STAGES = ('interpreter', 'import', 'build', 'initialisation', 'trace', 'compile', 'first step')
 
@@ -41,7 +41,7 @@ def first_step(network: str, batch: int, launched: float) -> dict[str, float]:
   done('initialisation')
   update = jax.jit(task.update, donate_argnums=0).lower(state, images, setup.key('train'))
   done('trace')
-  update = update.compile(train_lib.compiler_options())
+  update = update.compile(loop.compiler_options())
   done('compile')
   jax.block_until_ready(update(state, images, setup.key('train')))
   done('first step')

@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import common, released
-from build_lib import Setup
+from builders.setup import Setup
 import run_lib
-import train_lib
+from training import loop
 
 
 def change(text: str) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def measure(setup: Setup, steps: int, donate: bool, options: dict[str, str]) -> 
   state = jax.eval_shape(task.init, rng)
   one = batch
   if n > 1:
-    update = partial(train_lib.several_steps, task.update)
+    update = partial(loop.several_steps, task.update)
     batch = jax.tree.map(lambda x: jnp.stack([x] * n), batch)
   began = time.perf_counter()
   lowered = jax.jit(update, donate_argnums=0 if donate else ()).lower(state, batch, rng)
@@ -117,7 +117,7 @@ def main() -> None:
       setup = common.network(name, fixed | changes)
       for donate in (True, False) if args.compile_only else (True,):
         with released.forms() if old else nullcontext():
-          options = released.OPTIONS if old else train_lib.compiler_options()
+          options = released.OPTIONS if old else loop.compiler_options()
           row = measure(setup, 0 if args.compile_only else args.steps, donate, options)
         what = [name, *(f'{key.partition(".")[2]}={value}' for key, value in changes.items())]
         what += ['released'] * old + ['not donated'] * (not donate)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-import build_lib
+from builders.setup import build
 from configs import base
 
 
@@ -42,7 +42,7 @@ def table() -> str:
   """The table, in Markdown."""
   rows = ['| config | network | image | parameters | arrays |', '|---|---|---|---|---|']
   for name, config in all_configs():
-    setup = build_lib.build(config)
+    setup = build(config)
     size, leaves = parameters(setup.model.net, (1, *setup.data_shape))
     pixels = config.data.image_size
     rows.append(f'| `{name}` | {config.model.name} | {pixels}x{pixels} | {size:,} | {leaves} |')

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from errors import UserError
+from runtime.errors import UserError
 
 Changes = dict[str, Any]  # dotted fields, and the values to set
 
@@ -67,7 +67,7 @@ def _default() -> ConfigDict:
   data.path = ''  # an image folder, TFRecord files, or the archive that a dataset is made from
   data.tfds_dir = ''  # where prepared TFDS datasets lie; empty for TFDS's default
   data.category = ''  # of LSUN
-  data.dim = 0  # of points, toy_data.DISTRIBUTIONS; 0 for images
+  data.dim = 0  # of points, data.points.DISTRIBUTIONS; 0 for images
   data.centered = False
   data.random_flip = True
   data.uniform_dequantization = False

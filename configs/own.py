@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from configs.base import Changes
-from errors import unknown
+from runtime.errors import unknown
 
 
 def digits(config: ConfigDict) -> ConfigDict:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from configs import base
-from errors import unknown
+from runtime.errors import unknown
 
 _SINGLE_SCALE = {
   'training.single_scale': True,
@@ -44,7 +44,7 @@ VARIANTS: dict[str, tuple[Callable[[str], ConfigDict], base.Changes]] = {
 
 
 def config_of(dataset: str, variant: str, dim: int = 2) -> ConfigDict:
-  """Points of `toy_data.DISTRIBUTIONS`, trained in a minute or two on two CPU cores.
+  """Points of `data.points.DISTRIBUTIONS`, trained in a minute or two on two CPU cores.
 
   A variant is one of the ways to a score, from score matching at one level of noise to the SDEs.
 

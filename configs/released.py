@@ -7,7 +7,7 @@ several. Values are those of the released code.
 from ml_collections import ConfigDict
 
 from configs.base import Changes, SDES
-from errors import unknown
+from runtime.errors import unknown
 
 Variants = dict[str, tuple[str, Changes]]  # by name: a network, and what it changes
 

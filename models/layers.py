@@ -81,7 +81,7 @@ class GroupNorm(nn.Module):
 def stored(x: Array) -> Array:
   """x, computed once; XLA:CPU would fuse it into all that uses it, and so compute it for each.
 
-  So are its gradients. It takes `train_lib.compiler_options`, and has no effect without.
+  So are its gradients. It takes `training.loop.compiler_options`, and has no effect without.
   """
   return jax.lax.optimization_barrier(x) if jax.default_backend() == 'cpu' else x
 

@@ -1,4 +1,4 @@
-"""How closely golden numbers are reproduced: `pytest tests/test_golden*.py --differences`."""
+"""How closely golden numbers are reproduced: `pytest tests -k golden --differences`."""
 
 import os
 from pathlib import Path

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from data.points import Gaussian, Mixture
 from sde_lib import SDE
-from toy_data import Gaussian, Mixture
 
 FOUR = 4.0
 

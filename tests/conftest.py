@@ -10,7 +10,7 @@ import tempfile
 
 import agreement
 
-import start
+from runtime import start
 
 QUICK = ' --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
 if 'PYTEST_XDIST_WORKER' not in os.environ:  # the workers inherit it

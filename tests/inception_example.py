@@ -9,7 +9,7 @@ import types
 
 import numpy as np
 
-import inception_weights
+from evaluation import inception_weights
 
 GOLDEN = Path(__file__).parent / 'golden' / 'inception.npz'
 SIZES = ((8, 8), (40, 24), (300, 320))

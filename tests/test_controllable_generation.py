@@ -21,12 +21,12 @@ from controllable_generation import (
   Mask,
   PosteriorGuidance,
 )
-import exponential_integrators as fast
-from sampler_lib import GridSampler
+from data.points import Gaussian
+from samplers import multistep as fast
+from samplers import time_grids
+from samplers.base import GridSampler
 from sampling import Langevin, PCSampler, ReverseDiffusion
 from sde_lib import expand, SDE, subVPSDE, VESDE, VPSDE
-import time_grids
-from toy_data import Gaussian
 
 KEY = jax.random.key(0)
 SHAPE = (2, 2, 3)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from exponential_integrators import DDIM
-from sampler_lib import GridSampler
+from samplers.base import GridSampler
+from samplers.multistep import DDIM
 from sde_lib import SDE, VESDE
 from tutorial import denoising, score_matching
 import tutorial.__main__ as tutorial

@@ -20,12 +20,11 @@ import numpy as np
 import pytest
 
 from controllable_generation import Gray, Known, Mask
-import sampler_lib
+from data.points import Mixture
+from samplers import base, time_grids
 import sampling
 from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS
 from sde_lib import ScoreFn, SDE, subVPSDE, VESDE, VPSDE
-import time_grids
-from toy_data import Mixture
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 SDES = {'ve': VESDE, 'vp': VPSDE, 'subvp': subVPSDE}
@@ -282,7 +281,7 @@ def sample(name: str, run: str, denoise: bool, released: bool = True):
   )
   noise = jnp.float32(file['noise'])
   with given_noise(noise) as rest, pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sampler_lib, 'SEGMENTS', 1)  # quicker where nothing is compiled
+    patch.setattr(base, 'SEGMENTS', 1)  # quicker where nothing is compiled
     x, nfe = sampler(KEY, score_of(name.split('_')[1]), noise.shape[1:])
   return x, nfe, len(noise) - len(rest)
 
@@ -423,7 +422,7 @@ def control(name: str, run: str, denoise: bool) -> tuple[jax.Array, int]:
   score_fn = compiled(data.score_fn(SDES[name.split('_')[1]]()))
   noise = jnp.float32(file['noise'])
   with given_noise(noise) as rest, pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sampler_lib, 'SEGMENTS', 1)
+    patch.setattr(base, 'SEGMENTS', 1)
     x, _ = sampler(KEY, score_fn, noise.shape[1:], constraint=constraint)
   return x, len(noise) - len(rest)
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from test_golden_sde import DATA, golden, numbers
 
-import build_lib
+from builders.setup import build
 from configs import base, own
-import datasets
-import eval_lib
+from data import sources
+from data.points import Mixture
+from evaluation import evaluate
 import likelihood
 from likelihood import bits_per_dim, decode, draw_probes, encode, interpolate, Likelihood
 from sde_lib import SDE, subVPSDE, VESDE, VPSDE
-from toy_data import Mixture
 
 SDES = [VESDE(sigma_max=20.0, eps=1e-5), VPSDE(eps=1e-5), subVPSDE(eps=1e-5)]
 KEY = jax.random.key(0)
@@ -193,9 +193,9 @@ class KnownModel:
     return self.data.score_fn(self.sde)
 
 
-def few_digits() -> datasets.ImageSource:
-  images = datasets.load('digits', 'test', image_size=8, num_channels=1).gather(np.arange(10))
-  return datasets.ImageSource((8, 8, 1), 10, lambda i: (images[i], 0))
+def few_digits() -> sources.ImageSource:
+  images = sources.load('digits', 'test', image_size=8, num_channels=1).gather(np.arange(10))
+  return sources.ImageSource((8, 8, 1), 10, lambda i: (images[i], 0))
 
 
 @pytest.mark.parametrize('centered', [False, True])
@@ -203,13 +203,13 @@ def test_evaluation_counts_every_image_once_per_repeat(centered, tmp_path):
   """Ten images in batches of four; what is lost is made again, and the rest kept."""
   config = own.digits(base.vp('ddpmpp'))
   config.eval.update(enable_bpd=True, bpd_repeats=2, batch_size=4)
-  setup = build_lib.build(config)
+  setup = build(config)
   setup = dataclasses.replace(setup, model=KnownModel(setup.model.sde, centered))
   few = few_digits()
   images = few.gather(np.arange(10))
-  report = eval_lib.evaluate_bpd(setup, few, {}, epath.Path(tmp_path))
+  report = evaluate.evaluate_bpd(setup, few, {}, epath.Path(tmp_path))
   assert (report['bpd_test_images'], report['bpd_test_repeats']) == (10, 2)
-  assert eval_lib.has_bpd(setup, report)
+  assert evaluate.has_bpd(setup, report)
   # A level is so narrow that the density at its middle is the mean over it.
   x = (images.reshape(10, -1) + 0.5) / 256
   x = 2 * x - 1 if centered else x
@@ -222,7 +222,7 @@ def test_evaluation_counts_every_image_once_per_repeat(centered, tmp_path):
   assert len(rounds) == 6
   stamps = [path.stat().st_mtime_ns for path in rounds]
   rounds[2].unlink()
-  again = eval_lib.evaluate_bpd(setup, few, {}, epath.Path(tmp_path))
+  again = evaluate.evaluate_bpd(setup, few, {}, epath.Path(tmp_path))
   kept = [path.stat().st_mtime_ns == stamp for path, stamp in zip(rounds, stamps, strict=True)]
   assert kept == [True, True, False, True, True, True]
   timeless = [name for name in report if not name.endswith('seconds')]
@@ -243,10 +243,10 @@ def test_bits_per_dimension_of_an_image_do_not_depend_on_its_batch(tmp_path):
     config = own.digits(base.vp('ddpmpp'))
     config.seed = seed
     config.eval.update(enable_bpd=True, bpd_repeats=2, batch_size=batch_size)
-    setup = build_lib.build(config)
+    setup = build(config)
     setup = dataclasses.replace(setup, model=KnownModel(setup.model.sde, True, modes))
     folder = tmp_path / f'{batch_size}_{seed}'
-    eval_lib.evaluate_bpd(setup, few_digits(), {}, epath.Path(folder))
+    evaluate.evaluate_bpd(setup, few_digits(), {}, epath.Path(folder))
     rounds = (folder / f'bpd_test_{k}.npz' for k in range(2 * math.ceil(10 / batch_size)))
     return np.concatenate([np.load(path)['bpd'] for path in rounds])
 

@@ -19,11 +19,9 @@ import numpy as np
 import pytest
 import scipy.integrate
 
-import ode
-import sampler_lib
+from samplers import base, ode, time_grids
 from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS, ProbabilityFlow
 from sde_lib import SDE, subVPSDE, VESDE, VPSDE
-import time_grids
 
 SHAPE = (4000, 2)
 SDES = [VESDE(sigma_max=20.0, eps=1e-5), VPSDE(eps=1e-3), subVPSDE(eps=1e-3)]
@@ -228,7 +226,7 @@ def test_samples_do_not_depend_on_where_the_run_is_cut(pc, score, monkeypatch):
   key = jax.random.key(0)
   expected = pc(key, score, SMALL)[0]
   for segments in (1, 4, 1000):
-    monkeypatch.setattr(sampler_lib, 'SEGMENTS', segments)
+    monkeypatch.setattr(base, 'SEGMENTS', segments)
     np.testing.assert_array_equal(pc(key, score, SMALL)[0], expected)
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import optax
 import pytest
 
-import build_lib
+from builders import setup
 from configs.vp import digits
+from data.points import Gaussian, parzen
 import losses
 from losses import (
   dsm_loss,
@@ -31,7 +32,6 @@ from models import score
 from models.mlp import MLP
 from models.score import ScoreModel
 from sde_lib import VESDE, VPSDE
-from toy_data import Gaussian, parzen
 
 KEY = jax.random.key(0)
 SDE = VESDE(0.5, 5.0, N=4, eps=0.0)
@@ -238,7 +238,7 @@ def image_energy() -> ScoreModel:
   config = digits.get_config()
   config.model.nf, config.model.output = 8, 'energy'
   config.model.ch_mult, config.model.attn_resolutions = (1,), ()
-  return build_lib.build(config).model
+  return setup.build(config).model
 
 
 @pytest.mark.parametrize('kind', ['points', 'images'])

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs.vp import digits
-from errors import UserError
+from runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 # A network of a few thousand parameters, and a checkpoint every other step.

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 import matplotlib.pyplot as plt
 import numpy as np
 
-from build_lib import Setup
+from builders.setup import Setup
 from main import default_workdir
 from models.score import ModelScore
 import run_lib

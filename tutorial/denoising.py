@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from matplotlib.figure import Figure
 import numpy as np
 
+from data.points import parzen
 from losses import dsm_loss, explicit_score_matching, Objective
 from sde_lib import ScoreFn, SDE
-from toy_data import parzen
 from tutorial import common
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from matplotlib.figure import Figure
 import numpy as np
 
-from langevin import LangevinSampler
+from samplers.langevin import LangevinSampler
 from tutorial import common
 
 

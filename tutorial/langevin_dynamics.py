@@ -6,10 +6,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
 
-from langevin import langevin_step, mala_state, mala_step, MALAState
+from data.points import Gaussian
+from samplers.langevin import langevin_step, mala_state, mala_step, MALAState
 from sde_lib import ScoreFn, VESDE
-from sgld import polynomial_decay, TiedMeans
-from toy_data import Gaussian
+from training.sgld import polynomial_decay, TiedMeans
 from tutorial import common
 
 H = (0.01, 0.1, 0.3, 0.5)  # step sizes

@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from controllable_generation import BoundedMean, Mask, PosteriorGuidance
-import datasets
-from exponential_integrators import DPMSolver
+from data import sources
 from likelihood import bits_per_dim, decode, encode, interpolate, Likelihood
-from sampler_lib import GridSampler
-from time_grids import log_snr
+from samplers.base import GridSampler
+from samplers.multistep import DPMSolver
+from samplers.time_grids import log_snr
 from tutorial import common
 
 
@@ -42,7 +42,7 @@ def draw() -> tuple[Figure, list[str]]:
   lines = points()
   setup, score_fn = common.trained('configs/vp/digits.py')
   sde, dim = setup.model.sde, math.prod(setup.data_shape)
-  source = datasets.load('digits', 'test', image_size=8, num_channels=1)
+  source = sources.load('digits', 'test', image_size=8, num_channels=1)
   pixels = jnp.asarray(source.gather(np.arange(32)), jnp.float32)
   x = 2 * (pixels + jax.random.uniform(jax.random.key(0), pixels.shape)) / 256 - 1
   logp, _, nfe = Likelihood(sde)(jax.random.key(1), score_fn, x)

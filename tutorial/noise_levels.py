@@ -5,17 +5,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
 
-import build_lib
+from builders.setup import build
 from configs.toy import ring
-import datasets
-import eval_lib
-from langevin import LangevinSampler
-from noise_scales import largest_distance, num_scales, recommend, variance_ratio
+from data import sources
+from data.noise_scales import largest_distance, num_scales, recommend, variance_ratio
+from data.points import distribution, load
+from evaluation import evaluate
 import run_lib
+from samplers.langevin import LangevinSampler
 from sampling import AnnealedLangevin, NoPredictor, PCSampler
 from sde_lib import VESDE
-import toy_data
-import train_lib
+from training import loop
 from tutorial import common
 
 
@@ -26,7 +26,7 @@ def share(x: jax.Array) -> float:
 
 def annealed(sigma_max: float, n: int) -> float:
   """The share that annealed Langevin dynamics gives from level sigma_max on, by true scores."""
-  data = toy_data.distribution('two_gaussians', 2)
+  data = distribution('two_gaussians', 2)
   ratio = (sigma_max / 0.1) ** (1 / 9)
   levels = num_scales(sigma_max, 0.1, min(ratio, 1.7))
   sde = VESDE(sigma_min=0.1, sigma_max=sigma_max, N=levels, eps=0.0)
@@ -37,7 +37,7 @@ def annealed(sigma_max: float, n: int) -> float:
 
 def mixing(axes: list[Axes]) -> list[str]:
   """Fig. 3 of Song & Ermon 2019: weights by plain and by annealed Langevin dynamics."""
-  data, n = toy_data.distribution('two_gaussians', 2), 2000
+  data, n = distribution('two_gaussians', 2), 2000
   sde = VESDE(sigma_min=0.1, sigma_max=8.0, N=10, eps=0.0)
   score_fn = data.score_fn(sde)
   exact = data.sample(jax.random.key(1), n)
@@ -58,7 +58,7 @@ def mixing(axes: list[Axes]) -> list[str]:
 
 def first_level(ax: Axes) -> list[str]:
   """Technique 1: the share that is found, by the first level over the largest distance."""
-  points = toy_data.load('two_gaussians', 'test', 2).points[:2000]
+  points = load('two_gaussians', 'test', 2).points[:2000]
   distance = largest_distance(points)
   factors = np.array([0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5])
   shares = [annealed(factor * distance, 2000) for factor in factors]
@@ -72,7 +72,7 @@ def first_level(ax: Axes) -> list[str]:
 
 def ratios(ax: Axes) -> list[str]:
   """Techniques 1, 2 and 4 on the digits that come with the code."""
-  source = datasets.load('digits', 'train', image_size=8, num_channels=1)
+  source = sources.load('digits', 'train', image_size=8, num_channels=1)
   images = source.gather(np.arange(len(source))) / np.float32(255)
   choice = recommend(images, n_steps=5)
   epsilon = np.geomspace(0.05, 20, 200) * choice.epsilon
@@ -93,14 +93,14 @@ def ratios(ax: Axes) -> list[str]:
 
 def averaging(ax: Axes) -> list[str]:
   """Technique 5: the error of the learnt score with and without a moving average."""
-  setup = build_lib.build(ring.get_config('ncsn'))
-  task, source = run_lib.score_task(setup), toy_data.load('ring', 'train', 2)
-  held_out = toy_data.load('ring', 'test', 2)
+  setup = build(ring.get_config('ncsn'))
+  task, source = run_lib.score_task(setup), load('ring', 'train', 2)
+  held_out = load('ring', 'test', 2)
   batch = held_out.batch(np.arange(5000)) | {'mask': np.ones(5000, bool)}
-  sums, key = eval_lib.compile_loss_sums(setup), setup.key('eval')
+  sums, key = evaluate.compile_loss_sums(setup), setup.key('eval')
   rows = []
   start = jax.jit(task.init)(setup.key('init'))
-  for state, step, _ in train_lib.updates(setup, task, source, start):
+  for state, step, _ in loop.updates(setup, task, source, start):
     both = [sums(params, batch, key)['score_error'] for params in (state.params, state.ema_params)]
     rows.append((step, *(float(total) / 5000 for total in both)))
   steps, plain, averaged = np.array(rows).T

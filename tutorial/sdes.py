@@ -8,8 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
 
-from exponential_integrators import DPMSolver
-from sampler_lib import GridSampler, Sampler
+from data import points
+from samplers.base import GridSampler, Sampler
+from samplers.multistep import DPMSolver
+from samplers.time_grids import log_snr
 from sampling import (
   AncestralSampling,
   Langevin,
@@ -19,8 +21,6 @@ from sampling import (
   ReverseDiffusion,
 )
 from sde_lib import subVPSDE, VESDE, VPSDE
-from time_grids import log_snr
-import toy_data
 from tutorial import common
 
 
@@ -45,7 +45,7 @@ def forward(axes: list[Axes]) -> None:
 
 def shares_error(x: np.ndarray) -> float:
   """Total variation between the weights of the eight modes in samples and in the data."""
-  data = toy_data.distribution('ring', 2)
+  data = points.distribution('ring', 2)
   nearest = np.square(np.asarray(x)[:, None] - np.asarray(data.means)).sum(-1).argmin(1)
   found = np.bincount(nearest, minlength=8) / len(x)
   return float(0.5 * np.abs(found - np.asarray(data.weights)).sum())
@@ -69,7 +69,7 @@ def reverse(axes: list[Axes]) -> list[str]:
     ),
   }
   n = 4000
-  floor = shares_error(toy_data.distribution('ring', 2).sample(jax.random.key(5), n))
+  floor = shares_error(points.distribution('ring', 2).sample(jax.random.key(5), n))
   lines = ['ring, learnt score: weights of the modes, total variation from the truth']
   lines.append(f'  {"data":34} {floor:.3f}')
   for name, sampler in chosen.items():

@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from configs import released
 
-VARIANTS = {
+VARIANTS: released.Variants = {
   'ncsnpp_continuous': ('ncsnpp', {}),
   'ncsnpp_deep_continuous': ('ncsnpp', {'model.num_res_blocks': 8, 'training.n_iters': 950_001}),
   'ncsnpp': ('ncsnpp', {'training.continuous': False, 'model.embedding_type': 'positional'}),

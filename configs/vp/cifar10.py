@@ -6,7 +6,7 @@ from configs import released
 
 _DEEP = {'model.num_res_blocks': 8, 'training.n_iters': 950_001}
 _ANCESTRAL = {'training.continuous': False, 'sampling.predictor': 'ancestral_sampling'}
-VARIANTS = {
+VARIANTS: released.Variants = {
   'ddpmpp_continuous': ('ddpmpp', {}),
   'ddpmpp_deep_continuous': ('ddpmpp', _DEEP),
   'ddpmpp': ('ddpmpp', _ANCESTRAL),

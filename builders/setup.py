@@ -1,0 +1,325 @@
+"""From a config to the parts of a run: `build` is where names in a config get their meaning.
+
+Data parallelism is `jax.jit` over a mesh of all devices of all processes, with the batch sharded
+and the state replicated; the mathematics does not know of it.
+"""
+
+from collections.abc import Callable, Collection
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict, FrozenConfigDict
+import numpy as np
+import optax
+
+from builders.networks import halvings, LABELLED, NETWORKS
+from builders.samplers import make_sampler, METHODS
+from configs import ranges
+from configs.ranges import field
+from data import points
+from data.points import Diffused
+from evaluation import features
+import losses
+from losses import Matching, Objective
+from models import ncsn, ncsnpp, score
+from models.classifier import Classifier
+from models.layers import ACTIVATIONS
+from models.score import ScoreModel
+from models.wideresnet import WideResnet
+from runtime.errors import unknown, UserError
+from samplers import ode
+from samplers.base import Sampler
+from samplers.time_grids import GRIDS
+import sampling
+from sde_lib import ScoreFn, SDE, subVPSDE, VESDE, VPSDE
+from training.contrastive_divergence import ContrastiveDivergence
+
+# What the keys of a run are for. A key is a function of seed, purpose and step: nothing random is
+# stored. The order is part of every run's result.
+PURPOSES = (
+  'init', 'train', 'eval', 'snapshot', 'sample', 'bpd',
+  'classifier_init', 'classifier_train', 'classifier_eval', 'classifier_report', 'draw',
+)  # fmt: skip
+
+
+FEWEST = 10  # samples that can be compared with data: an Inception score has ten parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What a config stands for.
+
+  Attributes:
+    config: the config itself.
+    model: the score model, with its SDE.
+    true_score_fn: what the model learns, for points whose density is known; otherwise None.
+    objective: the training loss.
+    divergence: how energies are trained, if by contrastive divergence.
+    tx: the optimiser.
+    classifier: p_t(y | x) of noisy images, and how that is trained: `classifier_tx`.
+    sampler: draws samples.
+    batch: sharding of a batch [B, ...].
+    replicated: sharding of the training state.
+  """
+
+  config: FrozenConfigDict
+  model: ScoreModel
+  true_score_fn: Diffused | None
+  objective: Objective
+  divergence: ContrastiveDivergence
+  tx: optax.GradientTransformation
+  classifier: Classifier
+  classifier_tx: optax.GradientTransformation
+  sampler: Sampler
+  batch: NamedSharding
+  replicated: NamedSharding
+
+  @property
+  def data_shape(self) -> tuple[int, ...]:
+    """Height, width and channels of an image, or the dimension of points."""
+    data = self.config.data
+    return (data.dim,) if data.dim else (data.image_size, data.image_size, data.num_channels)
+
+  def key(self, purpose: str, step: int = 0) -> Array:
+    """The random key for a purpose at a step, on all devices."""
+    make = jax.jit(_key, out_shardings=self.replicated)  # a put can't reach other processes
+    return make(self.config.seed, PURPOSES.index(purpose), step)
+
+  def put(self, rows: Any) -> Any:
+    """This process's rows of a batch, a tree of arrays, as part of the global batch on devices."""
+    return jax.tree.map(partial(jax.make_array_from_process_local_data, self.batch), rows)
+
+
+def _key(seed: int, purpose: int, step: int) -> Array:
+  return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
+
+
+def build(config: ConfigDict) -> Setup:
+  """Makes the parts of a run: model, SDE, loss, optimiser and sampler.
+
+  Raises:
+    UserError: if a value is not allowed, or values don't go together.
+  """
+  config = FrozenConfigDict(config)
+  _check(config)
+  training, optim, classifier, ebm = config.training, config.optim, config.classifier, config.ebm
+  try:
+    sde = _SDES[training.sde](config.model, training.eps)
+    model = _score_model(config, sde)
+    true_score_fn = _true_score_fn(config, sde)
+    sampler = make_sampler(config, sde)
+  except ValueError as error:  # an SDE that can't be
+    raise UserError(str(error)) from None
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ('data',))
+  return Setup(
+    config=config,
+    model=model,
+    true_score_fn=true_score_fn,
+    objective=Objective(
+      matching=_matching(training.objective, true_score_fn),
+      single_scale=training.single_scale,
+      continuous=training.continuous,
+      reduce_mean=training.reduce_mean,
+      likelihood_weighting=training.likelihood_weighting,
+      random_flip=config.data.random_flip,
+      uniform_dequantization=config.data.uniform_dequantization,
+      label_dropout=training.label_dropout,
+    ),
+    divergence=ContrastiveDivergence(
+      ebm.n_steps, ebm.step_size, ebm.buffer_size, ebm.restart, ebm.regularization
+    ),
+    tx=_optimizer(optim, optim.lr, optim.weight_decay, optim.warmup),
+    classifier=_classifier(config, sde),
+    classifier_tx=_optimizer(optim, classifier.lr, classifier.weight_decay, classifier.warmup),
+    sampler=sampler,
+    batch=NamedSharding(mesh, PartitionSpec('data')),
+    replicated=NamedSharding(mesh, PartitionSpec()),
+  )
+
+
+_SDES: dict[str, Callable[[Any, float], SDE]] = {
+  'vesde': lambda model, eps: VESDE(model.sigma_min, model.sigma_max, model.num_scales, eps=eps),
+  'vpsde': lambda model, eps: VPSDE(model.beta_min, model.beta_max, model.num_scales, eps=eps),
+  'subvpsde': lambda model, eps: subVPSDE(
+    model.beta_min, model.beta_max, model.num_scales, eps=eps
+  ),
+}
+
+_OPTIMIZERS = {'Adam': losses.adam}
+
+_CHOICES: dict[str, Collection[str]] = {
+  'training.sde': _SDES,
+  'model.name': NETWORKS,
+  'model.nonlinearity': ACTIVATIONS,
+  'model.resblock_type': ncsnpp.RESBLOCK_TYPES,
+  'model.embedding_type': ncsnpp.EMBEDDING_TYPES,
+  'model.progressive': ncsnpp.PROGRESSIVE,
+  'model.progressive_input': ncsnpp.PROGRESSIVE_INPUT,
+  'model.progressive_combine': ncsnpp.COMBINE_METHODS,
+  'model.interpolation': ncsn.INTERPOLATIONS,
+  'model.dtype': ('float32', 'bfloat16'),
+  'model.output': ('', *score.OUTPUTS, score.ENERGY),
+  'training.objective': ('dsm', 'esm', *losses.MATCHINGS, 'cd'),
+  'optim.optimizer': _OPTIMIZERS,
+  'sampling.method': METHODS,
+  'sampling.predictor': sampling.PREDICTORS,
+  'sampling.corrector': sampling.CORRECTORS,
+  'sampling.grid': ('', *GRIDS),
+  'sampling.ode_solver': ode.SOLVERS,
+  'sampling.uint8': ('truncate', 'round'),
+  'sampling.task': ('', 'inpaint', 'colorize', 'superres', 'deblur'),
+  'sampling.conditioning': ('constraint', 'posterior'),
+  'eval.bpd_dataset': ('train', 'test'),
+  'eval.features': ('', *features.NETWORKS),
+  'eval.stats_split': ('train', 'test'),
+}
+
+
+def _check(config: FrozenConfigDict) -> None:
+  """Raises UserError for values that no run could have."""
+  ranges.check(config)
+  for name, allowed in _CHOICES.items():
+    value = field(config, name)
+    if value is not None and value not in allowed:
+      raise unknown(f'config.{name}', value, allowed)
+  check_shared(config, 'eval.batch_size')
+  devices = jax.device_count()
+  if config.eval.num_samples < config.eval.batch_size and config.eval.num_samples % devices:
+    raise UserError(
+      f'config.eval.num_samples = {config.eval.num_samples}, where less than a batch, must be a '
+      f'multiple of the number of devices, {devices}'
+    )
+  times = halvings(config.model)
+  if config.data.image_size % 2**times:
+    raise UserError(
+      f'config.data.image_size = {config.data.image_size} must be a multiple of {2**times}: '
+      f'the network ({config.model.name}) halves it {times} times'
+    )
+  _, normalizations = NETWORKS[config.model.name]
+  if config.data.dim and config.model.name != 'mlp':
+    raise UserError(
+      f'config.data.dim = {config.data.dim} is for points, which need config.model.name = mlp; '
+      f'got {config.model.name}'
+    )
+  if normalizations and config.model.normalization not in normalizations:
+    what = f'config.model.normalization of {config.model.name}:'
+    raise unknown(what, config.model.normalization, normalizations)
+  if config.model.name == 'ncsn' and config.training.continuous:
+    raise UserError(
+      'config.model.name = ncsn knows only the noise scales of a chain: set '
+      'config.training.continuous = False'
+    )
+  if config.training.likelihood_weighting and not config.training.continuous:
+    raise UserError('config.training.likelihood_weighting needs config.training.continuous')
+  takes_labels = config.model.name in LABELLED and config.model.conditional
+  if config.model.num_classes and not takes_labels:
+    raise UserError(
+      f'config.model.num_classes = {config.model.num_classes} needs a network with an embedding of '
+      'the time: config.model.name = ncsnpp or ddpm, with config.model.conditional'
+    )
+  for name in ('eval.enable_bpd', 'eval.features', 'sampling.task'):
+    if config.data.dim and field(config, name):
+      raise UserError(f'config.{name} is for images, and config.data.dim = {config.data.dim}')
+  wanted = config.eval
+  if wanted.enable_sampling and wanted.features and wanted.num_samples < FEWEST:
+    raise UserError(
+      f'config.eval.num_samples = {wanted.num_samples} is too few to be compared with data: at '
+      f'least {FEWEST}; --config.eval.features= draws samples without comparing them'
+    )
+  if config.training.objective == 'cd':
+    _check_ebm(config)
+  if config.model.scale_by_sigma and config.training.sde != 'vesde':
+    raise UserError('config.model.scale_by_sigma is for config.training.sde = vesde')
+
+
+def _check_ebm(config: FrozenConfigDict) -> None:
+  """Raises UserError unless contrastive divergence goes with the rest."""
+  if not (config.model.output == score.ENERGY and config.training.single_scale):
+    raise UserError(
+      'config.training.objective = cd needs config.model.output = energy and '
+      'config.training.single_scale'
+    )
+  if config.training.grad_accum != 1:
+    raise UserError('config.training.grad_accum must be 1 where config.training.objective = cd')
+  if config.ebm.buffer_size < config.training.batch_size:
+    raise UserError(
+      f'config.ebm.buffer_size = {config.ebm.buffer_size} must not be below '
+      f'config.training.batch_size = {config.training.batch_size}'
+    )
+
+
+def check_shared(config: FrozenConfigDict, name: str, parts: str = '') -> None:
+  """Raises UserError unless the devices can share a batch of the size that a field holds.
+
+  `parts` is the field, if any, that says in how many parts they take it.
+  """
+  n = field(config, parts) if parts else 1
+  if field(config, name) % (n * jax.device_count()):
+    times = f', times config.{parts} = {n}' if parts else ''
+    raise UserError(
+      f'config.{name} = {field(config, name)} must be a multiple of the number of devices, '
+      f'{jax.device_count()}{times}'
+    )
+
+
+def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
+  make, _ = NETWORKS[config.model.name]
+  continuous = config.training.continuous
+  fourier = config.model.get('embedding_type') == 'fourier'
+  if config.training.sde == 'vesde':
+    label = score.noise_time if continuous else score.noise_label
+    conditioning = score.log_sigma if fourier else label
+    output = 'scaled_score' if config.model.scale_by_sigma else 'score'
+  else:
+    time_step = score.scaled_time if continuous else score.chain_time
+    conditioning = score.log_scaled_time if fourier else time_step
+    output = 'noise'
+  output = config.model.output or output
+  net, num_classes = make(config.model), config.model.num_classes
+  return ScoreModel(net, sde, conditioning, output, continuous, config.data.centered, num_classes)
+
+
+def _true_score_fn(config: FrozenConfigDict, sde: SDE) -> Diffused | None:
+  data = config.data
+  return points.distribution(data.dataset, data.dim).score_fn(sde) if data.dim else None
+
+
+def _matching(name: str, true_score_fn: Diffused | None) -> Matching | None:
+  if name != 'esm':
+    return losses.MATCHINGS.get(name)
+  if true_score_fn is None:
+    raise UserError('config.training.objective = esm needs a true score: that of points')
+  return explicit_matching(true_score_fn)
+
+
+def explicit_matching(true_score_fn: ScoreFn) -> Matching:
+  """Explicit score matching, as an `Objective` takes it."""
+  return lambda score_fn, x, t, rng: losses.explicit_score_matching(true_score_fn, score_fn, x, t)
+
+
+def _classifier(config: FrozenConfigDict, sde: SDE) -> Classifier:
+  classifier = config.classifier
+  net = WideResnet(
+    classifier.num_classes,
+    classifier.blocks_per_group,
+    classifier.channel_multiplier,
+    config.model.dtype,
+  )
+  return Classifier(net, sde, config.data.centered)
+
+
+def _optimizer(
+  optim: FrozenConfigDict, lr: float, weight_decay: float, warmup: int
+) -> optax.GradientTransformation:
+  return _OPTIMIZERS[optim.optimizer](
+    lr=lr,
+    beta1=optim.beta1,
+    eps=optim.eps,
+    weight_decay=weight_decay,
+    warmup=warmup,
+    grad_clip=optim.grad_clip,
+  )

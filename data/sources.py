@@ -1,0 +1,400 @@
+"""Image sources with random access, and batches that are a pure function of (seed, step).
+
+    source = load('CIFAR10', 'train', image_size=32, num_channels=3)
+    for batch in train_batches(source, 128, seed=42, start=step):
+      batch['data']   # uint8 [128, 32, 32, 3]
+      batch['label']  # int32 [128], where the source has classes
+
+Images stay uint8 here; flips, dequantisation and scaling happen on the device.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+import dataclasses
+import functools
+import io
+import logging
+import os
+from pathlib import Path
+import sys
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from data import geometry
+from data.folder import find
+from data.tfds import parse_example, prepared_builder, tfrecord_spans
+from runtime.errors import unknown, UserError
+
+logger = logging.getLogger('score_sde')
+
+Batch = dict[str, np.ndarray]
+Batches = Generator[Batch, None, None]
+
+
+class Source(Protocol):
+  """Images or points, with random access."""
+
+  @property
+  def num_classes(self) -> int:
+    """How many classes there are; 0 where there are no labels."""
+
+  def __len__(self) -> int: ...
+
+  def batch(self, indices: np.ndarray) -> Batch:
+    """What `indices` [n] stand for: 'data' [n, ...], and 'label' int32 [n] if there are labels."""
+
+
+_MEMORY_LIMIT = 4 * 2**30  # bytes; a larger set is decoded anew each time
+_AHEAD_LIMIT = 2**30  # bytes of batches that are prepared ahead, but at least two
+_DIGITS = Path(__file__).parent / 'assets' / 'digits.npz'
+
+
+class ImageSource:
+  """`source[i]` is image i, uint8 [image_size, image_size, num_channels]; `batch` takes many.
+
+  Decoded images are kept in memory if all of them fit under 4 GiB.
+
+  Attributes:
+    shape: of an image.
+    class_names: of the classes, in the order of their labels; empty where there are no labels.
+  """
+
+  def __init__(
+    self,
+    shape: tuple[int, int, int],
+    length: int,
+    read: Callable[[int], tuple[np.ndarray, int]],
+    class_names: Sequence[str] = (),
+  ):
+    """`read(i)` decodes image i, of `shape`, and its label; it is called from several threads."""
+    self.shape = shape
+    self.class_names = tuple(class_names)
+    self._length = length
+    self._read = read
+    fits = length * int(np.prod(shape)) <= _MEMORY_LIMIT
+    self._images = np.empty((length, *shape), np.uint8) if fits else None
+    self._labels = np.zeros(length if fits else 0, np.int32)
+    self._decoded = np.zeros(length, bool)
+
+  @property
+  def num_classes(self) -> int:
+    """How many classes there are; 0 where there are no labels."""
+    return len(self.class_names)
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, i: int) -> np.ndarray:
+    if not -self._length <= i < self._length:
+      raise IndexError(f'image {i} of {self._length}')
+    return self.gather(np.array([i % self._length]))[0]
+
+  def gather(self, indices: np.ndarray) -> np.ndarray:
+    """Images of `indices` [n], each in [0, len): uint8 [n, *shape]."""
+    return self.batch(indices)['data']
+
+  def batch(self, indices: np.ndarray) -> Batch:
+    """`gather` as 'data', and the labels as 'label', int32 [n] from 0 on, where there are any."""
+    if self._images is None:
+      read = [self._read(int(i)) for i in indices]
+      images = np.stack([image for image, _ in read])
+      labels = np.array([label for _, label in read], np.int32)
+    else:
+      # Two threads may decode the same image: they write the same bytes, then the mark.
+      for i in indices[~self._decoded[indices]]:
+        self._images[i], self._labels[i] = self._read(int(i))
+        self._decoded[i] = True
+      images, labels = self._images[indices], self._labels[indices]
+    return {'data': images} | ({'label': labels} if self.num_classes else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Records:
+  """`read(i)` opens image i, in any size and mode, and tells its label, 0 where there are none.
+
+  `where(i)` names the image in an error message.
+  """
+
+  length: int
+  read: Callable[[int], tuple[Image.Image, int]]
+  where: Callable[[int], str]
+  fit: Callable[[Image.Image, int], Image.Image]
+  class_names: Sequence[str] = ()
+
+
+def _digits(split: str, _: str) -> _Records:
+  with np.load(_DIGITS) as file:
+    part = slice(1500) if split == 'train' else slice(1500, None)
+    images, labels = file['images'][part], file['labels'][part]
+  return _Records(
+    len(images),
+    lambda i: (Image.fromarray(images[i]), labels[i]),
+    lambda i: f'digits {split} {i}',
+    geometry.stretch,
+    [str(digit) for digit in range(10)],
+  )
+
+
+def _folder(split: str, path: str) -> _Records:
+  files, labels, class_names = find(path, split)
+  return _Records(
+    len(files),
+    lambda i: (ImageOps.exif_transpose(Image.open(files[i])), labels[i]),
+    lambda i: str(files[i]),
+    geometry.short_side_then_crop,
+    class_names,
+  )
+
+
+def _tfds(name: str, split: str, path: str, data_dir: str, held_out: str, fit: Any) -> _Records:
+  """A TFDS dataset. `held_out` names its evaluation split; '' picks test or validation."""
+  from tensorflow_datasets.core.decode import DeserializeMethod
+  from tensorflow_datasets.core.features import ClassLabel
+  from tensorflow_datasets.core.features import Image as ImageFeature
+
+  also = [*_LOCAL, *(own for own, _, _, _ in _TFDS)]
+  builder = prepared_builder(name, path=path, data_dir=data_dir, also=also)
+  info = builder.info
+  if 'image' not in info.features or not isinstance(info.features['image'], ImageFeature):
+    raise UserError(
+      f'TFDS dataset {name!r} has no image: its features are {", ".join(info.features)}'
+    )
+  if split == 'test':
+    split = held_out or next((s for s in ('test', 'validation') if s in info.splits), 'train')
+    if split == 'train':
+      logger.warning('%s has no split test or validation: testing on the training images.', name)
+  if split not in info.splits:
+    raise unknown(f'split of TFDS dataset {name}', split, info.splits)
+  try:
+    # Raw records: Pillow on the image alone is several times faster than TFDS on all features.
+    records = builder.as_data_source(
+      split, deserialize_method=DeserializeMethod.RAW_BYTES, file_format='array_record'
+    )
+    length = len(records)
+  except Exception as error:  # of the C++ reader, which has its own
+    raise UserError(
+      f'cannot read TFDS dataset {name!r} ({error}); delete {builder.data_dir} and prepare it again'
+    ) from error
+
+  class_names = ()
+  if 'label' in info.features and isinstance(info.features['label'], ClassLabel):
+    class_names = info.features['label'].names
+
+  def read(i: int) -> tuple[Image.Image, int]:
+    features = parse_example(records[i])
+    image = Image.open(io.BytesIO(features['image'].bytes_list.value[0]))
+    return image, features['label'].int64_list.value[0] if class_names else 0
+
+  where = f'TFDS dataset {name}, split {split}, image'
+  return _Records(length, read, lambda i: f'{where} {i}', fit, class_names)
+
+
+def _tfrecords(split: str, path: str) -> _Records:
+  """TFRecord files of tf.train.Example: 'shape' int64 [3], 'data' uint8 bytes, channels first."""
+  root = Path(path).expanduser()
+  folder, pattern = (root, '*.tfrecord*') if os.path.isdir(root) else (root.parent, root.name)
+  files = sorted(folder.glob(pattern)) if path else []
+  if not files:
+    raise UserError(
+      f'no TFRecord files at --config.data.path={path!r}; name a file, a folder of *.tfrecords, or '
+      'a glob pattern'
+    )
+  if split == 'test':
+    logger.warning('TFRecord files have no test split: testing on the training images.')
+  spans = [(file, offset, size) for file in files for offset, size in tfrecord_spans(file)]
+
+  def read(i: int) -> tuple[Image.Image, int]:
+    file, offset, size = spans[i]
+    with open(file, 'rb') as stream:
+      stream.seek(offset)
+      features = parse_example(stream.read(size))
+    shape = features['shape'].int64_list.value
+    data = np.frombuffer(features['data'].bytes_list.value[0], np.uint8)
+    return Image.fromarray(data.reshape(shape).transpose(1, 2, 0).squeeze()), 0
+
+  return _Records(len(spans), read, lambda i: f'{spans[i][0]}, byte {spans[i][1]}', geometry.stored)
+
+
+_LOCAL = {'digits': _digits, 'folder': _folder, 'FFHQ': _tfrecords, 'CelebAHQ': _tfrecords}
+_TFDS = (  # name in a config, name in TFDS, evaluation split, geometry
+  ('CIFAR10', 'cifar10', 'test', geometry.stretch),
+  ('MNIST', 'mnist', 'test', geometry.stretch),
+  ('FashionMNIST', 'fashion_mnist', 'test', geometry.stretch),
+  ('SVHN', 'svhn_cropped', 'test', geometry.stretch),
+  ('CELEBA', 'celeb_a', 'validation', geometry.celeba),
+  ('LSUN', 'lsun', 'validation', geometry.lsun),
+)
+
+
+def load(
+  name: str,
+  split: str,
+  *,
+  image_size: int,
+  num_channels: int,
+  path: str = '',
+  data_dir: str = '',
+  category: str = '',
+) -> ImageSource:
+  """The images of one split of a dataset, each uint8 [image_size, image_size, num_channels].
+
+  Args:
+    name: 'digits', 'folder', 'CIFAR10', 'MNIST', 'FashionMNIST', 'SVHN', 'CELEBA', 'LSUN', 'FFHQ',
+      'CelebAHQ' in any case, or a name of TensorFlow Datasets such as 'oxford_flowers102'.
+    split: 'train' or 'test'; the latter is whichever split the dataset holds out.
+    image_size: pixels.
+    num_channels: 1 (luminance) or 3 (RGB).
+    path: the images of 'folder'; the TFRecord files of 'FFHQ' and 'CelebAHQ'; the official archive
+      or files that CIFAR10, MNIST or FashionMNIST is prepared from where there is no network.
+    data_dir: TFDS's data directory; empty for its default.
+    category: of LSUN, such as 'bedroom' or 'church_outdoor'.
+
+  Raises:
+    UserError: unknown name, split or category; data that are missing, not prepared or damaged. A
+      damaged image raises when it is first read.
+  """
+  if split not in ('train', 'test'):
+    raise unknown('split', split, ('train', 'test'))
+  if num_channels not in (1, 3):
+    raise UserError(f'config.data.num_channels is {num_channels}; allowed: 1 (grey), 3 (RGB)')
+  if image_size < 1:
+    raise UserError(f'config.data.image_size is {image_size}; it must be at least 1')
+  try:
+    records = _open(name, split, path, os.path.expanduser(data_dir), category)
+  except OSError as error:
+    raise UserError(f'cannot open dataset {name!r}: {error}') from error
+  if not records.length:
+    raise UserError(f'dataset {name!r} has no images in split {split}')
+  shape = (image_size, image_size, num_channels)
+
+  def read(i: int) -> tuple[np.ndarray, int]:
+    try:
+      image, label = records.read(i)
+      with image:
+        pixels = geometry.convert(image, num_channels)
+      return np.asarray(records.fit(pixels, image_size)).reshape(shape), int(label)
+    except UserError as error:
+      raise UserError(f'{records.where(i)}: {error}') from error
+    except Exception as error:  # Pillow, protobuf and array_record each have a dozen
+      raise UserError(
+        f'{records.where(i)} cannot be read as an image ({error}); replace or remove it'
+      ) from error
+
+  _, label = read(0)  # a wrong path or image_size shows now, not in the first training step
+  # TFDS has -1 for every image of a split whose labels are secret.
+  return ImageSource(shape, records.length, read, records.class_names if label >= 0 else ())
+
+
+def _open(name: str, split: str, path: str, data_dir: str, category: str) -> _Records:
+  for own, opener in _LOCAL.items():
+    if name.lower() == own.lower():
+      return opener(split, path)
+  head, _, config = name.partition('/')
+  for own, tfds_name, held_out, fit in _TFDS:
+    if head.lower() in (own.lower(), tfds_name):
+      if own == 'LSUN':
+        config = config or category
+        if not config:
+          raise UserError("LSUN needs a category; set config.data.category, such as 'bedroom'")
+      full = f'{tfds_name}/{config}' if config else tfds_name
+      return _tfds(full, split, path, data_dir, held_out, fit)
+  return _tfds(name, split, path, data_dir, '', geometry.short_side_then_crop)
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, length: int) -> np.ndarray:
+  """The permutation of one epoch, the same in any numpy: RandomState's stream is frozen."""
+  bits = np.random.MT19937(np.random.SeedSequence([seed, epoch]))
+  return np.random.RandomState(bits).permutation(length)
+
+
+def train_batches(
+  source: Source,
+  batch_size: int,
+  *,
+  seed: int,
+  start: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Batches:
+  """Endless batches from number `start` on, each epoch in a new random order.
+
+  The epochs follow each other in one stream of images; global batch k is its elements
+  [k B, (k + 1) B), whatever `start` and the number of processes. A batch may span epochs.
+
+  Args:
+    source: what `load` returns.
+    batch_size: B, of all processes together.
+    seed: at least 0.
+    start: the number of batches already taken.
+    process_index: p in [0, P); this process gets rows [p B / P, (p + 1) B / P) of each batch.
+    process_count: P.
+
+  Returns:
+    An iterator of {'data': uint8 [B / P, H, W, C]}, and with it 'label': int32 [B / P] if the
+    source has labels, prefetched by threads; it has a `close()`.
+
+  Raises:
+    UserError: a bad size or seed; also from the iterator, an image that can't be read.
+  """
+  rows = _rows(batch_size, process_index, process_count)
+  if seed < 0 or start < 0:
+    raise UserError(f'seed is {seed} and start is {start}; both must be at least 0')
+
+  def batch(k: int) -> Batch:
+    epoch, within = np.divmod(k * batch_size + rows, len(source))
+    indices = np.empty_like(within)
+    for e in np.unique(epoch):
+      indices[epoch == e] = _order(seed, int(e), len(source))[within[epoch == e]]
+    return source.batch(indices)
+
+  return _prefetch(batch, start, sys.maxsize // batch_size, _nbytes(source, rows))
+
+
+def eval_batches(
+  source: Source, batch_size: int, *, process_index: int = 0, process_count: int = 1
+) -> Batches:
+  """Every image once, in order; the last batch is filled up with the last image, masked out.
+
+  The arguments and errors are those of `train_batches`. All processes get as many batches.
+
+  Returns:
+    An iterator of what `train_batches` gives, with 'mask': bool [B / P], False where filled up.
+  """
+  rows = _rows(batch_size, process_index, process_count)
+
+  def batch(k: int) -> Batch:
+    indices = k * batch_size + rows
+    return source.batch(np.minimum(indices, len(source) - 1)) | {'mask': indices < len(source)}
+
+  return _prefetch(batch, 0, -(-len(source) // batch_size), _nbytes(source, rows))
+
+
+def _rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
+  """The rows of the global batch that this process owns."""
+  if batch_size < 1 or batch_size % process_count:
+    raise UserError(
+      f'batch size {batch_size} must be positive and divisible by {process_count}, '
+      'the number of processes'
+    )
+  own = batch_size // process_count
+  return np.arange(process_index * own, (process_index + 1) * own)
+
+
+def _nbytes(source: Source, rows: np.ndarray) -> int:
+  """The size of a batch of so many rows."""
+  return len(rows) * source.batch(np.zeros(1, np.int64))['data'].nbytes
+
+
+def _prefetch(batch: Callable[[int], Any], start: int, stop: int, nbytes: int) -> Batches:
+  """batch(start), ..., batch(stop - 1), computed ahead by threads: decoding releases the GIL."""
+  import grain
+
+  threads = min(16, os.cpu_count() or 1)
+  ahead = max(2, min(2 * threads, _AHEAD_LIMIT // nbytes))
+  options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
+  numbers = grain.MapDataset.range(start, stop)
+  with closing(iter(numbers.map(batch).to_iter_dataset(options))) as batches:
+    yield from batches

@@ -1,0 +1,365 @@
+"""Fast samplers: solvers that know the linear part of the reverse process exactly.
+
+All are written with alpha(t), sigma(t) and lambda(t) = log(alpha / sigma) alone, so that VE, VP and
+sub-VP are one case. Given the data prediction D(x, t) = E[x_0 | x_t = x] = (x + sigma^2 score) /
+alpha, the probability flow from time s to time t < s is
+
+  x_t = sigma_t / sigma_s x_s + alpha_t int_0^h exp(-(h - u)) D(lambda_s + u) du
+
+with h = lambda_t - lambda_s (Lu et al. 2022, https://arxiv.org/abs/2211.01095, Eq. 8), of which
+only the integral is approximated.
+In y = x / alpha and s = sigma / alpha, the same flow is dy/ds = (y - D) / s, Eq. 1 of EDM
+(Karras et al. 2022, https://arxiv.org/abs/2206.00364).
+
+A solver gives the numbers of each step (`coefficients`) and says what a step does with them
+(`update`); `samplers.base.GridSampler` walks down the time grid with it.
+"""
+
+import dataclasses
+import math
+
+import jax
+from jax import Array
+import numpy as np
+
+from samplers.base import Coefficients, Memory, Update
+from samplers.time_grids import finite_log_snr, in_float64
+from sde_lib import SDE
+
+GAUSS_LEGENDRE = np.polynomial.legendre.leggauss(24)
+
+
+# Multistep solvers: x' = keep x + sum_j weights_j D_j + noise z, over the last values of D.
+
+
+@dataclasses.dataclass(frozen=True)
+class DDIM:
+  """Denoising diffusion implicit models (https://arxiv.org/abs/2010.02502, Eq. 12).
+
+  `eta` = 0 is deterministic, and the first-order solver of the probability flow; 1 draws from the
+  posterior p(x_s | x_t, x_0) of ancestral sampling.
+  """
+
+  eta: float = 0.0
+  nfe = 1
+
+  def __post_init__(self) -> None:
+    _check_eta(self.eta)
+
+  def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
+    path = Path.of(sde, times)
+    # The posterior's variance is sigma^2 (1 - exp(-2 h)).
+    return _first_order(path, np.sqrt(1 + self.eta**2 * np.expm1(-2 * path.h)))
+
+  def init(self, x: Array) -> Memory:
+    return _no_history(x, 1)
+
+  def update(self, rng, denoise, c, x, memory) -> tuple[Update, Memory]:
+    mean, memory = _multistep(denoise(x, c['t']), c, x, memory)
+    return _add_noise(rng, c, mean) if self.eta else (mean, mean), memory
+
+
+@dataclasses.dataclass(frozen=True)
+class DPMSolver:
+  """DPM-Solver++ as a multistep solver: 2M, 3M (https://arxiv.org/abs/2211.01095, Algorithm 2).
+
+  `eta` = 1 makes it SDE-DPM-Solver++ (Sec. 6 there: 2M), which solves the reverse SDE; 0 is the
+  probability flow, and in between the noise that is put in anew shrinks with eta. A step keeps
+  exp(-eta h) of the old noise.
+  """
+
+  order: int = 2
+  eta: float = 0.0
+  nfe = 1
+
+  def __post_init__(self) -> None:
+    _check_order(self.order, (1, 2, 3), 'dpm_solver++')
+    _check_eta(self.eta)
+
+  def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
+    path = Path.of(sde, times)
+    c = _first_order(path, np.exp(-self.eta * path.h))
+    c['weights'] = _adams_weights(path, self.order, self.eta)
+    return c
+
+  def init(self, x: Array) -> Memory:
+    return _no_history(x, self.order)
+
+  def update(self, rng, denoise, c, x, memory) -> tuple[Update, Memory]:
+    mean, memory = _multistep(denoise(x, c['t']), c, x, memory)
+    return _add_noise(rng, c, mean) if self.eta else (mean, mean), memory
+
+
+@dataclasses.dataclass(frozen=True)
+class DEIS:
+  """tAB-DEIS (Zhang & Chen 2022, https://arxiv.org/abs/2204.13902, Sec. 3.3).
+
+  The predicted noise, (x - alpha D) / sigma, is extrapolated as a polynomial in t:
+  x_t = alpha_t (x_s / alpha_s + int noise d(sigma / alpha)).
+  """
+
+  order: int = 3
+  nfe = 1
+
+  def __post_init__(self) -> None:
+    _check_order(self.order, (1, 2, 3, 4), 'deis')
+
+  def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
+    path = Path.of(sde, times)
+    u, w = _quadrature(path.h[:, None])
+    lam = path.lam[:-1, None] + u
+    t, ds = in_float64(sde.time_of_log_snr, lam), -w * np.exp(-lam)
+    weights = np.zeros((len(path.h), self.order))
+    for i in range(len(path.h)):
+      nodes = times[max(0, i + 1 - self.order) : i + 1][::-1]
+      weights[i, : len(nodes)] = path.alpha[i + 1] * _lagrange(nodes, t[i]) @ ds[i]
+    keep = path.alpha[1:] / path.alpha[:-1]
+    at_start = {'alpha': path.alpha[:-1], 'sigma': path.sigma[:-1]}
+    return {'keep': keep, 'weights': weights, **at_start}
+
+  def init(self, x: Array) -> Memory:
+    return _no_history(x, self.order)
+
+  def update(self, rng, denoise, c, x, memory) -> tuple[Update, Memory]:
+    noise = (x - c['alpha'] * denoise(x, c['t'])) / c['sigma']
+    after, memory = _multistep(noise, c, x, memory)
+    return (after, after), memory
+
+
+@dataclasses.dataclass(frozen=True)
+class UniPC:
+  """UniPC with B_2 (Zhao et al. 2023, https://arxiv.org/abs/2302.04867, Algorithms 5 and 6).
+
+  The evaluation at the end of a step first corrects that step, with an interpolating polynomial,
+  and then serves to predict the next one: the corrector costs nothing. B(h) only matters for
+  polynomials of degree one; see `_data_weights`.
+  """
+
+  order: int = 3
+  nfe = 1
+
+  def __post_init__(self) -> None:
+    _check_order(self.order, (1, 2, 3), 'unipc')
+
+  def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
+    path = Path.of(sde, times)
+    c = _first_order(path, np.ones_like(path.h))
+    c['weights'] = _adams_weights(path, self.order, eta=0.0)
+    # Step i corrects step i - 1: D_i is new there. Before the first step nothing is to correct.
+    c['correct_keep'] = np.concatenate([[1.0], c['keep'][:-1]])
+    correct = np.zeros((len(path.h), self.order + 1))
+    for i in range(1, len(path.h)):
+      nodes = path.lam[max(0, i - self.order) : i + 1][::-1]
+      # The node where the step began comes first for `_data_weights`, and second in the history.
+      swapped = np.concatenate([nodes[1:2], nodes[:1], nodes[2:]])
+      w = _data_weights((swapped - nodes[1]) / path.h[i - 1], path.h[i - 1])
+      correct[i, : len(nodes)] = path.alpha[i] * np.concatenate([w[1:2], w[:1], w[2:]])
+    return c | {'correct': correct}
+
+  def init(self, x: Array) -> Memory:
+    return x, _no_history(x, self.order + 1)
+
+  def update(self, rng, denoise, c, x, memory) -> tuple[Update, Memory]:
+    before, history = memory
+    history = (denoise(x, c['t']), *history)
+    x = c['correct_keep'] * before + _combine(c['correct'], history)
+    after = c['keep'] * x + _combine(c['weights'], history)
+    return (after, after), (x, history[:-1])
+
+
+# Solvers with two evaluations a step.
+
+
+@dataclasses.dataclass(frozen=True)
+class DPMSolver2S:
+  """DPM-Solver++(2S): a step by way of the middle in lambda (2211.01095, Algorithm 1, r = 1/2)."""
+
+  nfe = 2
+
+  def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
+    path = Path.of(sde, times)
+    middle = Path.of(sde, in_float64(sde.time_of_log_snr, path.lam[:-1] + path.h / 2))
+    c = _first_order(path, np.ones_like(path.h)) | {'middle': middle.t}
+    c['half_keep'] = middle.sigma / path.sigma[:-1]
+    c['half_weight'] = -middle.alpha * np.expm1(-path.h / 2)
+    return c
+
+  def init(self, x: Array) -> Memory:
+    return ()
+
+  def update(self, rng, denoise, c, x, memory) -> tuple[Update, Memory]:
+    half = c['half_keep'] * x + c['half_weight'] * denoise(x, c['t'])
+    after = c['keep'] * x + c['weights'][0] * denoise(half, c['middle'])
+    return (after, after), memory
+
+
+@dataclasses.dataclass(frozen=True)
+class EDM:
+  """Heun's method with churn (Karras et al. 2022, https://arxiv.org/abs/2206.00364, Algorithm 2).
+
+  In y = x / alpha and s = sigma / alpha: noise is added until s is (1 + gamma) s, and a step of
+  dy/ds = (y - D) / s leads down to the next time. Noise never exceeds that of time T, where the
+  model was trained last. Without churn the first order is DDIM with eta = 0.
+
+  Attributes:
+    order: 2 for Heun's method, 1 for Euler's.
+    churn: S_churn; gamma = min(S_churn / n, sqrt(2) - 1) with n times in the grid.
+    tmin: S_tmin, the least s at which noise is added.
+    tmax: S_tmax, the largest.
+    noise: S_noise, which scales the standard deviation of the added noise.
+  """
+
+  order: int = 2
+  churn: float = 0.0
+  tmin: float = 0.0
+  tmax: float = math.inf
+  noise: float = 1.0
+
+  def __post_init__(self) -> None:
+    _check_order(self.order, (1, 2), 'heun')
+
+  @property
+  def nfe(self) -> int:
+    return self.order
+
+  def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
+    path = Path.of(sde, times)
+    s = np.exp(-path.lam)
+    gamma = min(self.churn / len(times), math.sqrt(2) - 1)
+    within = (s[:-1] >= self.tmin) & (s[:-1] <= self.tmax)
+    raised = np.where(within, np.minimum((1 + gamma) * s[:-1], s[0]), s[:-1])
+    start = np.where(raised > s[:-1], in_float64(sde.time_of_log_snr, -np.log(raised)), times[:-1])
+    return {
+      'start': start,
+      'start_alpha': in_float64(sde.alpha, start),
+      'start_s': raised,
+      'added': self.noise * np.sqrt(raised**2 - s[:-1] ** 2),
+      'alpha': path.alpha[:-1],
+      'end_alpha': path.alpha[1:],
+      'end_s': s[1:],
+    }
+
+  def init(self, x: Array) -> Memory:
+    return ()
+
+  def update(self, rng, denoise, c, x, memory) -> tuple[Update, Memory]:
+    y = x / c['alpha']
+    if self.churn:
+      y += c['added'] * jax.random.normal(rng, x.shape)
+    ds = c['end_s'] - c['start_s']
+    slope = (y - denoise(c['start_alpha'] * y, c['start'])) / c['start_s']
+    end = y + ds * slope
+    if self.order == 2:
+      end_slope = (end - denoise(c['end_alpha'] * end, c['s'])) / c['end_s']
+      end = y + ds * (slope + end_slope) / 2
+    x = c['end_alpha'] * end
+    return (x, x), memory
+
+
+# What they are made of.
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+  """The SDE at descending times t [n]: alpha, sigma, lambda, and h [n - 1], the steps of lambda."""
+
+  t: np.ndarray
+  alpha: np.ndarray
+  sigma: np.ndarray
+  lam: np.ndarray
+
+  @property
+  def h(self) -> np.ndarray:
+    return np.diff(self.lam)
+
+  @classmethod
+  def of(cls, sde: SDE, t: np.ndarray) -> 'Path':
+    """Raises ValueError if the log-SNR is infinite at one of the times."""
+    return cls(t, in_float64(sde.alpha, t), in_float64(sde.sigma, t), finite_log_snr(sde, t))
+
+
+def _first_order(path: Path, kept: np.ndarray) -> Coefficients:
+  """The step that takes D as constant and keeps the fraction `kept` [n - 1] of the old noise.
+
+  x' = alpha' D + sigma' (kept (x - alpha D) / sigma + sqrt(1 - kept^2) z)
+  """
+  return {
+    'keep': path.sigma[1:] / path.sigma[:-1] * kept,
+    # exp(-h) = sigma' alpha / (sigma alpha'); expm1 of the logarithm keeps the digits.
+    'weights': (-path.alpha[1:] * np.expm1(np.log(kept) - path.h))[:, None],
+    'noise': path.sigma[1:] * np.sqrt(1 - kept**2),
+  }
+
+
+def _adams_weights(path: Path, order: int, eta: float) -> np.ndarray:
+  """Weights [n - 1, order] of the last values of D, newest first.
+
+  D is extrapolated as a polynomial in lambda, of lower degree while there are few values.
+  """
+  weights = np.zeros((len(path.h), order))
+  for i, h in enumerate(path.h):
+    nodes = path.lam[max(0, i + 1 - order) : i + 1][::-1]
+    w = _data_weights((nodes - nodes[0]) / h, (1 + eta) * h)
+    weights[i, : len(nodes)] = path.alpha[i + 1] * w
+  return weights
+
+
+def _data_weights(nodes: np.ndarray, h: float) -> np.ndarray:
+  """int_0^1 h exp(-(1 - v) h) p(v) dv as weights of the values p(nodes), of which nodes[0] = 0.
+
+  p is the polynomial through these values. A polynomial of degree one has the exact integral of
+  its slope, 1 - (1 - exp(-h)) / h, replaced by (1 - exp(-h)) / 2, as DPM-Solver++(2M) and UniPC
+  with B_2 are defined: it differs by h^2 / 12, and is smaller where h is large.
+  """
+  total = -np.expm1(-h)
+  if len(nodes) == 1:
+    return np.array([total])
+  if len(nodes) == 2:
+    return total * np.array([1 - 0.5 / nodes[1], 0.5 / nodes[1]])
+  u, w = _quadrature(h)
+  return _lagrange(nodes, u / h) @ (w * np.exp(u - h))
+
+
+def _quadrature(h: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Gauss-Legendre nodes and weights for integrals from 0 to h, to rounding for exp(u), u < 20."""
+  nodes, weights = GAUSS_LEGENDRE
+  return h * (nodes + 1) / 2, h * weights / 2
+
+
+def _lagrange(nodes: np.ndarray, v: np.ndarray) -> np.ndarray:
+  """The polynomials [k, m] at v [m] that are 1 at one of the nodes [k] and 0 at the others."""
+  basis = np.ones((len(nodes), len(v)))
+  for j, node in enumerate(nodes):
+    for other in np.delete(nodes, j):
+      basis[j] *= (v - other) / (node - other)
+  return basis
+
+
+def _no_history(x: Array, length: int) -> tuple[Array, ...]:
+  """Room for all but the newest of `length` values, whose weights are zero until they exist."""
+  return (x,) * (length - 1)
+
+
+def _combine(weights: Array, values: tuple[Array, ...]) -> Array:
+  return sum(w * v for w, v in zip(weights, values, strict=False))
+
+
+def _multistep(
+  newest: Array, c: dict[str, Array], x: Array, history: Memory
+) -> tuple[Array, Memory]:
+  values = (newest, *history)
+  return c['keep'] * x + _combine(c['weights'], values), values[:-1]
+
+
+def _add_noise(rng: Array, c: dict[str, Array], mean: Array) -> Update:
+  return mean + c['noise'] * jax.random.normal(rng, mean.shape), mean
+
+
+def _check_order(order: int, allowed: tuple[int, ...], method: str) -> None:
+  if order not in allowed:
+    raise ValueError(f'the order of {method} must be one of {allowed}; got {order}')
+
+
+def _check_eta(eta: float) -> None:
+  if not 0 <= eta <= 1:
+    raise ValueError(f'eta must be from 0 (no new noise) to 1 (as the reverse SDE); got {eta}')

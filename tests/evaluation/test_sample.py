@@ -1,0 +1,177 @@
+"""What `--mode sample` leaves behind, with a score that is known in place of a network."""
+
+import dataclasses
+
+from etils import epath
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+
+from builders.setup import build, Setup
+from configs.vp.digits import get_config
+from controllable_generation import GaussianBlur
+from evaluation.sample import _measure, draw_samples
+from runtime.errors import UserError
+from sde_lib import expand, SDE
+
+FIELDS = {'sampling.method': 'ddim', 'sampling.num_steps': 30}
+FIELDS |= {'sampling.num_samples': 3}
+MASK = np.uint8(255 * (np.arange(64).reshape(8, 8) % 3 > 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """In place of a score model: images around a mean, which depends on the class."""
+
+  sde: SDE
+  num_classes: int = 0
+
+  def bind(self, params, labels=None):
+    return Gaussians(jnp.zeros(1) if labels is None else 0.05 * labels, self.sde)
+
+
+@flax.struct.dataclass
+class Gaussians:
+  """The score of N(mean, 0.2^2 I), with a mean for each example."""
+
+  mean: jax.Array
+  sde: SDE = flax.struct.field(pytree_node=False)
+
+  def __call__(self, x, t):
+    alpha, sigma = expand(self.sde.alpha(t), x), expand(self.sde.sigma(t), x)
+    return (alpha * expand(self.mean, x) - x) / (0.04 * alpha**2 + sigma**2)
+
+
+def setup_of(num_classes: int = 0, batch_size: int = 4, num_channels: int = 1, **fields) -> Setup:
+  """The set-up of the digits with that model; a field of `sampling` is passed by its name."""
+  config = get_config()
+  config.update_from_flattened_dict(FIELDS | {f'sampling.{k}': v for k, v in fields.items()})
+  config.eval.batch_size = batch_size
+  config.data.num_channels = num_channels
+  setup = build(config)
+  return dataclasses.replace(setup, model=Model(setup.model.sde, num_classes))
+
+
+@pytest.fixture
+def inputs(tmp_path):
+  """Two grey images of other sizes than the network's, and a mask of its size."""
+  folder = tmp_path / 'inputs'
+  folder.mkdir()
+  rng = np.random.default_rng(0)
+  for name, shape in (('a', (16, 16)), ('b', (24, 16))):
+    Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(folder / f'{name}.png')
+  Image.fromarray(MASK).save(tmp_path / 'mask.png')
+  return folder
+
+
+def draw(setup, folder) -> dict[str, np.ndarray]:
+  report = draw_samples(setup, None, None, epath.Path(folder))
+  arrays = dict(np.load(folder / 'samples.npz'))
+  assert report == {'samples': len(arrays['samples']), 'nfe': int(arrays['nfe'])}
+  return arrays
+
+
+def test_samples_as_a_grid_arrays_and_single_pictures(tmp_path):
+  arrays = draw(setup_of(5, labels=(4,), num_samples=6, trajectory=True), tmp_path)
+  samples = arrays['samples']
+  assert samples.shape == (6, 8, 8, 1) and samples.dtype == np.uint8 and arrays['nfe'] == 30
+  for i, sample in enumerate(samples):  # from two rounds of four
+    np.testing.assert_array_equal(Image.open(tmp_path / f'sample_{i}.png'), sample[..., 0])
+  assert len(np.unique(samples.reshape(6, -1), axis=0)) == 6
+  assert Image.open(tmp_path / 'samples.png').size == (3 * 66 + 2, 2 * 66 + 2)
+  gif = Image.open(tmp_path / 'trajectory.gif')
+  # Before each of 29 steps, and the samples; Pillow drops repetitions.
+  assert 10 < gif.n_frames <= 30
+  assert Image.open(tmp_path / 'trajectory.png').size == (10 * 66 + 2, 4 * 66 + 2)
+
+
+@pytest.mark.parametrize('conditioning', ['constraint', 'posterior'])
+def test_inpainting_keeps_what_is_known(tmp_path, inputs, conditioning):
+  mask = tmp_path / 'mask.png'
+  setup = setup_of(task='inpaint', input=str(inputs), mask=str(mask), conditioning=conditioning)
+  samples = draw(setup, tmp_path / 'out')['samples']
+  assert samples.shape == (6, 8, 8, 1)
+  a = np.asarray(Image.open(inputs / 'a.png').resize((8, 8), Image.Resampling.BILINEAR), np.int32)
+  known = MASK > 0
+  away = np.abs(samples[:3, ..., 0].astype(np.int32) - a)
+  assert away[:, known].max() <= 2  # levels
+  assert away[:, ~known].max() > 30
+  assert len(np.unique(samples.reshape(6, -1), axis=0)) == 6
+  names = {p.name for p in (tmp_path / 'out').iterdir()}
+  assert names == {'samples.png', 'samples.npz', *(f'{n}_{i}.png' for n in 'ab' for i in range(3))}
+
+
+def test_superresolution_keeps_the_means_of_blocks(tmp_path, inputs):
+  setup = setup_of(task='superres', factor=2, input=str(inputs / 'a.png'), num_samples=2)
+  y, operator = _measure(setup)[1:]
+  samples = draw(setup, tmp_path / 'out')['samples'] / 127.5 - 1
+  inside = np.all(np.abs(samples) < 0.99, axis=0)  # clipped pixels change the mean of their block
+  whole = np.asarray(operator(np.float32(inside)[None]))[0] == 1
+  assert whole.any()
+  means = np.asarray(operator(np.float32(samples)))
+  np.testing.assert_allclose(means[:, whole], y.repeat(2, 0)[:, whole], atol=0.01)
+
+
+def test_colorization_keeps_the_grey_of_an_image(tmp_path, inputs):
+  fields = {'task': 'colorize', 'input': str(inputs / 'a.png'), 'conditioning': 'posterior'}
+  samples = draw(setup_of(num_channels=3, **fields), tmp_path / 'out')['samples'] / 255
+  grey = np.asarray(Image.open(inputs / 'a.png').resize((8, 8), Image.Resampling.BILINEAR)) / 255
+  inside = np.all((samples > 0.01) & (samples < 0.99), axis=-1)  # a clipped colour changes the mean
+  assert inside.mean() > 0.5
+  away = np.abs(samples.mean(-1) - grey)
+  assert away[inside].max() < 0.01 and samples.std(-1).mean() > 0.02
+
+
+def test_deblurred_samples_blur_to_the_image(tmp_path, inputs):
+  """To within the noise that the image is said to have, and are sharper than it."""
+  choices = {'conditioning': 'posterior', 'noise_std': 0.02, 'blur_std': 0.8}
+  blurred = GaussianBlur(0.8)(
+    jax.random.uniform(jax.random.key(3), (1, 8, 8, 1), maxval=0.3) + 0.35
+  )
+  image = np.asarray(255 * blurred[0, ..., 0]).astype(np.uint8)
+  Image.fromarray(image).save(inputs / 'a.png')
+  setup = setup_of(task='deblur', input=str(inputs / 'a.png'), **choices)
+  samples = draw(setup, tmp_path / 'out')['samples'] / 255
+  away = np.asarray(GaussianBlur(0.8)(jnp.float32(samples)))[..., 0] - image / 255
+  assert np.sqrt(np.square(away).mean()) < 3 * 0.02
+  assert samples.std() > 1.2 * (image / 255).std()
+
+
+def test_classes_are_the_ones_asked_for_and_guidance_scales_them(tmp_path):
+  assert list(draw(setup_of(5, num_samples=6), tmp_path / 'all')['labels']) == [0, 1, 2, 3, 4, 0]
+  two = draw(setup_of(5, 200, num_samples=200, labels=(4, 0)), tmp_path / 'two')
+  assert list(two['labels'][:5]) == [4, 0, 4, 0, 4]
+  scaled = draw(
+    setup_of(5, 200, num_samples=200, labels=(4, 0), guidance_scale=2.0), tmp_path / 'scale'
+  )
+  for arrays, mean in ((two, 0.2), (scaled, 0.4)):  # guidance moves the mean away from that of all
+    means = (arrays['samples'].reshape(100, 2, -1) / 127.5 - 1).mean((0, 2))
+    np.testing.assert_allclose(means, [mean, 0], atol=0.02)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'said'),
+  [
+    ({'task': 'inpaint'}, 'is neither an image nor a folder'),
+    ({'task': 'inpaint', 'input': '.'}, "mask='' is not a file"),
+    ({'task': 'inpaint', 'input': '.', 'mask': 'white.png'}, 'is all white'),
+    ({'task': 'inpaint', 'input': '.', 'mask': 'text.png'}, 'cannot be read as an image'),
+    ({'task': 'colorize', 'input': '.'}, 'needs a model of colour images'),
+    ({'task': 'superres', 'input': '.', 'factor': 3}, 'must be at least 2 and divide'),
+    ({'task': 'deblur', 'input': '.'}, 'needs config.sampling.conditioning = posterior'),
+    ({'task': 'draw'}, 'allowed: '),
+    ({'labels': (3, 10)}, 'has 10; allowed: 0 to 9'),
+  ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path, inputs, monkeypatch, fields, said):
+  monkeypatch.chdir(inputs)
+  Image.new('L', (8, 8), 'white').save('white.png')
+  (tmp_path / 'text.png').write_text('not a picture')
+  if 'text' in fields.get('mask', ''):
+    fields = fields | {'mask': str(tmp_path / 'text.png')}
+  with pytest.raises(UserError, match=said) as error:
+    draw_samples(setup_of(**fields), None, None, epath.Path(tmp_path / 'out'))
+  assert '\n' not in str(error.value) and not (tmp_path / 'out').exists()

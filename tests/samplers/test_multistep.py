@@ -1,0 +1,224 @@
+"""The solvers of samplers/multistep.py, and time grids.
+
+The orders of convergence are measured on Gaussian data, for which the probability flow is known:
+x_t = m_t + s_t / s_T (x_T - m_T), with mean m_t and standard deviation s_t of p_t.
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+from analytic import check_moments
+from analytic import TWO_MODES as DATA
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from samplers import time_grids
+from samplers.base import GridSampler, Solver
+from samplers.multistep import DDIM, DEIS, DPMSolver, DPMSolver2S, EDM, UniPC
+from samplers.time_grids import GRIDS
+from sde_lib import SDE, subVPSDE, VESDE, VPSDE
+
+
+def alpha_of_linear_beta(t: float) -> float:
+  """exp of -1/2 the integral of beta(t) = 0.1 + 19.9 t."""
+  return np.exp(-0.25 * t**2 * 19.9 - 0.5 * t * 0.1)
+
+
+# With alpha and sigma at time t, in NumPy.
+SDES = {
+  VESDE(0.01, 20.0, eps=1e-3): lambda t: (1.0, 0.01 * 2000**t),
+  VPSDE(eps=1e-2): lambda t: (
+    alpha_of_linear_beta(t),
+    np.sqrt(-np.expm1(2 * np.log(alpha_of_linear_beta(t)))),
+  ),
+  subVPSDE(eps=1e-2): lambda t: (
+    alpha_of_linear_beta(t),
+    -np.expm1(2 * np.log(alpha_of_linear_beta(t))),
+  ),
+}
+every_sde = pytest.mark.parametrize('sde', SDES, ids=lambda s: type(s).__name__)
+KEY = jax.random.key(0)
+SMALL = (3, 2)
+
+# Deterministic solvers, and their orders. UniPC's corrector adds one (Theorem 3.1 there).
+ORDERS = {
+  DDIM(): 1, DPMSolver(1): 1, DPMSolver(2): 2, DPMSolver(3): 3, DPMSolver2S(): 2,
+  DEIS(1): 1, DEIS(2): 2, DEIS(3): 3, UniPC(1): 2, UniPC(2): 3, UniPC(3): 4,
+  EDM(1): 1, EDM(2): 2,
+}  # fmt: skip
+every_solver = pytest.mark.parametrize('solver', ORDERS, ids=str)
+
+
+def walk(
+  solver: Solver, sde: SDE, times: np.ndarray, x: np.ndarray, denoise: Callable
+) -> np.ndarray:
+  """What `GridSampler` does in between prior and noise removal, in float64 NumPy."""
+  coefficients = {'t': times[:-1], 's': times[1:], **solver.coefficients(sde, times)}
+  memory = solver.init(x)
+  for i in range(len(times) - 1):
+    c = {name: values[i] for name, values in coefficients.items()}
+    (x, _), memory = solver.update(KEY, denoise, c, x, memory)
+  return x
+
+
+def denoiser(sde: SDE, mean: float, std: float):
+  """E[x_0 | x_t = x] for data N(mean, std^2)."""
+
+  def denoise(x: np.ndarray, t: float) -> np.ndarray:
+    alpha, sigma = SDES[sde](t)
+    return mean + alpha * std**2 * (x - alpha * mean) / ((alpha * std) ** 2 + sigma**2)
+
+  return denoise
+
+
+def exact_flow(sde: SDE, mean: float, std: float, x: np.ndarray) -> np.ndarray:
+  """Where the probability flow takes x from T to eps."""
+  (a, s), (a_T, s_T) = SDES[sde](sde.eps), SDES[sde](sde.T)
+  return a * mean + np.hypot(a * std, s) / np.hypot(a_T * std, s_T) * (x - a_T * mean)
+
+
+# Accuracy.
+
+
+@every_sde
+@every_solver
+def test_solvers_converge_with_their_order(sde, solver):
+  """Over equal steps of the log-SNR, to 0.3 of an order; fourth order is seen with small steps.
+
+  Third-order extrapolation does better where its error changes sign.
+  """
+  mean, std, x = 0.7, 0.4, np.array([-1.3, 0.2, 2.0]) * sde.prior_std
+  steps = np.array([40, 80]) * (4 if ORDERS[solver] == 4 else 1)
+  errors = []
+  for n in steps:
+    times = time_grids.log_snr(sde, n + 1)
+    got = walk(solver, sde, times, x, denoiser(sde, mean, std))
+    errors.append(np.abs(got - exact_flow(sde, mean, std, x)).max())
+  slope = np.log2(errors[0] / errors[1])
+  assert slope >= ORDERS[solver] - 0.3
+
+
+@every_sde
+@every_solver
+def test_solvers_are_exact_for_a_single_point(sde, solver):
+  """Data at one point, in one step and in four: x_t - alpha_t x_0 is proportional to sigma_t."""
+  x = np.array([-1.3, 0.2, 2.0]) * sde.prior_std
+  for times in (np.array([sde.T, sde.eps]), time_grids.quadratic(sde, 5)):
+    got = walk(solver, sde, times, x, lambda x, t: np.full_like(x, 0.7))
+    np.testing.assert_allclose(got, exact_flow(sde, 0.7, 0.0, x), rtol=0, atol=1e-9)
+
+
+@every_sde
+def test_first_orders_are_one_method(sde):
+  """DDIM, first-order DPM-Solver++ and Euler's method in (x / alpha, sigma / alpha)."""
+  times, x = time_grids.uniform(sde, 9), np.array([-1.0, 0.5]) * sde.prior_std
+  first, *others = (
+    walk(solver, sde, times, x, denoiser(sde, 0.7, 0.4))
+    for solver in (DDIM(), DPMSolver(1), DEIS(1), EDM(1))
+  )
+  for other in others:
+    np.testing.assert_allclose(other, first, rtol=1e-9, atol=1e-12)
+  ddim, dpm = (s.coefficients(sde, times) for s in (DDIM(1.0), DPMSolver(1, 1.0)))
+  for name, values in ddim.items():
+    np.testing.assert_allclose(dpm[name], values, rtol=1e-9)
+
+
+@every_sde
+def test_ddim_with_eta_one_is_ancestral_sampling(sde):
+  """Between the times of the chain: the same mean, and the same noise."""
+  sde = dataclasses.replace(sde, N=20, eps=0.0)
+  times = np.asarray(sde.time(np.arange(19, 0, -1)), np.float64)
+  x = jax.random.normal(KEY, (len(times) - 1, 2)) * sde.prior_std
+  t = jnp.asarray(times[:-1], jnp.float32)
+  score = DATA.score_fn(sde)(x, t)
+  mean, std = SDE.ancestral(sde, x, t, score)
+  c = DDIM(1.0).coefficients(sde, times)
+  denoised = sde.reverse(DATA.score_fn(sde)).denoise(x, t)
+  np.testing.assert_allclose(c['keep'][:, None] * x + c['weights'] * denoised, mean, rtol=2e-3)
+  np.testing.assert_allclose(c['noise'], std, rtol=2e-3)
+
+
+def test_ddim_with_eta_one_is_almost_the_ancestral_step_of_ddpm():
+  """Whose steps differ by O(beta), and whose variance is beta, not the posterior's."""
+  sde = VPSDE(N=1000)
+  times = np.asarray(sde.time(np.arange(999, 100, -1)), np.float64)
+  c, t = DDIM(1.0).coefficients(sde, times), jnp.asarray(times[:-1], jnp.float32)
+  _, std = sde.ancestral(jnp.zeros((len(t), 1)), t, jnp.zeros((len(t), 1)))
+  np.testing.assert_allclose(c['noise'], std, rtol=0.02)
+
+
+# Noise.
+
+
+VE, VP, SUBVP = SDES
+
+
+@pytest.mark.parametrize(
+  ('sde', 'solver', 'n', 'bias'),
+  [
+    *((sde, DDIM(1.0), 150, 0.05) for sde in SDES),
+    (VP, DDIM(0.5), 150, 0.05),
+    (VE, DPMSolver(2, 1.0), 60, 0.02),
+    (SUBVP, DPMSolver(2, 1.0), 60, 0.02),
+    (VP, DPMSolver(3, 0.5), 60, 0.02),
+    (VE, EDM(2, churn=40.0), 60, 0.02),
+    (SUBVP, EDM(2, churn=40.0), 60, 0.02),
+  ],
+  ids=str,
+)
+def test_noisy_solvers_recover_the_data(sde, solver, n, bias):
+  """First-order steps have a bias of order 1 / n; what is lost at eps is 1 % of the variance."""
+  sampler = GridSampler(dataclasses.replace(sde, N=n), solver, time_grids.log_snr)
+  x, _ = sampler(KEY, DATA.score_fn(sde), (2000, 2))
+  check_moments(x, DATA, bias)
+
+
+def test_churn_has_its_limits():
+  """None, or only where no noise level lies, is the deterministic method; else noise is added."""
+  sde = dataclasses.replace(SUBVP, N=8)
+
+  def draw(**limits):
+    return GridSampler(sde, EDM(**limits), GRIDS['edm'](7.0))(KEY, DATA.score_fn(sde), SMALL)[0]
+
+  expected = draw()
+  np.testing.assert_allclose(draw(churn=4.0, tmin=1e6), expected, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(draw(churn=4.0, tmax=1e-6), expected, rtol=1e-5, atol=1e-6)
+  assert np.abs(draw(churn=4.0) - expected).max() > 1e-2
+  c = EDM(churn=4.0).coefficients(sde, GRIDS['edm'](7.0)(sde, 8))
+  assert c['start'].max() <= sde.T  # no noise beyond what the model has seen
+
+
+# Time grids.
+
+
+@every_sde
+@pytest.mark.parametrize('grid', GRIDS)
+def test_grids_fall_evenly_from_T_to_eps(sde, grid):
+  """Evenly in their own variable."""
+  times = GRIDS[grid](7.0)(sde, 20)
+  assert times[0] == sde.T and times[-1] == sde.eps and len(times) == 20
+  assert (np.diff(times) < 0).all()
+  lam = time_grids.in_float64(sde.log_snr, times)
+  own = {'uniform': times, 'quadratic': np.sqrt(times), 'log_snr': lam, 'edm': np.exp(-lam / 7)}
+  np.testing.assert_allclose(np.diff(own[grid], 2), 0, atol=1e-9)
+
+
+@pytest.mark.parametrize('sde', [VPSDE(), subVPSDE()], ids=lambda s: type(s).__name__)
+def test_infinite_log_snr_is_told_in_one_line(sde):
+  with pytest.raises(ValueError, match='choose eps > 0'):
+    GridSampler(sde, DDIM())(KEY, DATA.score_fn(sde), SMALL)
+
+
+@pytest.mark.parametrize(
+  ('make', 'message'),
+  [
+    (lambda: DPMSolver(4), 'the order of dpm_solver'),
+    (lambda: UniPC(0), 'the order of unipc'),
+    (lambda: DDIM(1.5), 'eta must be'),
+  ],
+)
+def test_choices_that_cannot_be(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()

@@ -1,0 +1,237 @@
+"""The objective, the training step and what surrounds it, on small problems with known answers."""
+
+import dataclasses
+from types import SimpleNamespace
+
+from analytic import gaussian
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from builders.setup import build, Setup
+from configs import base, own
+from configs.toy import two_moons
+from data import sources
+from evaluation import evaluate
+import losses
+from losses import Objective
+import run_lib
+from runtime.errors import UserError
+from sde_lib import subVPSDE, VESDE, VPSDE
+from training import loop
+
+
+def tiny_setup(make=base.vp, network: str = 'ddpmpp', **fields) -> Setup:
+  config = own.digits(make(network))
+  config.model.update(nf=8, ch_mult=(1,), attn_resolutions=())
+  config.training.update(batch_size=4, n_iters=6, log_freq=3, eval_freq=3)
+  config.training.update(snapshot_freq=6, snapshot_freq_for_preemption=6)
+  config.update_from_flattened_dict({k.replace('__', '.'): v for k, v in fields.items()})
+  return build(config)
+
+
+@pytest.mark.parametrize('sde', [VESDE(eps=1e-5), VPSDE(eps=1e-5), subVPSDE(eps=1e-5)])
+@pytest.mark.parametrize('continuous', [True, False])
+@pytest.mark.parametrize('weighted', [True, False])
+def test_loss_of_the_true_score_of_a_gaussian(sde, continuous, weighted):
+  """E ||std s + z||^2 = D v / (v + std^2) with v = alpha^2 std_0^2, for the score of N(m, std_0^2).
+
+  It is also the minimum: a score that is 5 % off is worse by (0.05 std)^2 E ||s||^2.
+  """
+  if weighted and not continuous:
+    pytest.skip('likelihood weighting is for continuous time')
+  data, n, d = gaussian(jnp.full(2, 0.5), 0.3), 20_000, 2
+  keys = jax.random.split(jax.random.key(0), 3)
+  x0 = 0.5 + 0.3 * jax.random.normal(keys[0], (n, d))
+  t = losses.sample_times(keys[1], sde, n, continuous)
+  z = jax.random.normal(keys[2], (n, d))
+  alpha, std = sde.kernel(t, continuous)
+  v = (alpha * 0.3) ** 2
+
+  def true_score(x, t, scale=1.0):
+    return scale * (alpha[:, None] * 0.5 - x) / (v + std**2)[:, None]
+
+  objective = Objective(continuous=continuous, likelihood_weighting=weighted)
+  weight = (sde.diffusion_coef(t) / std) ** 2 if weighted else 1.0
+  assert data.score_fn(sde)(x0, t).shape == x0.shape
+  for scale, excess in ((1.0, 0.0), (1.05, 0.05**2 * std**2 / (v + std**2))):
+    each = losses.dsm_loss(sde, lambda x, t, s=scale: true_score(x, t, s), x0, t, z, objective)
+    error = each - 0.5 * weight * d * (v / (v + std**2) + excess)
+    assert abs(error.mean()) < 4 * error.std() / np.sqrt(n)
+  mean = dataclasses.replace(objective, reduce_mean=True)
+  np.testing.assert_allclose(
+    losses.dsm_loss(sde, true_score, x0, t, z, mean),
+    losses.dsm_loss(sde, true_score, x0, t, z, objective) * 2 / d,
+    rtol=1e-5,
+  )
+
+
+def test_times_fill_their_range():
+  sde = VPSDE(N=50, eps=0.1)
+  t = losses.sample_times(jax.random.key(0), sde, 10_000, True)
+  assert 0.1 <= t.min() < 0.101 and 0.999 < t.max() <= 1
+  steps = sde.index(losses.sample_times(jax.random.key(0), sde, 10_000, False))
+  assert set(np.asarray(steps).tolist()) == set(range(50))
+
+
+def test_preprocessing():
+  """Scaling is exact, half of the images are mirrored, and dequantisation can be undone."""
+  images = np.random.default_rng(0).integers(0, 256, (400, 4, 4, 3), np.uint8)
+  key = jax.random.key(0)
+  plain = losses.preprocess(key, images, False, False, False)
+  np.testing.assert_array_equal(np.round(255 * plain), images)
+  centred = losses.preprocess(key, images, True, False, False)
+  np.testing.assert_allclose(centred, 2 * plain - 1, atol=1e-6)
+  flipped = np.round(255 * losses.preprocess(key, images, False, True, False))
+  as_is = (flipped == images).all((1, 2, 3))
+  mirrored = (flipped == images[:, :, ::-1]).all((1, 2, 3))
+  assert (as_is ^ mirrored).all() and 150 < mirrored.sum() < 250
+  spread = losses.preprocess(key, images, False, False, True)
+  np.testing.assert_array_equal(np.floor(256 * spread), images)
+
+
+def test_steps_in_one_call_are_single_steps():
+  """A scan over three training steps, and the steps one by one."""
+  one, three = (tiny_setup(training__n_jitted_steps=n) for n in (1, 3))
+  source = sources.load('digits', 'train', image_size=8, num_channels=1)
+  task = run_lib.score_task(one)
+  init = jax.jit(lambda: task.init(one.key('init')))
+  ends = [list(loop.updates(setup, task, source, init())) for setup in (one, three)]
+  assert [step for _, step, _ in ends[1]] == [3, 6]
+  assert ends[0][-1][0].step == ends[1][-1][0].step == 6
+  ours = np.concatenate([measured['loss'] for _, _, measured in ends[1]])
+  theirs = np.stack([measured['loss'] for _, _, measured in ends[0]])
+  np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+    ends[0][-1][0].params,
+    ends[1][-1][0].params,
+  )
+
+
+def test_calls_never_run_past_what_is_due():
+  """With 4 steps in a call and something due every 3, 6 or 10 steps, nothing is missed."""
+  setup = tiny_setup(training__n_iters=20, training__eval_freq=10)
+  step, seen = 0, []
+  while step < 20:
+    step += 4 if loop.steps_to_event(step, 20, setup.config.training) >= 4 else 1
+    seen.append(step)
+  assert {3, 6, 9, 10, 12, 15, 18, 20} <= set(seen)
+
+
+def test_blocks_that_are_computed_again_need_less_memory():
+  """A step of training with `model.remat`: XLA would undo it on CPUs, were it not told."""
+  bytes_of = []
+  for remat in (False, True):
+    setup = tiny_setup(model__remat=remat, model__num_res_blocks=4, training__batch_size=64)
+    task, rng = run_lib.score_task(setup), setup.key('train')
+    images = {'data': jax.ShapeDtypeStruct((64, 8, 8, 1), jnp.uint8)}
+    step = jax.jit(task.update, compiler_options=loop.compiler_options())
+    compiled = step.lower(jax.eval_shape(task.init, rng), images, rng).compile()
+    bytes_of.append(compiled.memory_analysis().temp_size_in_bytes)
+  assert bytes_of[1] < 0.7 * bytes_of[0]
+
+
+@pytest.mark.parametrize('sde', [base.ve, base.vp])
+def test_bfloat16_is_float32_to_its_precision(sde):
+  """The score in bfloat16, with the same float32 parameters, differs by a few percent."""
+  single, half = (tiny_setup(sde, 'ncsnpp', model__dtype=d) for d in ('float32', 'bfloat16'))
+  keys = jax.random.split(jax.random.key(0), 2)
+  params = jax.jit(single.model.init, static_argnums=1)(keys[0], (1, 8, 8, 1))
+  # The last convolution starts at zero: without this the score would hardly be there.
+  params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(keys[1], p.shape), params)
+  x, t = jax.random.normal(keys[1], (4, 8, 8, 1)), jnp.linspace(0.1, 0.9, 4)
+  a, b = (jax.jit(s.model.bind(params).__call__)(x, t) for s in (single, half))
+  assert b.dtype == jnp.float32
+  error = np.linalg.norm((a - b).reshape(4, -1), axis=-1)
+  assert (error < 0.05 * np.linalg.norm(a.reshape(4, -1), axis=-1)).all() and error.max() > 0
+
+
+def one_step(**fields) -> tuple[losses.TrainState, losses.Metrics]:
+  setup = tiny_setup(base.ve, 'ncsnpp', training__batch_size=8, optim__warmup=0, **fields)
+  task = run_lib.score_task(setup)
+  images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
+  batch = setup.put({'data': images})
+  return jax.jit(task.update)(jax.jit(task.init)(setup.key('init')), batch, setup.key('train'))
+
+
+@pytest.mark.parametrize(
+  'fields', [{'training__grad_accum': 4}, {'model__remat': True, 'model__dropout': 0.2}]
+)
+def test_what_saves_memory_takes_the_same_step(fields):
+  plain = {name: value for name, value in fields.items() if name == 'model__dropout'}
+  (a, of_a), (b, of_b) = one_step(**plain), one_step(**fields)
+  assert jax.tree.structure(a.params) == jax.tree.structure(b.params)
+  for name in ('loss', 'grad_norm'):
+    np.testing.assert_allclose(of_a[name], of_b[name], rtol=1e-5)
+  # Adam's first moment is (1 - beta1) times the clipped gradient.
+  moments = [optax.tree.get(state.opt_state, 'mu') for state in (a, b)]
+  jax.tree.map(lambda m, n: np.testing.assert_allclose(m, n, rtol=1e-3, atol=1e-6), *moments)
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_stop_training(tmp_path, monkeypatch, caplog):
+  def fail(*_):
+    raise FloatingPointError('the solver came to t = 0.3 only')
+
+  monkeypatch.setattr(run_lib, 'draw', fail)
+  setup, root = tiny_setup(training__snapshot_samples=4), epath.Path(tmp_path)
+  state = SimpleNamespace(step=6, ema_params=None)
+  run_lib._at_snapshot(setup, root, state, SimpleNamespace(signal=0))
+  assert 'no picture: the solver came to t = 0.3' in caplog.text
+  assert (root / 'index.html').exists() and not list(root.glob('samples/*'))
+
+
+def test_parts_of_a_batch_that_cannot_be_are_told():
+  with pytest.raises(UserError, match=r'batch_size = 4 must be .* devices, 1, times .* = 3'):
+    run_lib.train(tiny_setup(training__grad_accum=3).config, 'unused')
+
+
+@pytest.mark.parametrize(('how', 'expected'), [('truncate', 127), ('round', 128)])
+@pytest.mark.parametrize('centered', [False, True])
+def test_pixels_become_whole_numbers(how, expected, centered):
+  def constant(rng, score_fn, shape, **_):
+    x = np.full(shape, 0.5, np.float32)
+    x[0], x[1] = -3, 3
+    return jnp.asarray(2 * x - 1 if centered else x), 7
+
+  setup = tiny_setup(sampling__uint8=how, data__centered=centered)
+  setup = dataclasses.replace(setup, sampler=constant)
+  images, nfe = evaluate.draw(setup, {}, jax.random.key(0), 4)
+  assert images.shape == (4, 8, 8, 1) and images.dtype == np.uint8 and nfe == 7
+  assert [int(image.max()) for image in images] == [0, 255, expected, expected]
+
+
+def test_a_network_that_cannot_be_is_told():
+  with pytest.raises(UserError, match=r'config.model does not make a network: .*groups'):
+    run_lib._like(tiny_setup(model__nf=90))  # 22 groups do not share 90 channels
+
+
+def test_moving_average_warms_up():
+  """Its rate is (1 + n) / (10 + n) at step n = 1, 2, ..., or ema_rate where that is less."""
+  setup = build(two_moons.get_config('ve'))  # any network will do
+  state = jax.jit(lambda: run_lib.score_task(setup).init(setup.key('init')))()
+  state = state.replace(step=jnp.int32(7))
+  x0 = jnp.zeros((4, 2))
+  new, _ = jax.jit(
+    lambda state: losses.optimize(
+      state, x0, jnp.full(4, 0.5), x0 + 1, jax.random.key(0),
+      model=setup.model, objective=setup.objective, tx=setup.tx, ema_rate=0.9, ema_warmup=True,
+    )
+  )(state)  # fmt: skip
+  jax.tree.map(
+    lambda e, old, p: np.testing.assert_allclose(e, 0.5 * old + 0.5 * p, rtol=1e-5, atol=1e-7),
+    new.ema_params,
+    state.ema_params,
+    new.params,
+  )
+
+
+def test_weight_decay_is_decoupled_from_adam():
+  """Without a gradient a parameter shrinks by lr * weight_decay per step: no moment sees it."""
+  tx = losses.adam(lr=0.1, beta1=0.9, eps=1e-8, weight_decay=0.2, warmup=0, grad_clip=1.0)
+  params = jnp.array([2.0, -3.0])
+  updates, _ = tx.update(jnp.zeros(2), tx.init(params), params)
+  np.testing.assert_allclose(updates, -0.1 * 0.2 * params, rtol=1e-6)

@@ -1,0 +1,138 @@
+"""The page that explains a workdir, read by a parser and a browser; and Weights & Biases."""
+
+from html.parser import HTMLParser
+import json
+from pathlib import Path
+import shutil
+import subprocess
+import sys
+
+from etils import epath
+import numpy as np
+from PIL import Image
+import pytest
+
+from configs.vp import digits
+from runtime.errors import UserError
+from workdir import artifacts, page
+
+RED = (255, 0, 0)
+BROWSERS = ('chromium', 'chromium-browser', 'google-chrome')
+
+
+@pytest.fixture
+def workdir(tmp_path) -> epath.Path:
+  """What a run of 40 steps leaves, with names that HTML must not take for its own."""
+  root = epath.Path(tmp_path / 'a <b> & c')
+  root.mkdir()
+  artifacts.write_json(root / 'config.json', digits.get_config().to_dict())
+  lines = [{'step': s, 'loss': 5 / s, 'grad_norm': 1.0} for s in range(1, 41)]
+  lines += [{'step': s, 'eval_loss': 6 / s} for s in (20, 40)]
+  text = ''.join(json.dumps(line) + '\n' for line in lines)
+  artifacts.write(root / 'metrics.jsonl', (text + '{"step": 4').encode())  # the last is cut off
+  red = np.broadcast_to(np.array(RED, np.uint8), (4, 8, 8, 3))
+  for step in (20, 40):
+    (root / 'checkpoints' / str(step)).mkdir(parents=True)
+    artifacts.write_samples(root / 'samples' / f'iter_{step}' / 'sample.png', red)
+  artifacts.write_samples(root / 'eval' / 'step_40' / 'samples.png', red)
+  artifacts.write_json(root / 'eval' / 'report_40.json', {'step': 40, 'fid': 12.5, 'nfe': 7})
+  (root / 'eval' / 'report_41.json').write_text('{"step"')
+  levels = [{'t': [0.0, 0.5], 'loss': 1.0, 'accuracy': 0.75}]
+  artifacts.write_json(root / 'classifier' / 'report.json', {'images': 9, 'levels': levels})
+  artifacts.write_npz(root / 'sample' / 'step_40' / 'samples.npz', samples=red)
+  artifacts.write_samples(root / 'sample' / 'step_40' / 'samples.png', red)
+  page.write(root)
+  return root
+
+
+class Parsed(HTMLParser):
+  """Text, pictures and links of a page whose tags are closed in their order."""
+
+  def __init__(self, html: str):
+    super().__init__()
+    self.open, self.files, self.text, self.curves = [], [], '', 0
+    self.feed(html)
+    assert not self.open
+
+  def handle_starttag(self, tag, attrs):
+    if tag not in ('meta', 'img'):
+      self.open.append(tag)
+    self.files += [value for name, value in attrs if name in ('src', 'href')]
+
+  def handle_startendtag(self, tag, attrs):
+    self.curves += tag == 'polyline'
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    self.text += data
+
+
+def test_the_page_shows_what_is_there(workdir):
+  found = Parsed((workdir / 'index.html').read_text())
+  assert 'a <b> & c' in found.text and 'At step 40' in found.text
+  assert 'fid' in found.text and '12.5' in found.text and 'Best by fid' in found.text
+  assert '0 to 0.5' in found.text and '0.75' in found.text  # of the classifier
+  assert found.curves == 3  # loss with eval_loss, and grad_norm
+  assert len(set(found.files)) == 4 and all((workdir / f).exists() for f in found.files)
+  assert 'config.training.n_iters' in found.text
+
+
+def test_an_empty_folder_has_a_page(tmp_path):
+  page.write(epath.Path(tmp_path))
+  assert 'none yet' in Parsed((tmp_path / 'index.html').read_text()).text
+
+
+def test_a_browser_shows_its_pictures(workdir, tmp_path):
+  browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+  if browser is None:
+    pytest.skip(f'none of {", ".join(BROWSERS)} is installed')
+  picture = tmp_path / 'page.png'
+  where = Path(workdir / 'index.html').as_uri()
+  flags = ['--headless', '--no-sandbox', '--disable-gpu', '--window-size=1100,1600']
+  subprocess.run(
+    [browser, *flags, f'--screenshot={picture}', where],
+    check=True,
+    capture_output=True,
+    timeout=120,
+  )
+  pixels = np.asarray(Image.open(picture).convert('RGB')).reshape(-1, 3)
+  assert (pixels == RED).all(-1).sum() > 4 * 60 * 60  # those of four grids
+
+
+# Weights & Biases.
+
+
+class FakeWandb:
+  """Notes what it is told."""
+
+  def __init__(self):
+    self.told = []
+
+  def __getattr__(self, name):
+    def note(*args, **kwargs):
+      self.told.append((name, args, kwargs))
+      return self
+
+    return note
+
+
+def test_metrics_also_go_to_weights_and_biases(workdir, monkeypatch):
+  fake = FakeWandb()
+  monkeypatch.setitem(sys.modules, 'wandb', fake)
+  for step in (40, 41):  # the second resumes
+    with artifacts.Metrics(workdir, step, 'digits') as metrics:
+      metrics.write(step + 1, loss=2.0)
+  first, again = [kwargs for name, _, kwargs in fake.told if name == 'init']
+  assert first == again and first['project'] == 'digits' and first['resume'] == 'allow'
+  assert first['config']['data']['dataset'] == 'digits'
+  logged = [args for name, args, _ in fake.told if name == 'log']
+  assert logged == [({'step': 41, 'loss': 2.0},), ({'step': 42, 'loss': 2.0},)]
+  assert [name for name, _, _ in fake.told].count('finish') == 2
+
+
+def test_without_weights_and_biases_its_project_is_refused(workdir, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  with pytest.raises(UserError, match='pip install wandb'):
+    artifacts.Metrics(workdir, 0, 'digits')

@@ -1,0 +1,214 @@
+"""Checkpoints of a training run, with Orbax: asynchronous and atomic.
+
+`checkpoints/` holds the snapshots, which are kept; `checkpoints-meta/` the last two states saved
+against pre-emption. Both are named by training step. A partial or damaged checkpoint is never
+taken for a good one: Orbax renames a directory once it is whole, and every state is saved with
+a checksum.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import gc
+import itertools
+import logging
+import sys
+from typing import Any
+import zlib
+
+from etils import epath
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from losses import TrainState
+from runtime import processes
+from runtime.errors import Failure, UserError
+from workdir.artifacts import is_remote
+
+logger = logging.getLogger('score_sde')
+
+# What says that a checkpoint is out of reach, not that it is damaged: of Python, of TensorStore.
+_UNREADABLE = (PermissionError, ConnectionError, TimeoutError)
+_UNREADABLE_STATUS = (
+  'PERMISSION_DENIED', 'UNAUTHENTICATED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'RESOURCE_EXHAUSTED',
+)  # fmt: skip
+
+
+def checksum(state: Any) -> np.ndarray:
+  """CRC-32 over the bytes of all arrays, uint32 []."""
+  crc = 0
+  for leaf in jax.tree.leaves(state):
+    array: Any = np.ascontiguousarray(leaf)  # a buffer: to the stubs only from Python 3.12 on
+    crc = zlib.crc32(array, crc)
+  return np.asarray(crc, np.uint32)
+
+
+class Checkpoints:
+  """The checkpoints of one workdir; a context manager that waits for the last one to be written."""
+
+  def __init__(self, workdir: epath.PathLike):
+    root = epath.Path(workdir)
+    self._kept = _manager(root / 'checkpoints', max_to_keep=None)
+    self._meta = _manager(root / 'checkpoints-meta', max_to_keep=2)
+    self._damaged: list[epath.Path] = []
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, kind: type | None, *exception: object) -> None:
+    lost = kind and issubclass(kind, (jax.errors.JaxRuntimeError, Failure))
+    if lost and jax.process_count() > 1:  # to wait would be for a process that is lost
+      return
+    # What is on its way is finished; if it cannot be, an error that came before is told instead.
+    with contextlib.suppress(Failure) if kind else contextlib.nullcontext():
+      self.wait()
+    self._kept.close()
+    self._meta.close()
+
+  def save(self, state: TrainState, *, keep: bool) -> None:
+    """Saves the state in the background: for good if `keep`, else until two newer ones are.
+
+    Raises:
+      Failure: if it, or the one before it, cannot be written.
+    """
+    manager, step = (self._kept if keep else self._meta), int(state.step)
+    if self._damaged:
+      self._set_aside()
+    if step in manager.all_steps():
+      return
+    item = {'state': state, 'checksum': checksum(state)}
+    with _told(manager):
+      begun = manager.save(step, args=ocp.args.StandardSave(item))
+    if not begun:  # Orbax goes forward only
+      raise Failure(
+        f'checkpoint {step} cannot be written to {manager.directory}, where there is one of step '
+        f'{manager.latest_step()}; move that away and repeat the command'
+      )
+
+  def _set_aside(self) -> None:
+    """Renames damaged checkpoints: they are made again, and what is left stays for inspection."""
+    if jax.process_index() == 0:
+      for folder in self._damaged:
+        folder.rename(_free_name(folder))
+    processes.wait_for_all('damaged checkpoints')
+    self._damaged.clear()
+    for manager in (self._kept, self._meta):
+      manager.reload()
+
+  def wait(self) -> None:
+    """Returns once all that was saved is on disk.
+
+    Raises:
+      Failure: if some of it cannot be written.
+    """
+    for manager in (self._kept, self._meta):
+      with _told(manager):
+        manager.wait_until_finished()
+
+  def steps(self) -> list[int]:
+    """The steps of the snapshots that are there now, ascending."""
+    self._kept.reload()
+    return sorted(self._kept.all_steps())
+
+  def restore(self, step: int, like: TrainState) -> TrainState:
+    """The snapshot of a step, with the shapes, dtypes and shardings of `like`.
+
+    Raises:
+      UserError: if it is damaged or does not fit.
+      Failure: if it cannot be read at present.
+    """
+    return _restore(self._kept, step, like)
+
+  def restore_latest(self, like: TrainState) -> TrainState | None:
+    """The newest good checkpoint of either kind, or None if there is none at all.
+
+    Raises:
+      UserError: if there are checkpoints and not one can be restored.
+      Failure: if one cannot be read at present.
+    """
+    newest = [(step, m) for m in (self._kept, self._meta) for step in m.all_steps()]
+    for step, manager in sorted(newest, key=lambda entry: entry[0], reverse=True):
+      state = None
+      try:
+        state = _restore(manager, step, like)
+      except UserError as error:
+        logger.warning('%s; trying the one before it', error)
+      if processes.all_of(state is not None):
+        return state
+      self._damaged.append(manager.directory / str(step))
+    if newest:
+      raise UserError(
+        f'none of the {len(newest)} checkpoints in {self._kept.directory.parent} can be restored; '
+        'move checkpoints/ and checkpoints-meta/ away to start anew'
+      )
+    return None
+
+
+def exist(workdir: epath.PathLike) -> bool:
+  """Whether a workdir holds a checkpoint of either kind."""
+  folders = (epath.Path(workdir) / name for name in ('checkpoints', 'checkpoints-meta'))
+  return any(path.name.isdigit() for f in folders if f.exists() for path in f.iterdir())
+
+
+def _free_name(folder: epath.Path) -> epath.Path:
+  names = (f'{folder.name}.damaged{f"-{i}" if i > 1 else ""}' for i in itertools.count(1))
+  return next(path for path in map(folder.with_name, names) if not path.exists())
+
+
+def _manager(directory: epath.Path, max_to_keep: int | None) -> ocp.CheckpointManager:
+  options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True)
+  if not is_remote(directory):  # of which epath would make a path below this folder
+    directory = directory.resolve()
+  return ocp.CheckpointManager(directory, options=options)
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
+  def struct(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+  whole = {
+    'state': like,
+    'checksum': jax.ShapeDtypeStruct((), np.uint32, sharding=like.step.sharding),
+  }
+  where = manager.directory / str(step)
+  with _without_noise():
+    try:
+      item = manager.restore(step, args=ocp.args.StandardRestore(jax.tree.map(struct, whole)))
+    except jax.errors.JaxRuntimeError:  # memory is short, or another process is lost
+      raise
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+      reason = str(error).strip().partition('\n')[0][:120]
+      if isinstance(error, _UNREADABLE) or reason.startswith(_UNREADABLE_STATUS):
+        raise Failure(
+          f'checkpoint {where} cannot be read ({reason}); see to that and repeat the command'
+        ) from error
+      raise UserError(f'checkpoint {where} is damaged or does not fit: {reason}') from None
+  if int(item['checksum']) != int(checksum(item['state'])):
+    raise UserError(f'checkpoint {where} is damaged: its checksum does not match')
+  return item['state']
+
+
+@contextlib.contextmanager
+def _told(manager: ocp.CheckpointManager) -> Iterator[None]:
+  """Turns what Orbax and TensorStore raise where they cannot write into one line."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError:  # of the devices or of other processes
+    raise
+  except Exception as error:  # they raise many kinds
+    reason = str(error).strip().partition('\n')[0].rpartition(': ')[2][:120]
+    raise Failure(
+      f'a checkpoint cannot be written to {manager.directory} ({reason}); see to that, for example '
+      'make room, and repeat the command: it goes on from the newest whole one'
+    ) from error
+
+
+@contextlib.contextmanager
+def _without_noise() -> Iterator[None]:
+  """Hides what Orbax's abandoned readers print when a checkpoint is damaged."""
+  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+  try:
+    yield
+  finally:
+    gc.collect()
+    sys.unraisablehook = hook

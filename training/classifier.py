@@ -1,0 +1,180 @@
+"""Training of the noise-conditional classifier, for class-conditional sampling (Appendix I.1).
+
+It learns p_t(y | x) of images at all times: the cross-entropy of the class y of an image x(0) given
+x(t) = alpha x(0) + sigma z, with t uniform over [eps, T].
+"""
+
+from functools import partial
+import logging
+from typing import Any
+
+from etils import epath
+import jax
+from jax import Array
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from builders.setup import Setup
+from data import sources
+import losses
+from losses import Batch, Metrics, Objective, TrainState
+from models.classifier import Classifier, ClassLogProb
+from models.score import Params
+from runtime import processes
+from runtime.errors import UserError
+from sde_lib import expand
+from training import checkpoints as checkpoints_lib
+from training.checkpoints import Checkpoints
+from training.loop import like, Task
+from workdir.progress import Bar
+from workdir.same_config import check_unchanged, FIXED_IN_CLASSIFIER
+
+logger = logging.getLogger('score_sde')
+
+LEVELS = 5  # of noise, equal parts of [eps, T], in a report
+
+
+def cross_entropy(
+  log_prob: ClassLogProb, x0: Array, t: Array, z: Array, labels: Array
+) -> tuple[Array, Array]:
+  """-log p_t(y | alpha x_0 + sigma z) of data x0 [B, ...] at times t [B], and whether y is guessed.
+
+  Args:
+    log_prob: of the classes.
+    x0: data [B, ...].
+    t: times [B].
+    z: standard normal noise, like x0.
+    labels: y, int32 [B].
+
+  Returns:
+    The loss [B], and [B]: 1 where y is the most probable class, else 0.
+  """
+  sde = log_prob.classifier.sde
+  x = expand(sde.alpha(t), x0) * x0 + expand(sde.sigma(t), x0) * z
+  log_p = log_prob.of_all(x, t)
+  loss = -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+  return loss, (log_p.argmax(-1) == labels).astype(loss.dtype)
+
+
+def train_step(
+  state: TrainState,
+  batch: Batch,
+  rng: Array,
+  *,
+  classifier: Classifier,
+  objective: Objective,
+  tx: optax.GradientTransformation,
+  ema_rate: float,
+) -> tuple[TrainState, Metrics]:
+  """One optimiser step on a batch of images with labels; random only in (rng, state.step)."""
+  rng_data, rng_t, rng_z = jax.random.split(jax.random.fold_in(rng, state.step), 3)
+  flip, dequantize = objective.random_flip, objective.uniform_dequantization
+  x0 = losses.preprocess(rng_data, batch['data'], classifier.centered, flip, dequantize)
+  t = losses.sample_times(rng_t, classifier.sde, x0.shape[0], True)
+  z = jax.random.normal(rng_z, x0.shape)
+
+  def loss_fn(params: Params) -> tuple[Array, Metrics]:
+    loss, correct = cross_entropy(classifier.bind(params), x0, t, z, batch['label'])
+    return loss.mean(), {'accuracy': correct.mean()}
+
+  differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+  return losses.apply_gradients(state, differentiate, tx, ema_rate, ema_warmup=True)
+
+
+def eval_step(
+  params: Params,
+  batch: Batch,
+  rng: Array,
+  span: tuple[Array | float, Array | float],
+  *,
+  classifier: Classifier,
+  objective: Objective,
+) -> tuple[Array, Array]:
+  """`cross_entropy` of a batch at times between the two of `span`, without flips."""
+  rng_data, rng_t, rng_z = jax.random.split(rng, 3)
+  dequantize = objective.uniform_dequantization
+  x0 = losses.preprocess(rng_data, batch['data'], classifier.centered, False, dequantize)
+  t = jax.random.uniform(rng_t, x0.shape[:1], minval=span[0], maxval=span[1])
+  z = jax.random.normal(rng_z, x0.shape)
+  return cross_entropy(classifier.bind(params), x0, t, z, batch['label'])
+
+
+def task(setup: Setup) -> Task:
+  """The training of the classifier of a config."""
+  choice, classifier, objective = setup.config.classifier, setup.classifier, setup.objective
+  tx, sde = setup.classifier_tx, setup.classifier.sde
+
+  def evaluate(params: Params, batch: Batch, rng: Array) -> Metrics:
+    each = eval_step(
+      params, batch, rng, (sde.eps, sde.T), classifier=classifier, objective=objective
+    )
+    return dict(zip(('loss', 'accuracy'), (v.mean() for v in each), strict=True))
+
+  return Task(
+    section='classifier',
+    init=lambda rng: losses.init_state(rng, classifier, tx, (1, *setup.data_shape)),
+    update=partial(
+      train_step,
+      classifier=classifier,
+      objective=objective,
+      tx=tx,
+      ema_rate=setup.config.model.ema_rate,
+    ),
+    evaluate=evaluate,
+    purposes=('classifier_init', 'classifier_train', 'classifier_eval'),
+    batch_size=choice.batch_size,
+    n_iters=choice.n_iters,
+  )
+
+
+def folder(root: epath.Path) -> epath.Path:
+  """Where the classifier of a workdir lies."""
+  return root / 'classifier'
+
+
+def load(setup: Setup, root: epath.Path) -> Params:
+  """The moving average of the classifier's parameters, of the newest checkpoint in a workdir.
+
+  `setup.classifier.bind` makes log p_t(y | x) of them.
+
+  Raises:
+    UserError: if there is none, or it was trained with another config.
+  """
+  where = folder(root)
+  if not checkpoints_lib.exist(where):
+    raise UserError(f'{root} holds no classifier; train it first (--mode train_classifier)')
+  check_unchanged(where / 'config.json', setup.config, FIXED_IN_CLASSIFIER)
+  with Checkpoints(where) as checkpoints:
+    state = checkpoints.restore_latest(like(setup, task(setup)))
+  if state is None:  # an object store shows those that broke off
+    raise UserError(f'{root} holds no whole classifier; train it first (--mode train_classifier)')
+  return state.ema_params
+
+
+def evaluate(setup: Setup, params: Params, held_out: sources.Source) -> dict[str, Any]:
+  """Loss and accuracy on every held-out image, at each of `LEVELS` levels of noise and in all."""
+  size, sde, n = setup.config.eval.batch_size, setup.classifier.sde, len(held_out)
+  edges = np.linspace(sde.eps, sde.T, LEVELS + 1)
+
+  def sums(params: Params, batch: Batch, rng: Array, span: tuple[Array, Array]) -> Array:
+    each = eval_step(
+      params, batch, rng, span, classifier=setup.classifier, objective=setup.objective
+    )
+    return jnp.stack([(v * batch['mask']).sum() for v in each])
+
+  sums = jax.jit(sums, out_shardings=setup.replicated)
+  totals = np.zeros((LEVELS, 2))
+  with Bar('accuracy', n, unit='images') as bar:
+    for i, rows in enumerate(sources.eval_batches(held_out, size, **processes.share())):
+      batch = setup.put(rows)
+      for level in range(LEVELS):
+        rng = jax.random.fold_in(setup.key('classifier_report', i), level)
+        totals[level] += sums(params, batch, rng, (edges[level], edges[level + 1]))
+      bar.update(min((i + 1) * size, n))
+  means, edges, levels = totals / n, edges.tolist(), []
+  for (loss, accuracy), low, high in zip(means.tolist(), edges[:-1], edges[1:], strict=True):
+    levels.append({'t': [low, high], 'loss': loss, 'accuracy': accuracy})
+    logger.info('t from %.2f to %.2f: accuracy %.4f, loss %.4f', low, high, accuracy, loss)
+  loss, accuracy = means.mean(0).tolist()
+  return {'images': n, 'loss': loss, 'accuracy': accuracy, 'levels': levels}

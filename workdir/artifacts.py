@@ -1,0 +1,255 @@
+"""What a run leaves behind: metrics, arrays, pictures. Files appear whole or not at all."""
+
+from collections.abc import Iterator
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import math
+import secrets
+from types import TracebackType
+from typing import Any
+
+from etils import epath
+import filelock
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+from PIL import Image
+
+from runtime import processes
+from runtime.errors import UserError
+
+logger = logging.getLogger('score_sde')
+
+MIN_TILE = 64  # pixels
+POINT_BINS = 100  # of a picture of points, along each side
+
+
+def is_remote(path: epath.Path) -> bool:
+  """Whether a path lies in an object store, as gs://bucket/run does."""
+  return '://' in str(path)
+
+
+def write(path: epath.Path, data: bytes) -> None:
+  """Writes a file, by way of a temporary name beside it; on process 0 only.
+
+  That name is this call's own: training and an evaluation may write the same page. An object store
+  shows a file whole or not at all, and has no renaming.
+  """
+  if jax.process_index() > 0:
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if is_remote(path):
+    path.write_bytes(data)
+    return
+  temporary = path.parent / f'.{path.name}.{secrets.token_hex(4)}.tmp'
+  try:
+    temporary.write_bytes(data)
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)  # where the disk is full
+
+
+@contextlib.contextmanager
+def claimed(folder: epath.Path) -> Iterator[None]:
+  """Keeps every other run out of a folder, as long as this process lives; not in object stores.
+
+  Raises:
+    UserError: if another run is in it.
+  """
+  lock = filelock.FileLock(folder / '.lock')
+  taken = False
+  if jax.process_index() == 0 and not is_remote(folder):
+    try:
+      lock.acquire(blocking=False)
+    except filelock.Timeout:
+      taken = True
+    except NotImplementedError:
+      logger.warning('the disk of %s has no locks: see to it that no other run uses it', folder)
+  if processes.from_first(taken):
+    raise UserError(f'another run is at work in {folder}; wait for it, or choose another folder')
+  try:
+    yield
+  finally:
+    lock.release()
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+  """Writes JSON that a person can read."""
+  write(path, (json.dumps(value, indent=2) + '\n').encode())
+
+
+def read_json(path: epath.Path) -> Any:
+  """Reads JSON.
+
+  Raises:
+    UserError: if it is not.
+  """
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise UserError(f'{path} is not valid JSON ({error}); restore it or move it away') from None
+
+
+def write_npz(path: epath.Path, **arrays: ArrayLike) -> None:
+  """Writes arrays as a compressed npz."""
+  buffer = io.BytesIO()
+  np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # none is `allow_pickle`
+  write(path, buffer.getvalue())
+
+
+def write_png(path: epath.Path, image: np.ndarray) -> None:
+  """Writes a uint8 image [H, W, C] as it is."""
+  _write_image(path, Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image))
+
+
+def write_samples(path: epath.Path, samples: np.ndarray, most: int | None = None) -> None:
+  """Writes images [N, H, W, C], the first `most`, as a grid, or the density of points [N, d]."""
+  _write_image(path, _picture(samples if samples.ndim == 2 else samples[:most]))
+
+
+def write_grid(path: epath.Path, images: np.ndarray, columns: int | None = None) -> None:
+  """Writes uint8 images [N, H, W, C] as one PNG, row by row, by default nearly square.
+
+  Images below `MIN_TILE` pixels are enlarged by a whole factor, with bicubic interpolation.
+  """
+  _write_image(path, _grid(images, columns))
+
+
+def write_gif(path: epath.Path, frames: list[np.ndarray]) -> None:
+  """Writes pictures as `write_samples` does, one after the other, the last for two seconds."""
+  extent = _extent(frames[-1])
+  first, *rest = (_picture(samples, extent) for samples in frames)
+  durations = [80] * len(rest) + [2000]  # ms
+  _write_image(path, first, 'GIF', save_all=True, append_images=rest, duration=durations, loop=0)
+
+
+def _write_image(path: epath.Path, image: Image.Image, format: str = 'PNG', **choices: Any) -> None:
+  buffer = io.BytesIO()
+  image.save(buffer, format=format, **choices)
+  write(path, buffer.getvalue())
+
+
+def _picture(samples: np.ndarray, extent: float | None = None) -> Image.Image:
+  return _grid(samples, None) if samples.ndim == 4 else _density(samples, extent)
+
+
+def _extent(samples: np.ndarray) -> float:
+  """How far from zero almost all of them are."""
+  return 1.1 * float(np.quantile(np.abs(samples), 0.999))
+
+
+def _density(points: np.ndarray, extent: float | None) -> Image.Image:
+  """A histogram of the first two coordinates of points [N, d], the darker the more."""
+  extent = extent or _extent(points)
+  x, y = points[:, 0], points[:, 1] if points.shape[1] > 1 else np.zeros(len(points))
+  counts, _, _ = np.histogram2d(-y, x, bins=POINT_BINS, range=[[-extent, extent]] * 2)
+  shade = 255 * (1 - np.sqrt(counts / max(1, counts.max())))
+  return Image.fromarray(shade.astype(np.uint8)).resize([4 * POINT_BINS] * 2, 0)
+
+
+def _grid(images: np.ndarray, columns: int | None) -> Image.Image:
+  n, h, w, _ = images.shape
+  columns = columns or math.ceil(math.sqrt(n))
+  factor, gap = math.ceil(MIN_TILE / h), 2
+  height, width = h * factor, w * factor
+  size = (columns * (width + gap) + gap, math.ceil(n / columns) * (height + gap) + gap)
+  canvas = Image.new('RGB', size, 'white')
+  for i, image in enumerate(images):
+    tile = Image.fromarray(image.squeeze()).resize((width, height), Image.Resampling.BICUBIC)
+    canvas.paste(tile, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
+  return canvas
+
+
+class Metrics:
+  """Scalars over training steps, in `metrics.jsonl` and as TensorBoard events; on process 0 only.
+
+  What an earlier run wrote after `step`, where this one resumes, is taken back. An object store
+  cannot append to a file: there, `metrics.jsonl` is written anew with every `flush`.
+
+  They also go to a project of Weights & Biases, if one is named.
+
+  Raises:
+    UserError: if that is wanted and not installed.
+  """
+
+  def __init__(self, workdir: epath.Path, step: int, project: str = ''):
+    self._events = self._lines = self._wandb = None
+    if jax.process_index() > 0:
+      return
+    self._wandb = _wandb_run(workdir, project) if project else None
+    self._path = workdir / 'metrics.jsonl'
+    former = self._path.read_text().splitlines() if self._path.exists() else []
+    self._all = [line + '\n' for line in former if _step(line) <= step]
+    write(self._path, ''.join(self._all).encode())
+    self._lines = None if is_remote(workdir) else self._path.open('a')
+    self._events = events_writer(workdir / 'tensorboard', step + 1)
+
+  def __enter__(self) -> 'Metrics':
+    return self
+
+  def __exit__(
+    self, kind: type | None, value: BaseException | None, trace: TracebackType | None
+  ) -> None:
+    self.flush()
+    if self._lines:
+      self._lines.close()
+    if self._events:
+      self._events.close()
+    if self._wandb:
+      self._wandb.finish()
+
+  def write(self, step: int, **scalars: float) -> None:
+    """Adds the scalars of a training step."""
+    if not self._events:
+      return
+    line = json.dumps({'step': step, **scalars}) + '\n'
+    self._all.append(line)
+    if self._lines:
+      self._lines.write(line)
+      self._lines.flush()
+    for name, value in scalars.items():
+      self._events.add_scalar(name, value, step)
+    if self._wandb:
+      self._wandb.log({'step': step, **scalars})
+
+  def flush(self) -> None:
+    """Sees to it that what was added so far is there, whatever comes."""
+    if self._events:
+      self._events.flush()
+      if not self._lines:
+        write(self._path, ''.join(self._all).encode())
+
+
+def events_writer(folder: epath.Path, purge_step: int) -> Any:
+  """A tensorboardX.SummaryWriter; of what is there already, steps from `purge_step` on are void."""
+  import tensorboardX  # here, as it imports PyTorch where there is one, which takes seconds
+
+  return tensorboardX.SummaryWriter(str(folder), purge_step=purge_step)
+
+
+def _wandb_run(workdir: epath.Path, project: str) -> Any:
+  """The run of a workdir in a project; it goes on where the workdir was there before."""
+  try:
+    import wandb
+  except ImportError:
+    raise UserError(
+      f'config.training.wandb = {project!r} needs Weights & Biases: pip install wandb'
+    ) from None
+  where = str(workdir) if is_remote(workdir) else str(workdir.resolve())
+  name = f'{workdir.name}-{hashlib.sha256(where.encode()).hexdigest()[:8]}'
+  config = read_json(workdir / 'config.json')
+  folder = None if is_remote(workdir) else where
+  run = wandb.init(project=project, id=name, name=name, resume='allow', config=config, dir=folder)
+  run.define_metric('*', step_metric='step')  # lines that are taken back would disturb its own
+  return run
+
+
+def _step(line: str) -> float:
+  """The step of a line of metrics.jsonl; infinity for a line that was cut off."""
+  try:
+    return json.loads(line)['step']
+  except (ValueError, KeyError):
+    return math.inf

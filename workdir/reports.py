@@ -1,0 +1,74 @@
+"""What evaluations leave: a report for each checkpoint, a table of them, TensorBoard scalars."""
+
+from typing import Any
+
+from etils import epath
+import jax
+
+from workdir import artifacts, versions
+
+Report = dict[str, Any]
+
+# What checkpoints are compared by, the first that they all have: less is better.
+RANKING = ('fid', 'frechet_pixels', 'bpd_test', 'bpd_train', 'score_error', 'loss')
+
+
+def path_of(out: epath.Path, step: int) -> epath.Path:
+  return out / f'report_{step}.json'
+
+
+def read(out: epath.Path, step: int) -> Report:
+  """The report of a step as far as it has come, in the folder of an evaluation."""
+  path = path_of(out, step)
+  return artifacts.read_json(path) if path.exists() else {'step': step}
+
+
+def write(out: epath.Path, report: Report) -> None:
+  """Writes a report to which something was added, with what that was computed by."""
+  report['versions'] = versions.here()
+  artifacts.write_json(path_of(out, report['step']), report)
+
+
+def scalars(report: Report) -> dict[str, float]:
+  """The numbers of a report, without its step."""
+  numbers = {name: value for name, value in report.items() if isinstance(value, int | float)}
+  return {name: value for name, value in numbers.items() if name != 'step'}
+
+
+def summary(report: Report) -> str:
+  """The measures of a report in a line, without what they cost and how many images they are of."""
+  details = ('_seconds', '_images', '_repeats', '_std', '_std_error')
+  shown = {k: v for k, v in scalars(report).items() if not k.endswith(details)}
+  return ', '.join(f'{name} {value:.6g}' for name, value in shown.items())
+
+
+def best(reports: list[Report]) -> tuple[int, str] | None:
+  """The step of the best checkpoint, and what it is best in, if they have a measure in common."""
+  for name in RANKING:
+    if reports and all(name in report for report in reports):
+      return min(reports, key=lambda report: report[name])['step'], name
+  return None
+
+
+def table(reports: list[Report]) -> str:
+  """Markdown: a row for each checkpoint, a column for each number, and which is the best."""
+  names = list(dict.fromkeys(name for report in reports for name in scalars(report)))
+  rows = [['step', *names], ['---'] * (1 + len(names))]
+  for report in reports:
+    values = (f'{report[name]:.6g}' if name in report else '' for name in names)
+    rows.append([str(report['step']), *values])
+  lines = [f'| {" | ".join(row)} |' for row in rows]
+  if chosen := best(reports):
+    lines += ['', f'Best by {chosen[1]}: the checkpoint of step {chosen[0]}.']
+  return '\n'.join(lines) + '\n'
+
+
+def publish(out: epath.Path, reports: list[Report]) -> None:
+  """Writes `table.md` and, in `tensorboard/`, scalars that replace those of an earlier run."""
+  artifacts.write(out / 'table.md', table(reports).encode())
+  if jax.process_index() > 0:
+    return
+  with artifacts.events_writer(out / 'tensorboard', purge_step=0) as events:
+    for report in reports:
+      for name, value in scalars(report).items():
+        events.add_scalar(f'eval/{name}', value, report['step'])
