@@ -48,7 +48,7 @@ class Source(Protocol):
 
 _MEMORY_LIMIT = 4 * 2**30  # bytes; a larger set is decoded anew each time
 _AHEAD_LIMIT = 2**30  # bytes of batches that are prepared ahead, but at least two
-_DIGITS = Path(__file__).parent / 'assets' / 'digits.npz'
+_DIGITS = Path(__file__).parent.parent / 'assets' / 'digits.npz'
 
 
 class ImageSource:

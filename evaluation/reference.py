@@ -31,7 +31,7 @@ from workdir.progress import Bar
 logger = logging.getLogger('score_sde')
 
 KEPT = 50_000  # images, evenly over the dataset, whose features are kept
-_FOLDER = epath.Path(__file__).parent / 'assets' / 'stats'
+_FOLDER = epath.Path(__file__).parent.parent / 'assets' / 'stats'
 
 
 @dataclasses.dataclass(frozen=True)

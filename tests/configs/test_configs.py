@@ -92,7 +92,8 @@ def test_mended_configs_are_what_they_were_meant_to_be():
 def fields_read() -> set[str]:
   """The fields that the code reads as <section>.<field>, or under another name of the section."""
   sections, reads = set(config_of('ve', 'cifar10')), {'seed'}
-  paths = [*ROOT.glob('*_lib.py'), *ROOT.glob('build_*.py'), ROOT / 'reference.py']
+  rooms = ('builders', 'training', 'evaluation', 'workdir')
+  paths = [ROOT / 'run_lib.py', *(path for room in rooms for path in (ROOT / room).glob('*.py'))]
   for path in paths:
     tree = ast.parse(path.read_text())
     section_of = {name: name for name in sections}
