@@ -250,7 +250,7 @@ def distribution(name: str, dim: int) -> Distribution:
 
 @dataclasses.dataclass(frozen=True)
 class PointSource:
-  """Points as a dataset, with random access; see `datasets.Source`."""
+  """Points as a dataset, with random access; a `sources.Source`."""
 
   points: np.ndarray  # float32 [n, dim]
   num_classes = 0

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def share() -> dict[str, int]:
-  """This process's number and how many there are, as `datasets` takes them."""
+  """This process's number and how many there are, as `data.sources` takes them."""
   return {'process_index': jax.process_index(), 'process_count': jax.process_count()}
 
 

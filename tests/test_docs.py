@@ -78,6 +78,20 @@ def test_what_a_page_refers_to_is_there(page):
     assert re.search(rf'\b{name}\b', code), name
 
 
+PAGES = ['README.md', *(f'docs/{path.name}' for path in sorted(DOCS.glob('*.md')))]
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_the_python_files_that_a_page_names_are_there(page):
+  """With their folders as seen from the root; a name alone, such as of a test, in any of them."""
+  files = [path.relative_to(ROOT) for path in ROOT.glob('*/**/*.py') if '.venv' not in path.parts]
+  files += [path.relative_to(ROOT) for path in ROOT.glob('*.py')]
+  known = {str(path) for path in files} | {path.name for path in files}
+  named = set(re.findall(r'(?<![\w*>/.-])[\w/]*\w\.py\b', (ROOT / page).read_text()))
+  assert not named - known
+  assert page != 'docs/fidelity.md' or len(named) > 10  # its rows name tests
+
+
 def test_the_tutorial_puts_what_a_chapter_prints_in_its_place():
   page = 'a\n<!-- printed by sdes -->\nold\n<!-- end -->\nb\n<!-- printed by x -->\n<!-- end -->\n'
   new = tutorial.put(page, 'sdes', ['1', '2'])
