@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.golden import DATA
 from controllable_generation import Gray, Known, Mask
-from data.points import Mixture
 from samplers import base, time_grids
 import sampling
 from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS
@@ -28,11 +28,6 @@ from sde_lib import ScoreFn, SDE, subVPSDE, VESDE, VPSDE
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 SDES = {'ve': VESDE, 'vp': VPSDE, 'subvp': subVPSDE}
-DATA = Mixture(
-  weights=jnp.array([0.3, 0.7]),
-  means=jnp.array([[[0.5, -0.2], [0.1, 0.9]], [[-0.6, 0.3], [-0.4, -0.1]]])[..., None],
-  stds=jnp.array([0.25, 0.15]),
-)
 
 # 'file/key' of the numbers that are not reproduced, and why.
 DIFFERENCES = {

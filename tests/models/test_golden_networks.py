@@ -4,57 +4,29 @@ What the arrays are stands in tests/golden/README.md. All parameters come in thr
 `released_checkpoints`, as those of a checkpoint would.
 """
 
-from functools import cache, partial
-import json
-from pathlib import Path
+from functools import cache
 
 import agreement
 from flax import serialization, traverse_util
 import jax
-from jax import Array
-import jax.numpy as jnp
-from ml_collections import ConfigDict
 import numpy as np
 import optax
 import pytest
 
+from benchmarks.golden import (
+  config_of,
+  load,
+  loss_inputs,
+  mean_losses,
+  NETWORKS,
+  parameters,
+  released_state,
+  score_of,
+)
 from builders.setup import build, Setup
-from configs import base
 import losses
-from losses import Objective
-from sde_lib import ScoreFn
 from training import released_checkpoints
 from training.released_checkpoints import from_jax, from_torch, network_parameters
-
-GOLDEN = Path(__file__).parent.parent / 'golden'
-CASES = (
-  'npp_ve_cont_resid_in_fir',
-  'npp_ve_disc',
-  'npp_ve_outskip_inskip_sum',
-  'npp_vp_cont_ddpmpp',
-  'ddpm_vp_disc',
-  'ncsn',
-  'ncsnv2_64',
-)
-
-
-def load(case: str) -> dict[str, np.ndarray]:
-  with np.load(GOLDEN / f'{case}.npz') as arrays:
-    return dict(arrays)
-
-
-def config_of(arrays: dict[str, np.ndarray]) -> ConfigDict:
-  """The config here of a released configuration, which is stored with the arrays as JSON."""
-  released = ConfigDict(json.loads(str(arrays['config'])))
-  if 'num_classes' in released.model:
-    del released.model.num_classes  # noise scales of NCSN there, classes of images here
-  make = {'vesde': base.ve, 'vpsde': base.vp}[released.training.sde]
-  config = make(released.model.name)
-  for section in config:
-    if section in released and isinstance(config[section], ConfigDict):
-      known = {k: v for k, v in released[section].items() if k in config[section]}
-      config[section].update({k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
-  return config
 
 
 def setup_of(arrays: dict[str, np.ndarray]) -> Setup:
@@ -68,46 +40,11 @@ def shapes_of(setup: Setup) -> released_checkpoints.Shapes:
 shapes_once = cache(network_parameters)
 
 
-def tree(arrays: dict[str, np.ndarray], prefix: str) -> dict:
-  """The arrays under a prefix, as a tree."""
-  inside = {k.removeprefix(prefix + '/'): v for k, v in arrays.items() if k.startswith(prefix)}
-  return traverse_util.unflatten_dict(inside, sep='/')
-
-
-def released_state(arrays: dict[str, np.ndarray]) -> dict:
-  """The released State of a case; what the case lacks of it is zero, or the moving average."""
-  average = tree(arrays, 'ema')
-  zeros = jax.tree.map(np.zeros_like, average)
-  params = tree(arrays, 'params') or average
-  mu, nu = tree(arrays, 'mu') or zeros, tree(arrays, 'nu') or zeros
-  moments = jax.tree.map(lambda m, v: {'grad_ema': m, 'grad_sq_ema': v}, mu, nu)
-  return {
-    'step': arrays.get('step', np.int32(0)),
-    'optimizer': {
-      'target': params,
-      'state': {'step': arrays.get('adam_step', np.int32(0)), 'param_states': moments},
-    },
-    'lr': np.float32(2e-4),
-    'model_state': {},
-    'ema_rate': np.float32(0.999),
-    'params_ema': average,
-    'rng': np.zeros(2, np.uint32),
-  }
-
-
-@jax.jit
-def score_of(score_fn: ScoreFn, x: Array, t: Array) -> Array:
-  """The score, compiled once for all tests of a network."""
-  return score_fn(x, t)
-
-
-@pytest.fixture(scope='module', params=CASES)
+@pytest.fixture(scope='module', params=NETWORKS)
 def golden(request):
   arrays = load(request.param)
   setup = setup_of(arrays)
-  average = from_jax(released_state(arrays)).ema_params
-  params = released_checkpoints.fit(average, shapes_of(setup), 'moving averages')
-  return arrays, setup, params
+  return arrays, setup, parameters(arrays, setup)
 
 
 def test_parameters_have_the_released_names_and_shapes(golden):
@@ -136,27 +73,12 @@ def test_conditioning_and_score(golden):
 
 def test_losses_and_gradients(golden):
   arrays, setup, params = golden
-  sde, continuous = setup.model.sde, setup.objective.continuous
-  x0, z, t = (jnp.asarray(arrays[f'io/{name}']) for name in ('data', 'z', 't'))
-  if not continuous:
-    labels = arrays['io/loss_labels']
-    # SMLD counts its noise scales from the largest, DDPM its steps from the smallest.
-    t = sde.time(
-      jnp.asarray(sde.N - 1 - labels if setup.config.training.sde == 'vesde' else labels)
-    )
+  found = mean_losses(arrays, setup, params)
+  assert len(found) == (4 if setup.objective.continuous else 2)
+  for ours, theirs in found.values():
+    assert agreement.error(ours, theirs, quantity='loss') < 1e-4
 
-  score_fn = partial(score_of, setup.model.bind(params))
-
-  checked = 0
-  for name in arrays:
-    if name.startswith('io/loss_') and name != 'io/loss_labels':
-      objective = Objective(
-        continuous=continuous, reduce_mean='rm1' in name, likelihood_weighting='lw1' in name
-      )
-      loss = losses.dsm_loss(sde, score_fn, x0, t, z, objective).mean()
-      assert agreement.error(loss, arrays[name], quantity='loss') < 1e-4
-      checked += 1
-  assert checked == (4 if continuous else 2)
+  sde, (x0, t, z) = setup.model.sde, loss_inputs(arrays, setup)
 
   def mean_loss(params):
     return losses.dsm_loss(sde, setup.model.bind(params), x0, t, z, setup.objective).mean()
