@@ -16,7 +16,6 @@ from typing import Any
 import jax
 from jax import Array
 from jax.experimental.compilation_cache import compilation_cache
-import jax.numpy as jnp
 import numpy as np
 
 from builders.setup import build, Setup
@@ -98,21 +97,62 @@ def _convolve(x: Array, kernel: Array) -> Array:
   )
 
 
-def peaks(dtype: str) -> dict[str, float]:
-  """FLOP/s that a matrix product and a 3x3 convolution of 128 channels reach, at their best."""
-  a = jnp.ones((_DIMENSION, _DIMENSION), dtype)
-  x, kernel = jnp.ones(_IMAGES, dtype), jnp.ones((3, 3, _IMAGES[-1], _IMAGES[-1]), dtype)
-  runs = {
-    'matmul': (lambda: _matmul(a), 2 * _DIMENSION**3),
-    'convolution': (lambda: _convolve(x, kernel), 2 * x.size * 9 * _IMAGES[-1]),
-  }
-  best = {name: math.inf for name in runs}
+def matmul_peak(dtype: str, dimension: int, precision: str | None = None) -> float:
+  """FLOP/s that a product of two square matrices reaches, at its best.
+
+  `precision` is one of JAX's, such as 'highest'; by default what JAX's default is.
+  """
+  a = jax.random.uniform(jax.random.key(0), (dimension, dimension), dtype)
+  with jax.default_matmul_precision(precision):
+    return 2 * dimension**3 / _shortest(lambda: _matmul(a))
+
+
+def convolution_peak(
+  dtype: str, images: tuple[int, int, int, int], precision: str | None = None
+) -> float:
+  """FLOP/s that a 3x3 convolution of images [B, H, W, C] reaches, with as many channels out."""
+  rng, channels = jax.random.key(0), images[-1]
+  x = jax.random.uniform(rng, images, dtype)
+  kernel = jax.random.uniform(rng, (3, 3, channels, channels), dtype)
+  with jax.default_matmul_precision(precision):
+    return 2 * x.size * 9 * channels / _shortest(lambda: _convolve(x, kernel))
+
+
+def _shortest(call: Callable[[], Any]) -> float:
+  """Seconds of the shortest of eight calls."""
+  times = []
   for _ in range(8):
-    for name, (run, _) in runs.items():
-      began = time.perf_counter()
-      jax.block_until_ready(run())
-      best[name] = min(best[name], time.perf_counter() - began)
-  return {name: flop / best[name] for name, (_, flop) in runs.items()}
+    began = time.perf_counter()
+    jax.block_until_ready(call())
+    times.append(time.perf_counter() - began)
+  return min(times)
+
+
+def peaks(dtype: str) -> dict[str, float]:
+  """FLOP/s of a matrix product and of a 3x3 convolution of 128 channels, at their best."""
+  return {
+    'matmul': matmul_peak(dtype, _DIMENSION),
+    'convolution': convolution_peak(dtype, _IMAGES),
+  }
+
+
+def queued(call: Callable[[], Any], seconds: float) -> float:
+  """Seconds of a call of the device, of which many wait in its queue, as in training.
+
+  So what Python does between calls counts only where the device waits for it. The first call
+  compiles; then three rounds take about so many seconds in all, and the median counts.
+  """
+
+  def each(n: int) -> float:
+    began = time.perf_counter()
+    for _ in range(n):
+      value = call()
+    jax.block_until_ready(value)
+    return (time.perf_counter() - began) / n
+
+  each(1)
+  n = min(max(2, math.ceil(seconds / 3 / each(1))), 50)  # results of all may be in memory
+  return statistics.median(each(n) for _ in range(3))
 
 
 def machine() -> dict[str, Any]:

@@ -36,12 +36,14 @@ def gigabytes() -> float:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def costs(rows: int, n_images: int) -> None:
-  rng, mesh = np.random.default_rng(0), jax.sharding.Mesh(np.array(jax.devices()), ('data',))
-  net = inception.InceptionV3()
-  images = rng.integers(0, 256, (n_images, 32, 32, 3), np.uint8)
-  params = jax.jit(net.init)(jax.random.key(0), images[:1])['params']
-  network = FeatureNetwork(
+def random_inception() -> FeatureNetwork:
+  """Inception with random weights, which take as long as any."""
+  net, rng = inception.InceptionV3(), np.random.default_rng(0)
+  shapes = jax.eval_shape(net.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.uint8))
+  params = jax.tree.map(
+    lambda x: rng.normal(0, 1 / np.sqrt(x.size), x.shape).astype(np.float32), shapes['params']
+  )
+  return FeatureNetwork(
     name='inception',
     version='random weights',
     params=params,
@@ -51,11 +53,21 @@ def costs(rows: int, n_images: int) -> None:
     kernel='kid',
     suffix='',
   )
-  extract = network.compile(mesh)
-  extract(images)
+
+
+def images_per_second(n_images: int) -> float:
+  """Of random images through Inception, from the host to features there."""
+  images = np.random.default_rng(0).integers(0, 256, (n_images, 32, 32, 3), np.uint8)
+  extract = random_inception().compile(jax.sharding.Mesh(np.array(jax.devices()), ('data',)))
+  extract(images)  # compiles
   began = time.monotonic()
   extract(images)
-  rate = n_images / (time.monotonic() - began)
+  return n_images / (time.monotonic() - began)
+
+
+def costs(rows: int, n_images: int) -> None:
+  rng, mesh = np.random.default_rng(0), jax.sharding.Mesh(np.array(jax.devices()), ('data',))
+  rate = images_per_second(n_images)
   print(f'features: {rate:.2f} images/s, {50_000 / rate / 60:.0f} minutes for 50,000', flush=True)
   print(f'peak so far {gigabytes():.1f} GiB')
   x, y = (rng.random((rows, inception.FEATURES), np.float32) for _ in range(2))

@@ -8,7 +8,9 @@ machine; so it is measured by itself, with a score, -x, that costs nothing.
       [--json PATH]
 """
 
+from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import jax
 from jax import Array
@@ -34,17 +36,23 @@ def _free(x: Array, t: Array) -> Array:
 
 
 @jax.jit
-def _evaluate(score_fn: ScoreFn, x: Array, t: Array) -> Array:
+def evaluate(score_fn: ScoreFn, x: Array, t: Array) -> Array:
+  """One evaluation of the score."""
   return score_fn(x, t)
 
 
 def measure(
-  name: str, batch: int, steps: int, changes: dict[str, str]
+  name: str,
+  batch: int,
+  steps: int,
+  changes: dict[str, Any],
+  which: Iterable[str] = tuple(SAMPLERS),
+  repeats: int = REPEATS,
 ) -> dict[str, dict[str, float]]:
   """Evaluations of each sampler, seconds for one, and those of them that are not the network's."""
   setups = {
-    sampler: common.network(name, changes | own | {'sampling.num_steps': steps})
-    for sampler, own in SAMPLERS.items()
+    sampler: common.network(name, changes | SAMPLERS[sampler] | {'sampling.num_steps': steps})
+    for sampler in which
   }
   setup = next(iter(setups.values()))
   score_fn, shape = setup.model.bind(common.init(setup)), (batch, *setup.data_shape)
@@ -52,17 +60,17 @@ def measure(
   x = jax.random.normal(key, shape)
 
   def bare() -> tuple[Array, int]:
-    for _ in range(steps):
-      jax.block_until_ready(out := _evaluate(score_fn, x, t))
+    for _ in range(steps):  # queued, so that the device has no gap between them
+      out = evaluate(score_fn, x, t)
     return out, steps
 
   samplers = {sampler: own.sampler for sampler, own in setups.items()}
   runs = {name: partial(draw, key, score_fn, shape) for name, draw in samplers.items()}
   free = {name: partial(draw, key, _free, shape) for name, draw in samplers.items()}
   results = {}
-  for run, (seconds, (_, nfe)) in common.timed({NETWORK: bare} | runs, REPEATS).items():
+  for run, (seconds, (_, nfe)) in common.timed({NETWORK: bare} | runs, repeats).items():
     results[run] = {'nfe': int(nfe), 'evaluation': seconds / int(nfe), 'added': 0.0}
-  for run, (seconds, (_, nfe)) in common.timed(free, REPEATS).items():
+  for run, (seconds, (_, nfe)) in common.timed(free, repeats).items():
     results[run]['added'] = seconds / int(nfe)
   return results
 

@@ -14,6 +14,7 @@ of one program, which JAX compiles by its own rules and flags.
 """
 
 import ast
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 import statistics
@@ -22,10 +23,12 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
 
 from benchmarks import common, released
 from builders.setup import Setup
+from losses import TrainState
 import run_lib
 from training import loop
 
@@ -43,41 +46,65 @@ def _value(text: str) -> Any:
     return text
 
 
-def measure(setup: Setup, steps: int, donate: bool, options: dict[str, str]) -> dict[str, float]:
-  """Seconds, bytes and FLOP of one step; times and peaks only where some steps are to be taken."""
+def compile_step(
+  setup: Setup, donate: bool, options: dict[str, str]
+) -> tuple[Callable[..., Any], Any, dict[str, float]]:
+  """A call of the training step, which takes `n_jitted_steps` of them, as it is in training.
+
+  Returns:
+    The program, (state, batch, key) -> (state, metrics); its batch; and seconds, bytes, and the
+    FLOP of one step.
+  """
   training, task, rng = setup.config.training, run_lib.score_task(setup), setup.key('train')
   n, update = training.n_jitted_steps, task.update
   batch = setup.put({'data': common.images(setup, training.batch_size)})
-  state = jax.eval_shape(task.init, rng)
+  state = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setup.replicated),
+    jax.eval_shape(task.init, rng),
+  )
   one = batch
   if n > 1:
     update = partial(loop.several_steps, task.update)
-    batch = jax.tree.map(lambda x: jnp.stack([x] * n), batch)
+    stacked = NamedSharding(setup.batch.mesh, PartitionSpec(None, *setup.batch.spec))
+    batch = jax.tree.map(lambda x: jax.device_put(np.stack([x] * n), stacked), batch)
   began = time.perf_counter()
-  lowered = jax.jit(update, donate_argnums=0 if donate else ()).lower(state, batch, rng)
+  choices = {'out_shardings': setup.replicated, 'donate_argnums': 0 if donate else ()}
+  lowered = jax.jit(update, **choices).lower(state, batch, rng)
   traced = time.perf_counter()
   with common.no_cache():
     step = lowered.compile(options)
   compiled, memory = time.perf_counter(), step.memory_analysis()
   flop = jax.jit(task.update).lower(state, one, rng).cost_analysis()['flops']
-  flop *= training.grad_accum  # of a loop XLA counts one turn
   results = memory.output_size_in_bytes - memory.alias_size_in_bytes
   measured = {
     'batch': training.batch_size,
-    'flop': flop,
+    'flop': flop * training.grad_accum,  # of a loop XLA counts one turn
     'trace': traced - began,
     'compile': compiled - traced,
     'temporary': memory.temp_size_in_bytes,
     'memory': memory.argument_size_in_bytes + results + memory.temp_size_in_bytes,
   }
+  return step, batch, measured
+
+
+def initial(setup: Setup) -> TrainState:
+  """The state before the first step."""
+  init = run_lib.score_task(setup).init
+  make = jax.jit(init, out_shardings=setup.replicated, compiler_options=common.QUICK)
+  return make(setup.key('init'))
+
+
+def measure(setup: Setup, steps: int, donate: bool, options: dict[str, str]) -> dict[str, float]:
+  """Seconds, bytes and FLOP of one step; times and peaks only where some steps are to be taken."""
+  step, batch, measured = compile_step(setup, donate, options)
   if not steps:
     return measured
   peaks, times = common.peaks(setup.config.model.dtype), []
-  state = jax.jit(task.init, compiler_options=common.QUICK)(rng)
+  state, rng = initial(setup), setup.key('train')
   for _ in range(steps + 1):  # the first is not counted
     began = time.perf_counter()
     state, _ = jax.block_until_ready(step(state, batch, rng))
-    times.append((time.perf_counter() - began) / n)
+    times.append((time.perf_counter() - began) / setup.config.training.n_jitted_steps)
   return measured | {'step': statistics.median(times[1:])} | peaks
 
 
