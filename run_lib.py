@@ -36,8 +36,6 @@ from evaluation.evaluate import (
 from evaluation.features import FeatureNetwork
 from evaluation.sample import draw_samples
 from evaluation.stats import noise_scales
-import losses
-from losses import Batch, Metrics, TrainState
 from models.score import Params
 from runtime import processes
 from runtime.errors import cannot_write, UserError
@@ -45,6 +43,7 @@ from training import checkpoints as checkpoints_lib
 from training import classifier, contrastive_divergence, loop, released_checkpoints
 from training.checkpoints import Checkpoints
 from training.loop import Task
+from training.step import Batch, eval_step, init_state, Metrics, train_step, TrainState
 from workdir import artifacts, page, reports, versions
 from workdir.progress import Bar, Stop
 from workdir.reports import Report
@@ -312,7 +311,7 @@ def score_task(setup: Setup) -> Task:
   model, training = setup.model, setup.config.training
 
   def evaluate(params: Params, batch: Batch, rng: Array) -> Metrics:
-    each = losses.eval_step(params, batch, rng, model=model, objective=setup.objective)
+    each = eval_step(params, batch, rng, model=model, objective=setup.objective)
     return {'loss': each.mean()}
 
   choices = {
@@ -325,8 +324,8 @@ def score_task(setup: Setup) -> Task:
   shape = (1, *setup.data_shape)
   task = Task(
     section='model',
-    init=lambda rng: losses.init_state(rng, model, setup.tx, shape),
-    update=partial(losses.train_step, grad_accum=training.grad_accum, **choices),
+    init=lambda rng: init_state(rng, model, setup.tx, shape),
+    update=partial(train_step, grad_accum=training.grad_accum, **choices),
     evaluate=evaluate,
     purposes=('init', 'train', 'eval'),
     batch_size=training.batch_size,

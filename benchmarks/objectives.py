@@ -22,10 +22,10 @@ import numpy as np
 from builders.setup import build, explicit_matching, Setup
 from configs.points import VARIANTS
 from data import points
-from losses import eval_step
 from models.score import Params
 import run_lib
 from training import loop
+from training.step import eval_step
 
 POINTS = 5000  # that the error is measured on
 

@@ -37,6 +37,7 @@ from samplers.time_grids import GRIDS
 import sampling
 from sde_lib import ScoreFn, SDE, subVPSDE, VESDE, VPSDE
 from training.contrastive_divergence import ContrastiveDivergence
+from training.optim import adam
 
 # What the keys of a run are for. A key is a function of seed, purpose and step: nothing random is
 # stored. The order is part of every run's result.
@@ -149,7 +150,7 @@ _SDES: dict[str, Callable[[Any, float], SDE]] = {
   ),
 }
 
-_OPTIMIZERS = {'Adam': losses.adam}
+_OPTIMIZERS = {'Adam': adam}
 
 _CHOICES: dict[str, Collection[str]] = {
   'training.sde': _SDES,

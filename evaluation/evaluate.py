@@ -21,6 +21,7 @@ import numpy as np
 
 from builders.setup import explicit_matching, Setup
 from data import sources
+from data.codec import preprocess
 from evaluation import metrics
 from evaluation.draw import classes_in_turn, draw
 from evaluation.features import FeatureNetwork
@@ -31,6 +32,7 @@ import losses
 from runtime import processes
 from runtime.errors import UserError
 from training.checkpoints import Checkpoints
+from training.step import Batch, eval_step
 from workdir import artifacts, rounds
 from workdir.progress import Bar
 from workdir.reports import Report
@@ -39,7 +41,7 @@ from workdir.rounds import Arrays
 logger = logging.getLogger('score_sde')
 
 WAIT_SECONDS = 30.0  # between two looks for a new checkpoint
-LossSums = Callable[[Any, losses.Batch, Array], dict[str, Array]]
+LossSums = Callable[[Any, Batch, Array], dict[str, Array]]
 
 
 def steps(config: FrozenConfigDict, checkpoints: Checkpoints) -> Iterator[int]:
@@ -89,9 +91,9 @@ def compile_loss_sums(setup: Setup) -> LossSums:
     matching = explicit_matching(setup.true_score_fn)
     objectives['score_error'] = dataclasses.replace(setup.objective, matching=matching)
 
-  def loss_sums(params: Any, batch: losses.Batch, rng: Array) -> dict[str, Array]:
+  def loss_sums(params: Any, batch: Batch, rng: Array) -> dict[str, Array]:
     def total(objective: losses.Objective) -> Array:
-      each = losses.eval_step(params, batch, rng, model=setup.model, objective=objective)
+      each = eval_step(params, batch, rng, model=setup.model, objective=objective)
       return (each * batch['mask']).sum()
 
     return {name: total(objective) for name, objective in objectives.items()}
@@ -169,7 +171,7 @@ def _dequantize(rng: Array, first: Array, images: Array, centered: bool) -> tupl
   rngs = jax.vmap(lambda number: jax.random.split(jax.random.fold_in(rng, number)))(numbers)
 
   def one(rng: Array, image: Array) -> Array:
-    return losses.preprocess(rng, image, centered, False, True)
+    return preprocess(rng, image, centered, False, True)
 
   return jax.vmap(one)(rngs[:, 0], images), rngs[:, 1]
 

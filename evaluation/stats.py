@@ -10,8 +10,8 @@ import numpy as np
 
 from builders.setup import Setup
 from data import sources
+from data.codec import preprocess
 from data.noise_scales import NoiseScales, recommend
-import losses
 
 logger = logging.getLogger('score_sde')
 
@@ -30,7 +30,7 @@ def noise_scales(setup: Setup, source: sources.Source) -> NoiseScales:
   with closing(sources.train_batches(source, min(size, n), seed=setup.config.seed)) as batches:
     parts = [next(batches)['data'] for _ in range(math.ceil(n / min(size, n)))]
   data, rng = np.concatenate(parts)[:n], jax.random.key(0)  # of nothing: there are no flips
-  x = losses.preprocess(rng, jnp.asarray(data), setup.model.centered, False, False)
+  x = preprocess(rng, jnp.asarray(data), setup.model.centered, False, False)
   n_steps = setup.config.sampling.n_steps_each
   chosen = recommend(np.asarray(x), setup.config.model.sigma_min, n_steps)
   logger.info('%d examples of dimension %d', n, math.prod(setup.data_shape))

@@ -32,6 +32,7 @@ from models import score
 from models.mlp import MLP
 from models.score import ScoreModel
 from sde_lib import VESDE, VPSDE
+from training.step import init_state, train_step
 
 KEY = jax.random.key(0)
 SDE = VESDE(0.5, 5.0, N=4, eps=0.0)
@@ -259,9 +260,9 @@ def test_the_score_of_an_energy_is_a_gradient(kind):
 
 def test_an_energy_is_trained_as_a_score_is():
   model, tx = small(SDE, 'energy'), optax.adam(1e-2)
-  state = losses.init_state(KEY, model, tx, (1, 2))
+  state = init_state(KEY, model, tx, (1, 2))
   step = jax.jit(
-    lambda state: losses.train_step(
+    lambda state: train_step(
       state, {'data': jnp.asarray(np.repeat(POINTS, 40, 0), jnp.float32)}, KEY,
       model=model, objective=Objective(reduce_mean=True), tx=tx, ema_rate=0.9,
     )

@@ -20,9 +20,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from losses import TrainState
 from runtime import processes
 from runtime.errors import Failure, UserError
+from training.step import TrainState
 from workdir.artifacts import is_remote
 
 logger = logging.getLogger('score_sde')

@@ -17,8 +17,9 @@ import optax
 
 from builders.setup import Setup
 from data import sources
+from data.codec import preprocess
 import losses
-from losses import Batch, Metrics, Objective, TrainState
+from losses import Objective
 from models.classifier import Classifier, ClassLogProb
 from models.score import Params
 from runtime import processes
@@ -27,6 +28,7 @@ from sde_lib import expand
 from training import checkpoints as checkpoints_lib
 from training.checkpoints import Checkpoints
 from training.loop import like, Task
+from training.step import apply_gradients, Batch, init_state, Metrics, TrainState
 from workdir.progress import Bar
 from workdir.same_config import check_unchanged, FIXED_IN_CLASSIFIER
 
@@ -70,7 +72,7 @@ def train_step(
   """One optimiser step on a batch of images with labels; random only in (rng, state.step)."""
   rng_data, rng_t, rng_z = jax.random.split(jax.random.fold_in(rng, state.step), 3)
   flip, dequantize = objective.random_flip, objective.uniform_dequantization
-  x0 = losses.preprocess(rng_data, batch['data'], classifier.centered, flip, dequantize)
+  x0 = preprocess(rng_data, batch['data'], classifier.centered, flip, dequantize)
   t = losses.sample_times(rng_t, classifier.sde, x0.shape[0], True)
   z = jax.random.normal(rng_z, x0.shape)
 
@@ -79,7 +81,7 @@ def train_step(
     return loss.mean(), {'accuracy': correct.mean()}
 
   differentiate = jax.value_and_grad(loss_fn, has_aux=True)
-  return losses.apply_gradients(state, differentiate, tx, ema_rate, ema_warmup=True)
+  return apply_gradients(state, differentiate, tx, ema_rate, ema_warmup=True)
 
 
 def eval_step(
@@ -94,7 +96,7 @@ def eval_step(
   """`cross_entropy` of a batch at times between the two of `span`, without flips."""
   rng_data, rng_t, rng_z = jax.random.split(rng, 3)
   dequantize = objective.uniform_dequantization
-  x0 = losses.preprocess(rng_data, batch['data'], classifier.centered, False, dequantize)
+  x0 = preprocess(rng_data, batch['data'], classifier.centered, False, dequantize)
   t = jax.random.uniform(rng_t, x0.shape[:1], minval=span[0], maxval=span[1])
   z = jax.random.normal(rng_z, x0.shape)
   return cross_entropy(classifier.bind(params), x0, t, z, batch['label'])
@@ -113,7 +115,7 @@ def task(setup: Setup) -> Task:
 
   return Task(
     section='classifier',
-    init=lambda rng: losses.init_state(rng, classifier, tx, (1, *setup.data_shape)),
+    init=lambda rng: init_state(rng, classifier, tx, (1, *setup.data_shape)),
     update=partial(
       train_step,
       classifier=classifier,

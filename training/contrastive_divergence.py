@@ -13,11 +13,13 @@ from jax import Array
 import jax.numpy as jnp
 import optax
 
-import losses
-from losses import Batch, Metrics, TrainState
+from data.codec import preprocess
+from losses import Objective
 from models.score import ModelScore, Params, ScoreModel
 from samplers.langevin import langevin_step
 from sde_lib import expand
+from training import step as training_step
+from training.step import apply_gradients, Batch, Metrics, TrainState
 
 
 @flax.struct.dataclass
@@ -64,7 +66,7 @@ def init_state(
   divergence: ContrastiveDivergence,
 ) -> EBMState:
   """The state before the first step, for data of `shape` [B, ...], with a buffer of noise."""
-  state = losses.init_state(rng, model, tx, shape)
+  state = training_step.init_state(rng, model, tx, shape)
   rng_replay = jax.random.fold_in(rng, 1)
   replay = model.sde.prior_sampling(rng_replay, (divergence.buffer_size, *shape[1:]))
   return EBMState(state.step, state.params, state.ema_params, state.opt_state, replay)
@@ -76,7 +78,7 @@ def train_step(
   rng: Array,
   *,
   model: ScoreModel,
-  objective: losses.Objective,
+  objective: Objective,
   divergence: ContrastiveDivergence,
   tx: optax.GradientTransformation,
   ema_rate: float,
@@ -89,7 +91,7 @@ def train_step(
   """
   rngs = jax.random.split(jax.random.fold_in(rng, state.step), 6)
   flip, dequantize = objective.random_flip, objective.uniform_dequantization
-  x0 = losses.preprocess(rngs[0], batch['data'], model.centered, flip, dequantize)
+  x0 = preprocess(rngs[0], batch['data'], model.centered, flip, dequantize)
   t = jnp.full(len(x0), model.sde.eps)
   alpha, std = (expand(v, x0) for v in model.sde.kernel(t, objective.continuous))
   positive = alpha * x0 + std * jax.random.normal(rngs[1], x0.shape)
@@ -109,5 +111,5 @@ def train_step(
     return gap + divergence.regularization * squares, {'energy_gap': gap}
 
   differentiate = jax.value_and_grad(loss_fn, has_aux=True)
-  state, metrics = losses.apply_gradients(state, differentiate, tx, ema_rate, ema_warmup)
+  state, metrics = apply_gradients(state, differentiate, tx, ema_rate, ema_warmup)
   return dataclasses.replace(state, replay=state.replay.at[chosen].set(negative)), metrics

@@ -16,12 +16,11 @@ import numpy as np
 
 from builders.setup import Setup
 from data import sources
-import losses
-from losses import Batch, Metrics, TrainState
 from models.score import Params
 from runtime import processes
 from runtime.errors import UserError
 from training.checkpoints import Checkpoints
+from training.step import Batch, finite_step, Metrics, TrainState
 from workdir.artifacts import Metrics as MetricsFile
 from workdir.progress import Stop, TrainLog
 
@@ -161,7 +160,7 @@ def updates(
   choices: dict[str, Any] = {'out_shardings': (setup.replicated,) * 2, 'donate_argnums': 0}
   choices['compiler_options'] = compiler_options()
   skip = setup.config.training.skip_nonfinite
-  update = partial(losses.finite_step, task.update) if skip else task.update
+  update = partial(finite_step, task.update) if skip else task.update
   one_step = jax.jit(update, **choices)
   many_steps = jax.jit(partial(several_steps, update), **choices)
   stacked = NamedSharding(setup.batch.mesh, PartitionSpec(None, *setup.batch.spec))

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from losses import TrainState
 from models.score import Params, ScoreModel
 from runtime.errors import UserError
+from training.step import TrainState
 
 logger = logging.getLogger('score_sde')
 

@@ -27,6 +27,7 @@ from builders.setup import build, Setup
 import losses
 from training import released_checkpoints
 from training.released_checkpoints import from_jax, from_torch, network_parameters
+from training.step import optimize
 
 
 def setup_of(arrays: dict[str, np.ndarray]) -> Setup:
@@ -109,7 +110,7 @@ def test_three_training_steps_from_a_released_checkpoint(case, tmp_path):
     path, setup.model, (1, *setup.data_shape), setup.tx, setup.config.model.ema_rate
   )
   update = jax.jit(
-    lambda state, x0, t, z: losses.optimize(
+    lambda state, x0, t, z: optimize(
       state, x0, t, z, jax.random.key(0),
       model=setup.model, objective=setup.objective, tx=setup.tx,
       ema_rate=setup.config.model.ema_rate,

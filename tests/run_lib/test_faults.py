@@ -29,7 +29,6 @@ from whole_runs import (
   UNSEEN,
 )
 
-import losses
 import run_lib
 from runtime.errors import UserError
 from training import checkpoints as checkpoints_lib
@@ -295,20 +294,6 @@ def test_of_64_devices_one_is_left_and_the_run_goes_on(tmp_path):
 
 
 # Losses that are not finite.
-
-
-def test_a_step_that_is_not_finite_changes_nothing_but_their_number():
-  def update(state, batch, rng):
-    step = state.replace(step=state.step + 1, params=state.params + 1 / batch, opt_state=batch)
-    return step, {'loss': 1 / batch, 'grad_norm': batch}
-
-  one = jnp.ones(())
-  state = losses.TrainState(jnp.int32(3), one, one, one)
-  taken, measured = losses.finite_step(update, state, 2 * one, None)
-  assert measured['skipped'] == 0 and (taken.step, taken.params, taken.opt_state) == (4, 1.5, 2)
-  for batch in (0 * one, jnp.inf * one):
-    left, measured = losses.finite_step(update, state, batch, None)
-    assert measured['skipped'] == 1 and (left.step, left.params, left.opt_state) == (4, 1, 1)
 
 
 class Lines:

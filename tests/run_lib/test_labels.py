@@ -18,7 +18,6 @@ from configs import base, own
 from data import sources
 from data.sources import eval_batches, ImageSource, load, train_batches
 from evaluation import evaluate
-import losses
 from losses import Objective
 from models.ddpm import DDPM
 from models.ncsnpp import NCSNpp
@@ -26,6 +25,8 @@ from models.score import ScoreModel
 import run_lib
 from runtime.errors import UserError
 from sde_lib import expand, SDE, VPSDE
+from training.optim import adam
+from training.step import eval_step, train_step, TrainState
 
 KEY = jax.random.key(0)
 
@@ -139,16 +140,6 @@ def test_a_model_without_labels_refuses_them():
     setup.model.bind({}, labels=jnp.zeros(2, jnp.int32))
 
 
-def test_labels_are_hidden_as_often_as_asked():
-  labels = jnp.arange(20_000) % 10
-  hidden = losses.drop_labels(KEY, labels, 0.1, 10)
-  at = np.asarray(hidden) == 10
-  assert abs(at.mean() - 0.1) < 4 * (0.09 / 20_000) ** 0.5
-  np.testing.assert_array_equal(np.asarray(hidden)[~at], np.asarray(labels)[~at])
-  assert (losses.drop_labels(KEY, labels, 0.0, 10) == labels).all()
-  assert (losses.drop_labels(KEY, labels, 1.0, 10) == 10).all()
-
-
 class PointNet(nn.Module):
   """The noise in x_t, if all images of a label are one of constant brightness, which is learnt."""
 
@@ -166,19 +157,17 @@ def test_training_learns_each_class_and_all_together():
   sde, objective = VPSDE(eps=0.2), Objective(label_dropout=0.3)
   net = PointNet(sde)
   model = ScoreModel(net, sde, lambda sde, t: t, 'noise', True, True, num_classes=2)
-  tx = losses.adam(lr=0.01, beta1=0.9, eps=1e-8, weight_decay=0, warmup=0, grad_clip=-1)
+  tx = adam(lr=0.01, beta1=0.9, eps=1e-8, weight_decay=0, warmup=0, grad_clip=-1)
   params = {'points': jnp.zeros(3)}
-  state = losses.TrainState(jnp.int32(0), params, params, tx.init(params))
+  state = TrainState(jnp.int32(0), params, params, tx.init(params))
   labels = jnp.arange(64) % 2
   images = (
     jnp.full((64, 2, 2, 1), 51, jnp.uint8) + (102 * labels).astype(jnp.uint8)[:, None, None, None]
   )
   batch = {'data': images, 'label': labels}
 
-  def step(state: losses.TrainState, _: None) -> tuple[losses.TrainState, None]:
-    state, _ = losses.train_step(
-      state, batch, KEY, model=model, objective=objective, tx=tx, ema_rate=0.99
-    )
+  def step(state: TrainState, _: None) -> tuple[TrainState, None]:
+    state, _ = train_step(state, batch, KEY, model=model, objective=objective, tx=tx, ema_rate=0.99)
     return state, None
 
   state, _ = jax.jit(lambda state: jax.lax.scan(step, state, None, length=500))(state)
@@ -186,7 +175,7 @@ def test_training_learns_each_class_and_all_together():
   # hundred steps of the moving average, 20 each, their mean does by 0.4 / sqrt(2000) = 0.01.
   np.testing.assert_allclose(state.ema_params['points'], [-0.6, 0.2, -0.2], atol=0.04)
   # Evaluation hides none: the loss of a hidden one would be above 0.4^2 alpha^2 / std^2.
-  each = losses.eval_step(state.ema_params, batch, KEY, model=model, objective=objective)
+  each = eval_step(state.ema_params, batch, KEY, model=model, objective=objective)
   assert each.shape == (64,) and each.max() < 0.02
 
 

@@ -12,10 +12,11 @@ from builders.setup import build
 from configs.points import VARIANTS
 from configs.toy import checkerboard, gaussian, ring, swiss_roll, two_gaussians, two_moons
 from configs.ve import digits
-from losses import sample_times, TrainState
+from losses import sample_times
 import run_lib
 from runtime.errors import UserError
 from training.checkpoints import Checkpoints
+from training.step import TrainState
 from workdir import artifacts
 
 TINY = {

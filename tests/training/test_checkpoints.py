@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import losses
-from losses import TrainState
 from runtime.errors import Failure, UserError
 from training import checkpoints as checkpoints_lib
 from training.checkpoints import Checkpoints
+from training.optim import adam
+from training.step import TrainState
 
 
 def state_at(step: int) -> TrainState:
@@ -87,10 +87,10 @@ def test_the_optimiser_can_be_changed_in_mid_run():
   params = {'w': jnp.ones(2)}
   fixed = {'lr': 1e-3, 'beta1': 0.9, 'eps': 1e-8, 'weight_decay': 0.0}
   choices = [{'warmup': w, 'grad_clip': c} for w in (0, 5) for c in (-1.0, 1.0)]
-  trees = {str(jax.tree.structure(losses.adam(**fixed, **c).init(params))) for c in choices}
+  trees = {str(jax.tree.structure(adam(**fixed, **c).init(params))) for c in choices}
   assert len(trees) == 1
   for choice in choices:  # the first step is of size lr, or 0 where it warms up
-    tx = losses.adam(**fixed, **choice)
+    tx = adam(**fixed, **choice)
     updates, _ = tx.update({'w': jnp.full(2, 7.0)}, tx.init(params), params)
     size = 0.0 if choice['warmup'] else 1e-3
     np.testing.assert_allclose(updates['w'], -size, rtol=1e-5)

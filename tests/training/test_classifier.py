@@ -24,6 +24,8 @@ from runtime.errors import UserError
 from sde_lib import SDE, subVPSDE, VESDE
 from training import loop
 from training.classifier import cross_entropy, evaluate, LEVELS, load
+from training.optim import adam
+from training.step import apply_gradients, init_state, Metrics, TrainState
 
 KEY = jax.random.key(0)
 TWO = Mixture(
@@ -62,7 +64,7 @@ def exact(sde: SDE, x: Array, t: Array) -> Array:
 @pytest.mark.parametrize('sde', [VESDE(0.1, 3.0, eps=1e-3), subVPSDE(0.1, 6.0, eps=0.05)])
 def test_training_finds_the_posterior(sde):
   classifier = Classifier(Mlp(), sde, True)
-  tx = losses.adam(lr=0.02, beta1=0.9, eps=1e-8, weight_decay=0, warmup=0, grad_clip=1)
+  tx = adam(lr=0.02, beta1=0.9, eps=1e-8, weight_decay=0, warmup=0, grad_clip=1)
 
   def drawn(rng: Array, n: int) -> tuple[Array, Array, Array, Array]:
     rngs = jax.random.split(rng, 3)
@@ -70,18 +72,18 @@ def test_training_finds_the_posterior(sde):
     t = losses.sample_times(rngs[1], sde, n, True)
     return x0, t, jax.random.normal(rngs[2], x0.shape), y
 
-  def step(state: losses.TrainState, rng: Array) -> tuple[losses.TrainState, losses.Metrics]:
+  def step(state: TrainState, rng: Array) -> tuple[TrainState, Metrics]:
     example = drawn(rng, 512)
 
     def loss_fn(params: dict) -> tuple[Array, dict]:
       return cross_entropy(classifier.bind(params), *example)[0].mean(), {}
 
     differentiate = jax.value_and_grad(loss_fn, has_aux=True)
-    return losses.apply_gradients(state, differentiate, tx, 0.99, True)
+    return apply_gradients(state, differentiate, tx, 0.99, True)
 
   @jax.jit
   def train() -> ClassLogProb:
-    state = losses.init_state(KEY, classifier, tx, (1, 2))
+    state = init_state(KEY, classifier, tx, (1, 2))
     state, _ = jax.lax.scan(step, state, jax.random.split(KEY, 400))
     return classifier.bind(state.ema_params)
 

@@ -13,7 +13,6 @@ import pytest
 
 from builders.setup import build, Setup
 from configs import base, own
-from configs.toy import two_moons
 from data import sources
 from evaluation import evaluate
 import losses
@@ -22,6 +21,7 @@ import run_lib
 from runtime.errors import UserError
 from sde_lib import subVPSDE, VESDE, VPSDE
 from training import loop
+from training.step import Metrics, TrainState
 
 
 def tiny_setup(make=base.vp, network: str = 'ddpmpp', **fields) -> Setup:
@@ -75,22 +75,6 @@ def test_times_fill_their_range():
   assert 0.1 <= t.min() < 0.101 and 0.999 < t.max() <= 1
   steps = sde.index(losses.sample_times(jax.random.key(0), sde, 10_000, False))
   assert set(np.asarray(steps).tolist()) == set(range(50))
-
-
-def test_preprocessing():
-  """Scaling is exact, half of the images are mirrored, and dequantisation can be undone."""
-  images = np.random.default_rng(0).integers(0, 256, (400, 4, 4, 3), np.uint8)
-  key = jax.random.key(0)
-  plain = losses.preprocess(key, images, False, False, False)
-  np.testing.assert_array_equal(np.round(255 * plain), images)
-  centred = losses.preprocess(key, images, True, False, False)
-  np.testing.assert_allclose(centred, 2 * plain - 1, atol=1e-6)
-  flipped = np.round(255 * losses.preprocess(key, images, False, True, False))
-  as_is = (flipped == images).all((1, 2, 3))
-  mirrored = (flipped == images[:, :, ::-1]).all((1, 2, 3))
-  assert (as_is ^ mirrored).all() and 150 < mirrored.sum() < 250
-  spread = losses.preprocess(key, images, False, False, True)
-  np.testing.assert_array_equal(np.floor(256 * spread), images)
 
 
 def test_steps_in_one_call_are_single_steps():
@@ -150,7 +134,7 @@ def test_bfloat16_is_float32_to_its_precision(sde):
   assert (error < 0.05 * np.linalg.norm(a.reshape(4, -1), axis=-1)).all() and error.max() > 0
 
 
-def one_step(**fields) -> tuple[losses.TrainState, losses.Metrics]:
+def one_step(**fields) -> tuple[TrainState, Metrics]:
   setup = tiny_setup(base.ve, 'ncsnpp', training__batch_size=8, optim__warmup=0, **fields)
   task = run_lib.score_task(setup)
   images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
@@ -207,31 +191,3 @@ def test_pixels_become_whole_numbers(how, expected, centered):
 def test_a_network_that_cannot_be_is_told():
   with pytest.raises(UserError, match=r'config.model does not make a network: .*groups'):
     run_lib._like(tiny_setup(model__nf=90))  # 22 groups do not share 90 channels
-
-
-def test_moving_average_warms_up():
-  """Its rate is (1 + n) / (10 + n) at step n = 1, 2, ..., or ema_rate where that is less."""
-  setup = build(two_moons.get_config('ve'))  # any network will do
-  state = jax.jit(lambda: run_lib.score_task(setup).init(setup.key('init')))()
-  state = state.replace(step=jnp.int32(7))
-  x0 = jnp.zeros((4, 2))
-  new, _ = jax.jit(
-    lambda state: losses.optimize(
-      state, x0, jnp.full(4, 0.5), x0 + 1, jax.random.key(0),
-      model=setup.model, objective=setup.objective, tx=setup.tx, ema_rate=0.9, ema_warmup=True,
-    )
-  )(state)  # fmt: skip
-  jax.tree.map(
-    lambda e, old, p: np.testing.assert_allclose(e, 0.5 * old + 0.5 * p, rtol=1e-5, atol=1e-7),
-    new.ema_params,
-    state.ema_params,
-    new.params,
-  )
-
-
-def test_weight_decay_is_decoupled_from_adam():
-  """Without a gradient a parameter shrinks by lr * weight_decay per step: no moment sees it."""
-  tx = losses.adam(lr=0.1, beta1=0.9, eps=1e-8, weight_decay=0.2, warmup=0, grad_clip=1.0)
-  params = jnp.array([2.0, -3.0])
-  updates, _ = tx.update(jnp.zeros(2), tx.init(params), params)
-  np.testing.assert_allclose(updates, -0.1 * 0.2 * params, rtol=1e-6)

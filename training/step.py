@@ -1,0 +1,198 @@
+"""One step of training: the state, the gradient of the loss, Adam, the moving average."""
+
+from collections.abc import Callable
+import dataclasses
+from functools import partial
+from typing import Any, TypeVar
+
+import flax
+import jax
+from jax import Array
+import jax.numpy as jnp
+import optax
+
+from data.codec import drop_labels, preprocess
+from losses import Objective, sample_times, score_matching_loss
+from models.classifier import Classifier
+from models.score import Params, ScoreModel
+
+Metrics = dict[str, Array]
+# 'data', uint8 [B, H, W, C], or float32 [B, d] of points; 'label', int32 [B], if there are labels.
+Batch = dict[str, Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that changes during training. There is no random key: those come from seed and step."""
+
+  step: Array  # optimiser steps taken, int32 []
+  params: Params
+  ema_params: Params
+  opt_state: Any
+
+
+AnyState = TypeVar('AnyState', bound=TrainState)
+
+
+def init_state(
+  rng: Array,
+  model: ScoreModel | Classifier,
+  tx: optax.GradientTransformation,
+  shape: tuple[int, ...],
+) -> TrainState:
+  """The state before the first step, for data of `shape` [B, ...]."""
+  params = model.init(rng, shape)
+  ema_params = jax.tree.map(jnp.copy, params)  # its own buffers: the state's are donated
+  return TrainState(jnp.zeros((), jnp.int32), params, ema_params, tx.init(params))
+
+
+def train_step(
+  state: TrainState,
+  batch: Batch,
+  rng: Array,
+  *,
+  model: ScoreModel,
+  objective: Objective,
+  tx: optax.GradientTransformation,
+  ema_rate: float,
+  ema_warmup: bool = False,
+  grad_accum: int = 1,
+) -> tuple[TrainState, Metrics]:
+  """One optimiser step on a batch of images; random only in (rng, state.step).
+
+  The loss is the mean over the whole batch, wherever its parts lie, and in however many parts the
+  batch is taken, one after another: `grad_accum`.
+  """
+  rng_step = jax.random.fold_in(rng, state.step)
+  rng_data, rng_t, rng_z, rng_dropout = jax.random.split(rng_step, 4)
+  labels = None
+  if model.num_classes:
+    rng_labels = jax.random.fold_in(rng_step, 4)  # a fifth key; the four are what they always were
+    labels = drop_labels(rng_labels, batch['label'], objective.label_dropout, model.num_classes)
+  x0 = preprocess(
+    rng_data,
+    batch['data'],
+    model.centered,
+    objective.random_flip,
+    objective.uniform_dequantization,
+  )
+  t = sample_times(rng_t, model.sde, len(x0), objective.continuous, objective.single_scale)
+  z = jax.random.normal(rng_z, x0.shape)
+  return optimize(
+    state, x0, t, z, rng_dropout, labels,
+    model=model, objective=objective, tx=tx, ema_rate=ema_rate, ema_warmup=ema_warmup,
+    grad_accum=grad_accum,
+  )  # fmt: skip
+
+
+def optimize(
+  state: TrainState,
+  x0: Array,
+  t: Array,
+  z: Array,
+  rng_dropout: Array,
+  labels: Array | None = None,
+  *,
+  model: ScoreModel,
+  objective: Objective,
+  tx: optax.GradientTransformation,
+  ema_rate: float,
+  ema_warmup: bool = False,
+  grad_accum: int = 1,
+) -> tuple[TrainState, Metrics]:
+  """The step of `train_step` once data x0 [B, ...], times t [B], noise z and labels are drawn."""
+
+  def loss_fn(params: Params, part: Any) -> tuple[Array, Metrics]:
+    rng_dropout, x0, t, z, labels = part
+    score_fn = model.bind(params, rng_dropout, labels)
+    rng = jax.random.fold_in(rng_dropout, 1)
+    return score_matching_loss(model.sde, score_fn, x0, t, z, rng, objective).mean(), {}
+
+  def differentiate(params: Params) -> tuple[tuple[Array, Metrics], Params]:
+    of_part = jax.value_and_grad(loss_fn, has_aux=True)
+    if grad_accum == 1:
+      return of_part(params, (rng_dropout, x0, t, z, labels))
+    rngs = jax.random.split(rng_dropout, grad_accum)
+    parts = jax.tree.map(partial(_parts, n=grad_accum), (x0, t, z, labels))
+    return _mean(partial(of_part, params), (rngs, *parts))
+
+  return apply_gradients(state, differentiate, tx, ema_rate, ema_warmup)
+
+
+def _parts(x: Array, n: int) -> Array:
+  """A batch [B, ...] as n parts [n, B / n, ...], each spread over the devices as the batch is."""
+  return x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _mean(function: Callable[[Any], Any], parts: Any) -> Any:
+  """The mean of a function over parts, trees of arrays [n, ...], one after another."""
+
+  def add(total: Any, part: Any) -> tuple[Any, None]:
+    return jax.tree.map(jnp.add, total, function(part)), None
+
+  first = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+  zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+  total, _ = jax.lax.scan(add, zero, parts)
+  n = len(jax.tree.leaves(parts)[0])
+  return jax.tree.map(lambda v: v / n, total)
+
+
+def apply_gradients(
+  state: AnyState,
+  differentiate: Callable[[Params], tuple[tuple[Array, Metrics], Params]],
+  tx: optax.GradientTransformation,
+  ema_rate: float,
+  ema_warmup: bool,
+) -> tuple[AnyState, Metrics]:
+  """A step of the optimiser down the loss, and one of the moving average of the parameters.
+
+  Args:
+    state: before the step.
+    differentiate: parameters -> the loss [] with what else to report of it, and its gradient, as
+      `jax.value_and_grad` with `has_aux` makes it.
+    tx: the optimiser.
+    ema_rate: what the moving average keeps of itself.
+    ema_warmup: let that grow with the number n of this step, from 1, as (1 + n) / (10 + n), up to
+      `ema_rate`.
+  """
+  (loss, measured), grads = differentiate(state.params)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  n = state.step + 1
+  rate = jnp.minimum(ema_rate, (1 + n) / (10 + n)) if ema_warmup else ema_rate
+  ema_params = optax.incremental_update(params, state.ema_params, 1 - rate)
+  metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads), **measured}
+  state = dataclasses.replace(
+    state, step=n, params=params, ema_params=ema_params, opt_state=opt_state
+  )
+  return state, metrics
+
+
+def finite_step(
+  update: Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]],
+  state: TrainState,
+  batch: Batch,
+  rng: Array,
+) -> tuple[TrainState, Metrics]:
+  """The step that `update` makes, but where its loss or gradient is not finite.
+
+  There the state stays what it is, but for the number of steps; 'skipped' is then 1, otherwise 0.
+  """
+  following, measured = update(state, batch, rng)
+  finite = jnp.isfinite(measured['loss']) & jnp.isfinite(measured['grad_norm'])
+  unmoved = dataclasses.replace(state, step=following.step)
+  kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), following, unmoved)
+  return kept, measured | {'skipped': 1 - finite.astype(jnp.float32)}
+
+
+def eval_step(
+  params: Params, batch: Batch, rng: Array, *, model: ScoreModel, objective: Objective
+) -> Array:
+  """The loss of each example of a batch [B] at random times, without dropout or flips."""
+  rng_data, rng_t, rng_z = jax.random.split(rng, 3)
+  x0 = preprocess(rng_data, batch['data'], model.centered, False, objective.uniform_dequantization)
+  t = sample_times(rng_t, model.sde, len(x0), objective.continuous, objective.single_scale)
+  z = jax.random.normal(rng_z, x0.shape)
+  score_fn = model.bind(params, labels=batch['label'] if model.num_classes else None)
+  rng_matching = jax.random.fold_in(rng, 3)  # another key; the three are what they always were
+  return score_matching_loss(model.sde, score_fn, x0, t, z, rng_matching, objective)
