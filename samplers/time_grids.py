@@ -6,6 +6,7 @@ nothing to do with the number of noise scales that a model was trained with.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from functools import partial
 import math
 
@@ -60,9 +61,21 @@ GRIDS: dict[str, Callable[[float], Grid]] = {
 
 
 def in_float64(f: Callable[[Array], Array], v: np.ndarray) -> np.ndarray:
-  """f(v), computed now and in float64: differences of neighbouring times lose digits."""
-  with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+  """f(v), computed now and in float64: differences of neighbouring times lose digits.
+
+  The CPU of this process does it, since TPUs have no float64; the device that JAX uses, where
+  JAX_PLATFORMS leaves the CPU out.
+  """
+  with jax.ensure_compile_time_eval(), jax.enable_x64(True), jax.default_device(_host()):
     return np.array(_call(f, jnp.asarray(v, jnp.float64)))
+
+
+@functools.cache
+def _host() -> jax.Device | None:
+  try:
+    return jax.local_devices(backend='cpu')[0]
+  except RuntimeError:
+    return None
 
 
 @partial(jax.jit, static_argnums=0)

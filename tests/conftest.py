@@ -1,7 +1,4 @@
-"""What all tests share: they compile much and compute little, so nothing is optimised.
-
-The older of XLA:CPU's two ways to emit fused loops compiles in half the time.
-"""
+"""What all tests share: they compile much and compute little, so nothing is optimised."""
 
 import atexit
 import os
@@ -12,9 +9,11 @@ import agreement
 
 from runtime import start
 
-QUICK = ' --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+# The older of two ways to emit fused loops compiles in half the time; releases from 0.11 lack it.
+QUICK = ('--xla_backend_optimization_level=0', '--xla_cpu_use_fusion_emitters=false')
 if 'PYTEST_XDIST_WORKER' not in os.environ:  # the workers inherit it
-  os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + QUICK
+  for flag in QUICK:
+    start.add_flag(flag)
   # Not the user's; what one test has compiled, those that come after it need not.
   os.environ['JAX_COMPILATION_CACHE_DIR'] = cache = tempfile.mkdtemp()
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'

@@ -135,10 +135,13 @@ def _restore_or_init(
     logger.info('resuming %s at step %d', root, int(state.step))
     return state
   logger.info('training in %s', root)
-  # This program runs once: most of its time would go into optimising it.
-  options = {'xla_backend_optimization_level': 0}
-  init = jax.jit(task.init, out_shardings=setup.replicated, compiler_options=options)
+  init = jax.jit(task.init, out_shardings=setup.replicated, compiler_options=once_options())
   return init(setup.key(task.purposes[0]))
+
+
+def once_options() -> dict[str, int]:
+  """XLA's for a program that runs once: on CPUs most of its time would go into optimising it."""
+  return {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else {}
 
 
 def compiler_options() -> dict[str, str]:

@@ -133,7 +133,7 @@ SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from likelihood import Likelihood
-from samplers import ode
+from samplers import ode, time_grids
 from test_samplers import DATA, KEY, SAMPLERS, VP
 batch = NamedSharding(Mesh(np.array(jax.devices()), ('data',)), PartitionSpec('data'))
 for sampler in SAMPLERS[1], *SAMPLERS[4::2]:  # a solver with a history, and the adaptive ones
@@ -149,13 +149,23 @@ measure, compiled = Likelihood(VP), ode._slope._cache_size()
 assert four.sharding == batch and n == m
 np.testing.assert_allclose(four, one, rtol=1e-4, atol=1e-5)
 assert ode._slope._cache_size() == compiled + 2, 'once for each sharding'
+
+def where(t):
+  seen.append(t.sharding.device_set)
+  return VP.log_snr(t)
+
+seen, cpu = [], jax.devices()[0]
+with jax.default_device(jax.devices()[3]):
+  time_grids._call = lambda f, v: f(v)
+  (value,) = time_grids.in_float64(where, np.array([0.5]))
+assert seen == [{cpu}] and value.dtype == np.float64, 'a time grid is of the CPU'
 """
 
 
 def test_samples_do_not_depend_on_the_number_of_devices():
-  here = Path(__file__).parent.parent
+  here = Path(__file__).parent
   flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=4'
-  paths = {'PYTHONPATH': f'{here}:{here.parent}', 'XLA_FLAGS': flags}
+  paths = {'PYTHONPATH': f'{here}:{here.parent}:{here.parent.parent}', 'XLA_FLAGS': flags}
   done = subprocess.run(
     [sys.executable, '-c', SHARDED], env=os.environ | paths, capture_output=True, text=True,
     check=False, timeout=300,
