@@ -200,7 +200,7 @@ def load(args: argparse.Namespace, setup: Setup, split: str) -> sources.ImageSou
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   """Rows of text and numbers, the latter with three figures, under their heads."""
   cells = [list(head)]
-  cells += [[v if isinstance(v, str) else _three_figures(v) for v in row] for row in rows]
+  cells += [[three_figures(value) for value in row] for row in rows]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   lines = []
   for first, *others in cells:
@@ -209,7 +209,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   return '\n'.join(lines)
 
 
-def _three_figures(value: float) -> str:
+def three_figures(value: float | str) -> str:
+  """A number, as an int is or with three figures; text as it is."""
+  if isinstance(value, str | int):
+    return str(value)
+  if value and abs(value) < 1e-4:
+    return f'{value:.1e}'
   decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
   return f'{value:.{max(0, decimals)}f}'
 

@@ -42,6 +42,7 @@ NETWORKS = (
   'ncsn',
 )
 SDES = {'ve': VESDE, 'vp': VPSDE, 'subvp': subVPSDE}
+SOLVED = ('ve', 'vp')  # of whose ODE there are solutions
 # The data of the numbers of SDEs and samplers, whose score is known.
 DATA = Mixture(
   weights=np.float32([0.3, 0.7]),
@@ -213,7 +214,7 @@ def _correct(name, snr, sde, score_fn, x, t):
 
 
 def ode_error(name: str) -> float:
-  """The largest absolute error of the golden solutions of the probability flow ODE."""
+  """The largest absolute error of the probability flow ODE's solutions, for one of `SOLVED`."""
   arrays = load(f'ode_{name}')
   sde = SDES[name](eps=float(arrays['eps']))
   x, _ = likelihood.decode(sde, DATA.score_fn(sde), jnp.asarray(arrays['z']))

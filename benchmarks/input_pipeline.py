@@ -8,23 +8,22 @@ is in training, where threads prepare the next batches: what it is longer by is 
       [--network NAME] [--batch N] [--steps N] [--json PATH]
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
-from functools import partial
 from itertools import islice
 import statistics
 import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from benchmarks import common
+from benchmarks import common, training
 from builders.setup import Setup
 from data import sources
 import run_lib
 from training import loop
+
+ROUNDS = 5  # of steps
 
 
 def times_of(iterator: Iterator[Any], n: int) -> list[float]:
@@ -38,33 +37,47 @@ def times_of(iterator: Iterator[Any], n: int) -> list[float]:
   return times
 
 
-def seconds(function: Callable[[], Any]) -> float:
-  """How long it takes until what it returns is there."""
-  began = time.perf_counter()
-  jax.block_until_ready(function())
-  return time.perf_counter() - began
-
-
-def measure(setup: Setup, source: sources.ImageSource, steps: int) -> dict[str, float]:
-  """Median seconds of a batch, while decoded and from memory, and of a step, with and without."""
-  training, task, rng = setup.config.training, run_lib.score_task(setup), setup.key('train')
-  size, results = training.batch_size, {}
+def batches(setup: Setup, source: sources.ImageSource) -> dict[str, float]:
+  """Seconds of a batch, from the source to the devices, while decoded and from memory."""
+  size, found = setup.config.training.batch_size, {}
   for which in ('decoded', 'from memory'):  # the same images
     with closing(sources.train_batches(source, size, seed=0)) as batches:
       times = times_of(map(setup.put, batches), len(source) // size)
-    results[which] = sum(times) / len(times)  # threads deliver in bursts
-  state = jax.jit(task.init, compiler_options=common.QUICK)(setup.key('init'))
-  images = setup.put(source.batch(np.arange(size)))
-  choices = {'out_shardings': setup.replicated, 'compiler_options': loop.compiler_options()}
-  update = jax.jit(task.update, **choices)
-  updates = loop.updates(setup, task, source, jax.tree.map(jnp.copy, state))
+    found[which] = sum(times) / len(times)  # threads deliver in bursts
+  return found
+
+
+def steps(setup: Setup, source: sources.ImageSource, n: int) -> dict[str, float]:
+  """Seconds of a step on one batch that stays on the devices, and of one as it is in training.
+
+  In turns, as speed varies from minute to minute: rounds of some calls, which wait in the queue of
+  the device. The median round counts.
+  """
+  task, rng, calls = run_lib.score_task(setup), setup.key('train'), max(1, n // ROUNDS)
+  run, batch, _ = training.compile_step(setup, True, loop.compiler_options())
+  state = training.initial(setup)
+  updates = loop.updates(setup, task, source, training.initial(setup))
+  state, _ = jax.block_until_ready(run(state, batch, rng))
+  jax.block_until_ready(next(updates))  # compiled, and batches are on their way
   held, trained = [], []
-  for _ in range(steps + 2):  # in turns, as speed varies from minute to minute
-    held.append(seconds(partial(update, state, images, rng)))
-    trained.append(seconds(lambda: next(updates)))
-  results['step'] = statistics.median(held[2:])  # compiled by the first
-  results['step of training'] = statistics.median(trained[2:])
-  return results
+  for _ in range(ROUNDS):
+    began = time.perf_counter()
+    for _ in range(calls):
+      state, measured = run(state, batch, rng)
+    jax.block_until_ready(measured)
+    between = time.perf_counter()
+    for _ in range(calls):
+      _, _, measured = next(updates)
+    jax.block_until_ready(measured)
+    held.append((between - began) / calls)
+    trained.append((time.perf_counter() - between) / calls)
+  updates.close()
+  return {'step': statistics.median(held), 'step of training': statistics.median(trained)}
+
+
+def measure(setup: Setup, source: sources.ImageSource, n: int) -> dict[str, float]:
+  """All of it."""
+  return batches(setup, source) | steps(setup, source, n)
 
 
 def table(results: dict[str, float], batch: int) -> str:
@@ -78,7 +91,7 @@ def table(results: dict[str, float], batch: int) -> str:
 def main() -> None:
   parser = common.network_parser(__doc__)
   common.add_data_flags(parser)
-  parser.add_argument('--steps', type=int, default=15, help='timed; the median counts (15)')
+  parser.add_argument('--steps', type=int, default=15, help='timed, in five rounds (15)')
   args = parser.parse_args()
   fixed = {'training.batch_size': args.batch, 'training.n_jitted_steps': 1}
   setup = common.network(args.network, fixed)
