@@ -140,6 +140,8 @@ def main() -> None:
                       f'({MINUTES:g})')  # fmt: skip
   args = parser.parse_args()
   sizes = device_rows.QUICK if args.quick else device_rows.FULL
+  if args.quick and jax.default_backend() == 'cpu':
+    jax.config.update('jax_disable_most_optimizations', True)  # there compiling takes longest
   try:
     rows = chosen(device_rows.rows(sizes), args.only)
   except ValueError as error:

@@ -20,6 +20,7 @@ import numpy as np
 
 from builders.setup import build, Setup
 from data import sources
+from training import loop
 from workdir import versions
 
 _REDUCED = {'model.nf': 32, 'model.num_res_blocks': 2}
@@ -38,7 +39,6 @@ NETWORKS = {
   'photos 128': ('vp.photos', '128', {}),
   'photos 256': ('vp.photos', '256', {}),
 }
-QUICK = {'xla_backend_optimization_level': 0}  # compiled sooner, for what is run once
 _DIMENSION = 2048  # of the matrices whose product gives the peak
 _IMAGES = (16, 32, 32, 128)  # shape of what is convolved for it
 
@@ -58,7 +58,7 @@ def images(setup: Setup, batch: int) -> np.ndarray:
 
 def init(setup: Setup) -> Any:
   """Parameters of its network, whose program need not be fast."""
-  make = jax.jit(setup.model.init, static_argnums=1, compiler_options=QUICK)
+  make = jax.jit(setup.model.init, static_argnums=1, compiler_options=loop.once_options())
   return make(setup.key('init'), (1, *setup.data_shape))
 
 

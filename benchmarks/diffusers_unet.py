@@ -113,7 +113,7 @@ class Torch:
 def here(setup: Setup, batch: int) -> dict[str, Callable[[], Any]]:
   """The work of `Torch` in this code."""
   task, rng = run_lib.score_task(setup), setup.key('train')
-  state = jax.jit(task.init, compiler_options=common.QUICK)(setup.key('init'))
+  state = jax.jit(task.init, compiler_options=loop.once_options())(setup.key('init'))
   score_fn = setup.model.bind(jax.tree.map(jnp.copy, state.params))  # the state is donated
   images = setup.put({'data': common.images(setup, batch)})
   update = jax.jit(task.update, donate_argnums=0, compiler_options=loop.compiler_options())

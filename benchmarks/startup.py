@@ -36,7 +36,7 @@ def first_step(network: str, batch: int, launched: float) -> dict[str, float]:
   task, images = run_lib.score_task(setup), setup.put({'data': common.images(setup, batch)})
   jax.block_until_ready(images)
   done('build')
-  init = jax.jit(task.init, compiler_options=common.QUICK)
+  init = jax.jit(task.init, compiler_options=loop.once_options())
   state = jax.block_until_ready(init(setup.key('init')))
   done('initialisation')
   update = jax.jit(task.update, donate_argnums=0).lower(state, images, setup.key('train'))

@@ -28,9 +28,9 @@ import numpy as np
 
 from benchmarks import common, released
 from builders.setup import Setup
-from losses import TrainState
 import run_lib
 from training import loop
+from training.step import TrainState
 
 
 def change(text: str) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def compile_step(
 def initial(setup: Setup) -> TrainState:
   """The state before the first step."""
   init = run_lib.score_task(setup).init
-  make = jax.jit(init, out_shardings=setup.replicated, compiler_options=common.QUICK)
+  make = jax.jit(init, out_shardings=setup.replicated, compiler_options=loop.once_options())
   return make(setup.key('init'))
 
 
