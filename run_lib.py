@@ -365,7 +365,7 @@ def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop
         raise InterruptedError
 
     try:
-      rng = setup.key('snapshot', step)
+      rng = setup.keys.key('snapshot', step)
       n = training.snapshot_samples
       labels = classes_in_turn(setup, 0, n)
       images, _ = draw(setup, state.ema_params, rng, n, progress, labels)

@@ -59,7 +59,7 @@ def images(setup: Setup, batch: int) -> np.ndarray:
 def init(setup: Setup) -> Any:
   """Parameters of its network, whose program need not be fast."""
   make = jax.jit(setup.model.init, static_argnums=1, compiler_options=loop.once_options())
-  return make(setup.key('init'), (1, *setup.data_shape))
+  return make(setup.keys.key('init'), (1, *setup.data_shape))
 
 
 @contextmanager

@@ -300,7 +300,7 @@ def step(sizes: Sizes, network: str, dtype: str, n: int, found: Found) -> Figure
   changes = {'training.batch_size': sizes.batch, 'training.n_jitted_steps': n}
   setup = _setup(sizes, network, changes | {'model.dtype': dtype})
   run, batch, measured = training.compile_step(setup, True, loop.compiler_options())
-  state, rng = training.initial(setup), setup.key('train')
+  state, rng = training.initial(setup), setup.keys.key('train')
 
   def call() -> Any:
     nonlocal state
@@ -318,10 +318,12 @@ def step(sizes: Sizes, network: str, dtype: str, n: int, found: Found) -> Figure
 def evaluate(sizes: Sizes, network: str, dtype: str, batch: int, found: Found) -> Figures:
   """One evaluation of the score."""
   setup = _setup(sizes, network, {'model.dtype': dtype})
-  params = jax.device_put(common.init(setup), setup.replicated)
+  params = jax.device_put(common.init(setup), setup.devices.replicated)
   score_fn = setup.model.bind(params)
-  x = setup.put(np.random.default_rng(0).normal(size=(batch, *setup.data_shape)).astype('float32'))
-  t = setup.put(np.full(batch, 0.5, np.float32))
+  x = setup.devices.put(
+    np.random.default_rng(0).normal(size=(batch, *setup.data_shape)).astype('float32')
+  )
+  t = setup.devices.put(np.full(batch, 0.5, np.float32))
   began = time.perf_counter()
   lowered = jax.jit(lambda score_fn, x, t: score_fn(x, t)).lower(score_fn, x, t)
   traced = time.perf_counter()
@@ -389,7 +391,7 @@ def input_rate(sizes: Sizes, found: Found) -> Figures:
   with _photos(setup, sizes.files) as source:
     rates = input_pipeline.batches(setup, source)
   batch = common.images(setup, sizes.batch)
-  moved = common.queued(lambda: setup.put(batch), sizes.seconds)
+  moved = common.queued(lambda: setup.devices.put(batch), sizes.seconds)
   steps = [row for name, row in found.items() if name.startswith('step ') and 'images/s' in row]
   return {
     'decoded/s': sizes.batch / rates['decoded'],

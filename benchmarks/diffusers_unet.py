@@ -112,10 +112,10 @@ class Torch:
 
 def here(setup: Setup, batch: int) -> dict[str, Callable[[], Any]]:
   """The work of `Torch` in this code."""
-  task, rng = run_lib.score_task(setup), setup.key('train')
-  state = jax.jit(task.init, compiler_options=loop.once_options())(setup.key('init'))
+  task, rng = run_lib.score_task(setup), setup.keys.key('train')
+  state = jax.jit(task.init, compiler_options=loop.once_options())(setup.keys.key('init'))
   score_fn = setup.model.bind(jax.tree.map(jnp.copy, state.params))  # the state is donated
-  images = setup.put({'data': common.images(setup, batch)})
+  images = setup.devices.put({'data': common.images(setup, batch)})
   update = jax.jit(task.update, donate_argnums=0, compiler_options=loop.compiler_options())
   x, t = jax.random.normal(rng, (batch, *setup.data_shape)), jnp.full(batch, 0.5)
 
@@ -143,7 +143,7 @@ def measure(name: str, batch: int, steps: int) -> dict[str, dict[str, float]]:
     measured = common.timed({'diffusers': works[what], 'here': run}, steps)
     results[what] = {which: seconds for which, (seconds, _) in measured.items()}
   params = jax.eval_shape(
-    lambda rng: setup.model.init(rng, (1, *setup.data_shape)), setup.key('init')
+    lambda rng: setup.model.init(rng, (1, *setup.data_shape)), setup.keys.key('init')
   )
   results['million parameters'] = {
     'diffusers': sum(p.numel() for p in theirs.parameters) / 1e6,

@@ -90,7 +90,7 @@ def timed(what: str, function: Callable[[], Any]) -> Any:
 def sanity(config: ConfigDict, limit: int) -> None:
   setup, data = build(config), config.data
   network = features.load(config.eval.features, config.eval.inception_path)
-  mesh = setup.batch.mesh
+  mesh = setup.devices.mesh
   extract = network.compile(mesh)
 
   def load(split: str) -> np.ndarray:

@@ -42,7 +42,7 @@ def batches(setup: Setup, source: sources.ImageSource) -> dict[str, float]:
   size, found = setup.config.training.batch_size, {}
   for which in ('decoded', 'from memory'):  # the same images
     with closing(sources.train_batches(source, size, seed=0)) as batches:
-      times = times_of(map(setup.put, batches), len(source) // size)
+      times = times_of(map(setup.devices.put, batches), len(source) // size)
     found[which] = sum(times) / len(times)  # threads deliver in bursts
   return found
 
@@ -53,7 +53,7 @@ def steps(setup: Setup, source: sources.ImageSource, n: int) -> dict[str, float]
   In turns, as speed varies from minute to minute: rounds of some calls, which wait in the queue of
   the device. The median round counts.
   """
-  task, rng, calls = run_lib.score_task(setup), setup.key('train'), max(1, n // ROUNDS)
+  task, rng, calls = run_lib.score_task(setup), setup.keys.key('train'), max(1, n // ROUNDS)
   run, batch, _ = training.compile_step(setup, True, loop.compiler_options())
   state = training.initial(setup)
   updates = loop.updates(setup, task, source, training.initial(setup))

@@ -41,7 +41,7 @@ def train(setup: Setup) -> Params:
   """The moving average of the parameters after training in memory."""
   task, data = run_lib.score_task(setup), setup.config.data
   source = points.load(data.dataset, 'train', data.dim)
-  state = jax.jit(task.init)(setup.key('init'))
+  state = jax.jit(task.init)(setup.keys.key('init'))
   *_, (state, _, _) = loop.updates(setup, task, source, state)
   return state.ema_params
 
@@ -58,7 +58,7 @@ def error(setup: Setup, params: Params) -> float:
   for what, matching in matchings.items():
     objective = dataclasses.replace(setup.objective, matching=matching)
     measure = jax.jit(partial(eval_step, model=setup.model, objective=objective))
-    measured[what] = float(measure(params, held_out, setup.key('eval')).mean())
+    measured[what] = float(measure(params, held_out, setup.keys.key('eval')).mean())
   return measured['error'] / measured['size']
 
 

@@ -33,9 +33,9 @@ def curve(setup: Setup, source: sources.Source, held_out: sources.Source) -> dic
   task, size = run_lib.score_task(setup), setup.config.training.batch_size
   evaluate = jax.jit(task.evaluate)
   batches = sources.train_batches(held_out, size, seed=0)
-  fixed = [(setup.put(next(batches)), setup.key('eval', i)) for i in range(HELD_OUT)]
+  fixed = [(setup.devices.put(next(batches)), setup.keys.key('eval', i)) for i in range(HELD_OUT)]
   batches.close()
-  start = jax.jit(task.init, compiler_options=loop.once_options())(setup.key('init'))
+  start = jax.jit(task.init, compiler_options=loop.once_options())(setup.keys.key('init'))
   every, losses, times = task.n_iters // STRETCHES, [], []
   found = {'step': [], 'training': [], 'held out': []}
   began = time.perf_counter()

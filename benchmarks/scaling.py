@@ -31,13 +31,13 @@ def plan(name: str, batch: int) -> dict[str, Any]:
   # Other batches must be shared by the devices too.
   fixed |= {'training.snapshot_samples': batch, 'eval.batch_size': 64}
   setup = common.network(name, fixed)
-  task, rng = run_lib.score_task(setup), setup.key('train')
-  images = setup.put({'data': common.images(setup, batch)})
+  task, rng = run_lib.score_task(setup), setup.keys.key('train')
+  images = setup.devices.put({'data': common.images(setup, batch)})
   state = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setup.replicated),
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setup.devices.replicated),
     jax.eval_shape(task.init, rng),
   )
-  shardings = (setup.replicated, setup.replicated)
+  shardings = (setup.devices.replicated, setup.devices.replicated)
   step = jax.jit(task.update, donate_argnums=0, out_shardings=shardings).lower(state, images, rng)
   with common.no_cache():
     compiled = step.compile(loop.compiler_options())

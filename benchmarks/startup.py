@@ -33,17 +33,17 @@ def first_step(network: str, batch: int, launched: float) -> dict[str, float]:
 
   done('import')
   setup = common.network(network, {'training.batch_size': batch})
-  task, images = run_lib.score_task(setup), setup.put({'data': common.images(setup, batch)})
+  task, images = run_lib.score_task(setup), setup.devices.put({'data': common.images(setup, batch)})
   jax.block_until_ready(images)
   done('build')
   init = jax.jit(task.init, compiler_options=loop.once_options())
-  state = jax.block_until_ready(init(setup.key('init')))
+  state = jax.block_until_ready(init(setup.keys.key('init')))
   done('initialisation')
-  update = jax.jit(task.update, donate_argnums=0).lower(state, images, setup.key('train'))
+  update = jax.jit(task.update, donate_argnums=0).lower(state, images, setup.keys.key('train'))
   done('trace')
   update = update.compile(loop.compiler_options())
   done('compile')
-  jax.block_until_ready(update(state, images, setup.key('train')))
+  jax.block_until_ready(update(state, images, setup.keys.key('train')))
   done('first step')
   return seconds
 

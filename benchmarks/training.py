@@ -55,20 +55,20 @@ def compile_step(
     The program, (state, batch, key) -> (state, metrics); its batch; and seconds, bytes, and the
     FLOP of one step.
   """
-  training, task, rng = setup.config.training, run_lib.score_task(setup), setup.key('train')
+  training, task, rng = setup.config.training, run_lib.score_task(setup), setup.keys.key('train')
   n, update = training.n_jitted_steps, task.update
-  batch = setup.put({'data': common.images(setup, training.batch_size)})
+  batch = setup.devices.put({'data': common.images(setup, training.batch_size)})
   state = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setup.replicated),
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setup.devices.replicated),
     jax.eval_shape(task.init, rng),
   )
   one = batch
   if n > 1:
     update = partial(loop.several_steps, task.update)
-    stacked = NamedSharding(setup.batch.mesh, PartitionSpec(None, *setup.batch.spec))
+    stacked = NamedSharding(setup.devices.mesh, PartitionSpec(None, *setup.devices.batch.spec))
     batch = jax.tree.map(lambda x: jax.device_put(np.stack([x] * n), stacked), batch)
   began = time.perf_counter()
-  choices = {'out_shardings': setup.replicated, 'donate_argnums': 0 if donate else ()}
+  choices = {'out_shardings': setup.devices.replicated, 'donate_argnums': 0 if donate else ()}
   lowered = jax.jit(update, **choices).lower(state, batch, rng)
   traced = time.perf_counter()
   with common.no_cache():
@@ -90,8 +90,8 @@ def compile_step(
 def initial(setup: Setup) -> TrainState:
   """The state before the first step."""
   init = run_lib.score_task(setup).init
-  make = jax.jit(init, out_shardings=setup.replicated, compiler_options=loop.once_options())
-  return make(setup.key('init'))
+  make = jax.jit(init, out_shardings=setup.devices.replicated, compiler_options=loop.once_options())
+  return make(setup.keys.key('init'))
 
 
 def measure(setup: Setup, steps: int, donate: bool, options: dict[str, str]) -> dict[str, float]:
@@ -100,7 +100,7 @@ def measure(setup: Setup, steps: int, donate: bool, options: dict[str, str]) -> 
   if not steps:
     return measured
   peaks, times = common.peaks(setup.config.model.dtype), []
-  state, rng = initial(setup), setup.key('train')
+  state, rng = initial(setup), setup.keys.key('train')
   for _ in range(steps + 1):  # the first is not counted
     began = time.perf_counter()
     state, _ = jax.block_until_ready(step(state, batch, rng))

@@ -1,19 +1,11 @@
-"""From a config to the parts of a run: `build` is where names in a config get their meaning.
-
-Data parallelism is `jax.jit` over a mesh of all devices of all processes, with the batch sharded
-and the state replicated; the mathematics does not know of it.
-"""
+"""From a config to the parts of a run: `build` is where names in a config get their meaning."""
 
 from collections.abc import Callable, Collection
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
-from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, FrozenConfigDict
-import numpy as np
 import optax
 
 from builders.networks import halvings, LABELLED, NETWORKS
@@ -30,6 +22,7 @@ from models.classifier import Classifier
 from models.layers import ACTIVATIONS
 from models.score import ScoreModel
 from models.wideresnet import WideResnet
+from runtime.devices import all_devices, Devices, Keys
 from runtime.errors import unknown, UserError
 from samplers import ode
 from samplers.base import Sampler
@@ -38,14 +31,6 @@ import sampling
 from sde_lib import ScoreFn, SDE, subVPSDE, VESDE, VPSDE
 from training.contrastive_divergence import ContrastiveDivergence
 from training.optim import adam
-
-# What the keys of a run are for. A key is a function of seed, purpose and step: nothing random is
-# stored. The order is part of every run's result.
-PURPOSES = (
-  'init', 'train', 'eval', 'snapshot', 'sample', 'bpd',
-  'classifier_init', 'classifier_train', 'classifier_eval', 'classifier_report', 'draw',
-)  # fmt: skip
-
 
 FEWEST = 10  # samples that can be compared with data: an Inception score has ten parts
 
@@ -63,8 +48,8 @@ class Setup:
     tx: the optimiser.
     classifier: p_t(y | x) of noisy images, and how that is trained: `classifier_tx`.
     sampler: draws samples.
-    batch: sharding of a batch [B, ...].
-    replicated: sharding of the training state.
+    devices: that the run is spread over.
+    keys: the random keys of the run.
   """
 
   config: FrozenConfigDict
@@ -76,27 +61,14 @@ class Setup:
   classifier: Classifier
   classifier_tx: optax.GradientTransformation
   sampler: Sampler
-  batch: NamedSharding
-  replicated: NamedSharding
+  devices: Devices
+  keys: Keys
 
   @property
   def data_shape(self) -> tuple[int, ...]:
     """Height, width and channels of an image, or the dimension of points."""
     data = self.config.data
     return (data.dim,) if data.dim else (data.image_size, data.image_size, data.num_channels)
-
-  def key(self, purpose: str, step: int = 0) -> Array:
-    """The random key for a purpose at a step, on all devices."""
-    make = jax.jit(_key, out_shardings=self.replicated)  # a put can't reach other processes
-    return make(self.config.seed, PURPOSES.index(purpose), step)
-
-  def put(self, rows: Any) -> Any:
-    """This process's rows of a batch, a tree of arrays, as part of the global batch on devices."""
-    return jax.tree.map(partial(jax.make_array_from_process_local_data, self.batch), rows)
-
-
-def _key(seed: int, purpose: int, step: int) -> Array:
-  return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
 
 
 def build(config: ConfigDict) -> Setup:
@@ -115,7 +87,7 @@ def build(config: ConfigDict) -> Setup:
     sampler = make_sampler(config, sde)
   except ValueError as error:  # an SDE that can't be
     raise UserError(str(error)) from None
-  mesh = jax.sharding.Mesh(np.array(jax.devices()), ('data',))
+  devices = all_devices()
   return Setup(
     config=config,
     model=model,
@@ -137,8 +109,8 @@ def build(config: ConfigDict) -> Setup:
     classifier=_classifier(config, sde),
     classifier_tx=_optimizer(optim, classifier.lr, classifier.weight_decay, classifier.warmup),
     sampler=sampler,
-    batch=NamedSharding(mesh, PartitionSpec('data')),
-    replicated=NamedSharding(mesh, PartitionSpec()),
+    devices=devices,
+    keys=Keys(config.seed, devices),
   )
 
 

@@ -48,11 +48,11 @@ def draw(
     The samples, and the number of score evaluations that each took.
   """
   score_fn = class_score(
-    setup, params, None if labels is None else processes.shard(labels, setup.batch)
+    setup, params, None if labels is None else processes.shard(labels, setup.devices.batch)
   )
   observe = None if progress is None else (lambda fraction, x: progress(fraction))
   shape = (n, *setup.data_shape)
-  x, nfe = setup.sampler(rng, score_fn, shape, sharding=setup.batch, observe=observe)
+  x, nfe = setup.sampler(rng, score_fn, shape, sharding=setup.devices.batch, observe=observe)
   return to_stored(setup, processes.gather(x)), nfe
 
 

@@ -98,7 +98,7 @@ def compile_loss_sums(setup: Setup) -> LossSums:
 
     return {name: total(objective) for name, objective in objectives.items()}
 
-  return jax.jit(loss_sums, out_shardings=setup.replicated)
+  return jax.jit(loss_sums, out_shardings=setup.devices.replicated)
 
 
 def evaluate_loss(
@@ -109,7 +109,9 @@ def evaluate_loss(
   size, n = setup.config.eval.batch_size, len(held_out)
   with Bar('loss', n, unit='examples') as bar:
     for i, batch in enumerate(sources.eval_batches(held_out, size, **processes.share())):
-      sums.append(jax.device_get(loss_sums(params, setup.put(batch), setup.key('eval', i))))
+      sums.append(
+        jax.device_get(loss_sums(params, setup.devices.put(batch), setup.keys.key('eval', i)))
+      )
       bar.update(min((i + 1) * size, n))
   means = {name: sum(float(part[name]) for part in sums) / n for name in sums[0]}
   return means | {'loss_images': n, 'loss_seconds': time.monotonic() - began}
@@ -133,12 +135,12 @@ def evaluate_bpd(setup: Setup, source: sources.Source, params: Any, folder: epat
   per_repeat = math.ceil(n_images / size)
   values, nfes, seconds = np.zeros((repeats, n_images)), [], 0.0
   likelihood = Likelihood(setup.model.sde)
-  dequantize = jax.jit(_dequantize, static_argnums=3, out_shardings=setup.batch)
+  dequantize = jax.jit(_dequantize, static_argnums=3, out_shardings=setup.devices.batch)
 
   def bits_of(batch: sources.Batch, repeat: int, first: int) -> Arrays:
-    images, rng = setup.put(batch['data']), setup.key('bpd', repeat)
+    images, rng = setup.devices.put(batch['data']), setup.keys.key('bpd', repeat)
     x0, rngs = dequantize(rng, first, images, setup.model.centered)
-    labels = setup.put(batch['label']) if setup.model.num_classes else None
+    labels = setup.devices.put(batch['label']) if setup.model.num_classes else None
     logp, _, nfe = likelihood(rngs, setup.model.bind(params, labels=labels), x0)
     bits = bits_per_dim(logp, math.prod(setup.data_shape), setup.model.centered)
     return {'bpd': processes.gather(bits)[: n_images - first], 'nfe': np.array(nfe, np.int64)}
@@ -208,7 +210,7 @@ def evaluate_samples(
   wanted, first, features = setup.config.eval, None, []
   # The last round is as large as the others, so that samples do not depend on their number.
   size = min(wanted.batch_size, wanted.num_samples)
-  mesh = setup.batch.mesh
+  mesh = setup.devices.mesh
   assert isinstance(mesh, jax.sharding.Mesh)  # not one without devices
   extract = network.compile(mesh) if network else None
   nfes, seconds, feature_seconds = [], 0.0, 0.0
@@ -250,7 +252,7 @@ def _draw_round(
   n: int,
   progress: Callable[[float], None],
 ) -> Arrays:
-  rng = jax.random.fold_in(setup.key('sample', step), i)
+  rng = jax.random.fold_in(setup.keys.key('sample', step), i)
   labels = classes_in_turn(setup, i * size, size)
   samples, nfe = draw(setup, params, rng, size, progress, labels)
   extra = {} if labels is None else {'labels': labels[:n]}

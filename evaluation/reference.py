@@ -93,7 +93,7 @@ def _make(setup: Setup, network: FeatureNetwork, source: sources.Source, path: e
   provenance = _provenance(setup, network) | {'count': n}
   mark = zlib.crc32(json.dumps([provenance, size]).encode())
   folder = path.parent / f'.{path.stem}-{mark:08x}'  # not of other data, network or rounds
-  mesh = setup.batch.mesh
+  mesh = setup.devices.mesh
   assert isinstance(mesh, jax.sharding.Mesh)  # not one without devices
   extract, total, kept = network.compile(mesh), None, []
   chosen = np.linspace(0, n - 1, min(n, KEPT)).round().astype(int)

@@ -82,11 +82,13 @@ def draw_samples(
   with Bar('sample', total, unit='samples') as bar:
     for i, start in enumerate(range(0, total, size)):
       rows = np.arange(start, start + size) % total  # the last batch is as large as the others
-      of_rows = None if labels is None else processes.shard(labels[rows % each], setup.batch)
+      of_rows = (
+        None if labels is None else processes.shard(labels[rows % each], setup.devices.batch)
+      )
       score_fn = class_score(setup, params, of_rows, log_prob)
       constraint = None
       if y is not None and operator is not None:
-        y_of_rows = processes.shard(y[rows // each], setup.batch)
+        y_of_rows = processes.shard(y[rows // each], setup.devices.batch)
         score_fn, constraint = _condition(setup, score_fn, operator, y_of_rows)
 
       def progress(fraction: float, x: Array, start: int = start) -> None:
@@ -94,10 +96,10 @@ def draw_samples(
         if choice.trajectory and start == 0:
           stages.append(processes.gather(x if setup.config.data.dim else x[:SHOWN]))
 
-      rng = jax.random.fold_in(setup.key('draw'), i)
+      rng = jax.random.fold_in(setup.keys.key('draw'), i)
       shape = (size, *setup.data_shape)
       x, nfe = setup.sampler(
-        rng, score_fn, shape, sharding=setup.batch, constraint=constraint, observe=progress
+        rng, score_fn, shape, sharding=setup.devices.batch, constraint=constraint, observe=progress
       )
       parts.append(to_stored(setup, processes.gather(x)))
       bar.update(min(total, start + size))

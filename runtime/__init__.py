@@ -1,4 +1,4 @@
-"""What surrounds a run: several processes, errors told in one line, settings before JAX starts.
+"""What surrounds a run: devices, processes, errors in one line, settings before JAX starts.
 
 Imports nothing of this project.
 """

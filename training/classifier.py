@@ -165,13 +165,13 @@ def evaluate(setup: Setup, params: Params, held_out: sources.Source) -> dict[str
     )
     return jnp.stack([(v * batch['mask']).sum() for v in each])
 
-  sums = jax.jit(sums, out_shardings=setup.replicated)
+  sums = jax.jit(sums, out_shardings=setup.devices.replicated)
   totals = np.zeros((LEVELS, 2))
   with Bar('accuracy', n, unit='images') as bar:
     for i, rows in enumerate(sources.eval_batches(held_out, size, **processes.share())):
-      batch = setup.put(rows)
+      batch = setup.devices.put(rows)
       for level in range(LEVELS):
-        rng = jax.random.fold_in(setup.key('classifier_report', i), level)
+        rng = jax.random.fold_in(setup.keys.key('classifier_report', i), level)
         totals[level] += sums(params, batch, rng, (edges[level], edges[level + 1]))
       bar.update(min((i + 1) * size, n))
   means, edges, levels = totals / n, edges.tolist(), []

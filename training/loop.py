@@ -10,7 +10,6 @@ from typing import Any
 from etils import epath
 import jax
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 import numpy as np
 
@@ -81,7 +80,7 @@ def train(
     step = int(state.step)
     if step and (step % training.snapshot_freq == 0 or step >= task.n_iters):
       at_snapshot(state, stop)
-    evaluate = jax.jit(task.evaluate, out_shardings=setup.replicated)
+    evaluate = jax.jit(task.evaluate, out_shardings=setup.devices.replicated)
     held_out_batches = _held_out_batches(setup, task, held_out, step // training.eval_freq)
     log_choices = {'n_iters': task.n_iters, 'log_freq': training.log_freq}
     log_choices |= {'step': step, 'batch_size': task.batch_size}
@@ -118,12 +117,12 @@ def like(setup: Setup, task: Task) -> TrainState:
     UserError: if the config does not make a network.
   """
   try:
-    state = jax.eval_shape(task.init, setup.key(task.purposes[0]))
+    state = jax.eval_shape(task.init, setup.keys.key(task.purposes[0]))
   except (TypeError, ValueError) as error:
     reason = str(error).strip().partition('\n')[0]
     raise UserError(f'config.{task.section} does not make a network: {reason}') from error
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setup.replicated), state
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setup.devices.replicated), state
   )
 
 
@@ -135,8 +134,9 @@ def _restore_or_init(
     logger.info('resuming %s at step %d', root, int(state.step))
     return state
   logger.info('training in %s', root)
-  init = jax.jit(task.init, out_shardings=setup.replicated, compiler_options=once_options())
-  return init(setup.key(task.purposes[0]))
+  options = once_options()
+  init = jax.jit(task.init, out_shardings=setup.devices.replicated, compiler_options=options)
+  return init(setup.keys.key(task.purposes[0]))
 
 
 def once_options() -> dict[str, int]:
@@ -158,15 +158,14 @@ def updates(
   setup: Setup, task: Task, source: sources.Source, state: TrainState
 ) -> Iterator[tuple[TrainState, int, Metrics]]:
   """Trains to the end; yields state, step and metrics after every call of the device."""
-  step, rng = int(state.step), setup.key(task.purposes[1])
+  step, rng = int(state.step), setup.keys.key(task.purposes[1])
   n = setup.config.training.n_jitted_steps
-  choices: dict[str, Any] = {'out_shardings': (setup.replicated,) * 2, 'donate_argnums': 0}
+  choices: dict[str, Any] = {'out_shardings': (setup.devices.replicated,) * 2, 'donate_argnums': 0}
   choices['compiler_options'] = compiler_options()
   skip = setup.config.training.skip_nonfinite
   update = partial(finite_step, task.update) if skip else task.update
   one_step = jax.jit(update, **choices)
   many_steps = jax.jit(partial(several_steps, update), **choices)
-  stacked = NamedSharding(setup.batch.mesh, PartitionSpec(None, *setup.batch.spec))
   with contextlib.closing(
     sources.train_batches(
       source, task.batch_size, seed=setup.config.seed, start=step, **processes.share()
@@ -175,11 +174,10 @@ def updates(
     while step < task.n_iters:
       if n > 1 and steps_to_event(step, task.n_iters, setup.config.training) >= n:
         many = jax.tree.map(lambda *rows: np.stack(rows), *(next(batches) for _ in range(n)))
-        many = jax.tree.map(partial(jax.make_array_from_process_local_data, stacked), many)
-        state, measured = many_steps(state, many, rng)
+        state, measured = many_steps(state, setup.devices.put_several(many), rng)
         step += n
       else:
-        state, measured = one_step(state, setup.put(next(batches)), rng)
+        state, measured = one_step(state, setup.devices.put(next(batches)), rng)
         step += 1
       yield state, step, measured
 
@@ -210,4 +208,4 @@ def _held_out_batches(
   choices = {'seed': seed, 'start': start, **processes.share()}
   with contextlib.closing(sources.train_batches(held_out, task.batch_size, **choices)) as batches:
     for i, batch in enumerate(batches, start):
-      yield setup.put(batch), setup.key(task.purposes[2], i)
+      yield setup.devices.put(batch), setup.keys.key(task.purposes[2], i)

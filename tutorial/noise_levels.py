@@ -97,9 +97,9 @@ def averaging(ax: Axes) -> list[str]:
   task, source = run_lib.score_task(setup), load('ring', 'train', 2)
   held_out = load('ring', 'test', 2)
   batch = held_out.batch(np.arange(5000)) | {'mask': np.ones(5000, bool)}
-  sums, key = evaluate.compile_loss_sums(setup), setup.key('eval')
+  sums, key = evaluate.compile_loss_sums(setup), setup.keys.key('eval')
   rows = []
-  start = jax.jit(task.init)(setup.key('init'))
+  start = jax.jit(task.init)(setup.keys.key('init'))
   for state, step, _ in loop.updates(setup, task, source, start):
     both = [sums(params, batch, key)['score_error'] for params in (state.params, state.ema_params)]
     rows.append((step, *(float(total) / 5000 for total in both)))

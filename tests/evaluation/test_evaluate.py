@@ -106,7 +106,7 @@ def test_a_report_says_what_the_samples_and_the_data_say(evaluated):
     metrics.frechet_distance(a.mean, a.cov, b.mean, b.cov), rel=1e-6
   )
   assert report['kernel_pixels'] == pytest.approx(metrics.kernel_distance(x, y)[0], rel=1e-6)
-  mesh = build(get_config()).batch.mesh
+  mesh = build(get_config()).devices.mesh
   found = [report['precision_pixels'], report['recall_pixels']]
   assert found == pytest.approx(metrics.precision_recall(x, y, mesh))
   assert (report['step'], report['samples'], report['loss_images']) == (12, 24, 297)

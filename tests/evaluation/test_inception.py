@@ -19,7 +19,7 @@ from evaluation import inception, inception_weights, metrics
 from evaluation.metrics import Moments
 from runtime.errors import UserError
 
-MESH = build(get_config()).batch.mesh
+MESH = build(get_config()).devices.mesh
 
 
 @pytest.fixture(scope='module', params=['inception', 'live'])

@@ -82,7 +82,7 @@ def test_steps_in_one_call_are_single_steps():
   one, three = (tiny_setup(training__n_jitted_steps=n) for n in (1, 3))
   source = sources.load('digits', 'train', image_size=8, num_channels=1)
   task = run_lib.score_task(one)
-  init = jax.jit(lambda: task.init(one.key('init')))
+  init = jax.jit(lambda: task.init(one.keys.key('init')))
   ends = [list(loop.updates(setup, task, source, init())) for setup in (one, three)]
   assert [step for _, step, _ in ends[1]] == [3, 6]
   assert ends[0][-1][0].step == ends[1][-1][0].step == 6
@@ -111,7 +111,7 @@ def test_blocks_that_are_computed_again_need_less_memory():
   bytes_of = []
   for remat in (False, True):
     setup = tiny_setup(model__remat=remat, model__num_res_blocks=4, training__batch_size=64)
-    task, rng = run_lib.score_task(setup), setup.key('train')
+    task, rng = run_lib.score_task(setup), setup.keys.key('train')
     images = {'data': jax.ShapeDtypeStruct((64, 8, 8, 1), jnp.uint8)}
     step = jax.jit(task.update, compiler_options=loop.compiler_options())
     compiled = step.lower(jax.eval_shape(task.init, rng), images, rng).compile()
@@ -138,8 +138,10 @@ def one_step(**fields) -> tuple[TrainState, Metrics]:
   setup = tiny_setup(base.ve, 'ncsnpp', training__batch_size=8, optim__warmup=0, **fields)
   task = run_lib.score_task(setup)
   images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
-  batch = setup.put({'data': images})
-  return jax.jit(task.update)(jax.jit(task.init)(setup.key('init')), batch, setup.key('train'))
+  batch = setup.devices.put({'data': images})
+  return jax.jit(task.update)(
+    jax.jit(task.init)(setup.keys.key('init')), batch, setup.keys.key('train')
+  )
 
 
 @pytest.mark.parametrize(

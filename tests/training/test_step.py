@@ -13,7 +13,7 @@ from training.step import finite_step, optimize, TrainState
 def test_moving_average_warms_up():
   """Its rate is (1 + n) / (10 + n) at step n = 1, 2, ..., or ema_rate where that is less."""
   setup = build(two_moons.get_config('ve'))  # any network will do
-  state = jax.jit(lambda: run_lib.score_task(setup).init(setup.key('init')))()
+  state = jax.jit(lambda: run_lib.score_task(setup).init(setup.keys.key('init')))()
   state = state.replace(step=jnp.int32(7))
   x0 = jnp.zeros((4, 2))
   new, _ = jax.jit(

@@ -1,0 +1,98 @@
+"""The devices that a run is spread over, and its random keys.
+
+Data parallelism is `jax.jit` over a mesh of all devices of all processes, with the batch spread
+over them and every leaf of the training state where a function of the leaf puts it. The mathematics
+knows nothing of it.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import KeyPath
+import numpy as np
+
+# What the keys of a run are for. A key is a function of seed, purpose and step: nothing random is
+# stored. The order is part of every run's result.
+PURPOSES = (
+  'init', 'train', 'eval', 'snapshot', 'sample', 'bpd',
+  'classifier_init', 'classifier_train', 'classifier_eval', 'classifier_report', 'draw',
+)  # fmt: skip
+
+# (path in the state, array or its shape and dtype) -> how it lies on the mesh
+Placement = Callable[[KeyPath, Any], PartitionSpec]
+
+
+def everywhere(path: KeyPath, leaf: Any) -> PartitionSpec:
+  """The placement of a leaf that every device has whole."""
+  return PartitionSpec()
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+  """Where the arrays of a run lie.
+
+  Attributes:
+    mesh: the devices, along the axis 'data'.
+    placement: of each leaf of a training state.
+  """
+
+  mesh: Mesh
+  placement: Placement = everywhere
+
+  @property
+  def batch(self) -> NamedSharding:
+    """Of a batch [B, ...]: each device has a part of the rows."""
+    return NamedSharding(self.mesh, PartitionSpec('data'))
+
+  @property
+  def batches(self) -> NamedSharding:
+    """Of several batches [n, B, ...]: each device has a part of the rows of every one."""
+    return NamedSharding(self.mesh, PartitionSpec(None, 'data'))
+
+  @property
+  def replicated(self) -> NamedSharding:
+    """Of what every device has whole."""
+    return NamedSharding(self.mesh, PartitionSpec())
+
+  def state_sharding(self, path: KeyPath, leaf: Any) -> NamedSharding:
+    """Of the leaf at a path of a training state."""
+    return NamedSharding(self.mesh, self.placement(path, leaf))
+
+  def state_shardings(self, state: Any) -> Any:
+    """Those of all leaves, as a tree like the state; its arrays may be shapes and dtypes alone."""
+    return jax.tree.map_with_path(self.state_sharding, state)
+
+  def put(self, rows: Any) -> Any:
+    """This process's rows of a batch, a tree of arrays, as part of the global batch on devices."""
+    return jax.tree.map(partial(jax.make_array_from_process_local_data, self.batch), rows)
+
+  def put_several(self, rows: Any) -> Any:
+    """Like `put`, of several batches: arrays [n, rows of this process, ...]."""
+    return jax.tree.map(partial(jax.make_array_from_process_local_data, self.batches), rows)
+
+
+def all_devices(placement: Placement = everywhere) -> Devices:
+  """All devices of all processes."""
+  return Devices(Mesh(np.array(jax.devices()), ('data',)), placement)
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """The random keys of a run: functions of its seed, a purpose and a step, on all devices."""
+
+  seed: int
+  devices: Devices
+
+  def key(self, purpose: str, step: int = 0) -> Array:
+    """The key for one of `PURPOSES` at a step."""
+    make = jax.jit(_key, out_shardings=self.devices.replicated)  # a put can't reach other processes
+    return make(self.seed, PURPOSES.index(purpose), step)
+
+
+def _key(seed: int, purpose: int, step: int) -> Array:
+  return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)

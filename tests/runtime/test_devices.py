@@ -1,0 +1,51 @@
+"""Where the arrays of a run lie, and the keys of its parts."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import numpy as np
+import pytest
+
+from runtime.devices import all_devices, Keys, PURPOSES
+
+# Of seed 42 at step 7, by purpose. Every run depends on them: they never change.
+KEY_DATA = (
+  (441521444, 805305679), (520833650, 68019029), (1096897035, 320463389),
+  (3534823363, 3798478818), (694899629, 1513739272), (536800120, 2521138273),
+  (2655281864, 1909181706), (148220864, 3498104918), (2030664706, 127179315),
+  (3510121740, 4220229153), (165428447, 3735167667),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(('purpose', 'data'), zip(PURPOSES[:11], KEY_DATA, strict=True))
+def test_keys_are_what_they_always_were(purpose, data):
+  key = Keys(42, all_devices()).key(purpose, 7)
+  assert tuple(jax.random.key_data(key).tolist()) == data
+  assert key.sharding.is_fully_replicated
+
+
+def test_a_state_lies_where_a_function_of_its_leaves_puts_it():
+  def placement(path, leaf):
+    split = jax.tree_util.keystr(path).endswith("['kernel']") and leaf.ndim == 2
+    return PartitionSpec(None, 'data') if split else PartitionSpec()
+
+  state = {'kernel': jnp.zeros((2, 4)), 'bias': jnp.zeros(4), 'step': jnp.int32(3)}
+  by_default = all_devices().state_shardings(state)
+  assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(by_default))
+  shardings = all_devices(placement).state_shardings(jax.eval_shape(lambda: state))
+  specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+  assert specs == {
+    'kernel': PartitionSpec(None, 'data'),
+    'bias': PartitionSpec(),
+    'step': PartitionSpec(),
+  }
+
+
+def test_rows_come_to_the_devices_as_they_are():
+  rows = {'data': np.arange(6).reshape(2, 3), 'label': np.arange(2)}
+  put = all_devices().put(rows)
+  several = all_devices().put_several({'data': np.arange(12).reshape(2, 2, 3)})
+  assert put['label'].sharding.spec == PartitionSpec('data')
+  assert several['data'].sharding.spec == PartitionSpec(None, 'data')
+  np.testing.assert_array_equal(put['data'], rows['data'])
+  np.testing.assert_array_equal(several['data'].ravel(), np.arange(12))
