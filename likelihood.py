@@ -23,7 +23,6 @@ from sde_lib import expand, ScoreFn, SDE
 
 _DRAW = {'rademacher': jax.random.rademacher, 'gaussian': jax.random.normal}
 PROBES = (*_DRAW, 'exact')
-LEVELS = 256  # of a pixel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,15 +116,14 @@ def draw_probes(rng: Array, x: Array, probe: str, n: int) -> Array:
   return jax.vmap(lambda rng: _DRAW[probe](rng, (n, *x.shape[1:]), x.dtype), out_axes=1)(rngs)
 
 
-def bits_per_dim(logp: Array, dim: int, centered: bool) -> Array:
-  """Negative log-likelihood [B] in bits per dimension of images with 256 levels.
+def bits_per_dim(logp: Array, dim: int, level_width: float) -> Array:
+  """Negative log-likelihood [B] in bits per dimension of data that have levels.
 
-  A level is 1/256 wide in [0, 1], or 2/256 in [-1, 1] if `centered`. The density per level is that
-  much smaller than the density of the scaled data, in each of the `dim` dimensions, which adds
-  -log2 of the width: 8 or 7 bits.
+  The density per level is smaller than that of the scaled data by the width of a level, in each of
+  the `dim` dimensions, which adds -log2 of it. The 256 levels of a pixel are 1/256 wide in [0, 1],
+  which makes 8 bits, and 2/256 in [-1, 1], which makes 7; see `Codec.level_width`.
   """
-  width = (2 if centered else 1) / LEVELS
-  return -logp / (dim * math.log(2)) - math.log2(width)
+  return -logp / (dim * math.log(2)) - math.log2(level_width)
 
 
 def encode(

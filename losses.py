@@ -30,9 +30,6 @@ class Objective:
     continuous: train at all times in [eps, T], or only at those of the chain.
     reduce_mean: the mean over dimensions, or half the sum, the released code's scale.
     likelihood_weighting: weigh times by g(t)^2, for likelihood, not by std^2, for samples.
-    random_flip: mirror every other training image.
-    uniform_dequantization: spread the 256 levels of a pixel over [0, 1).
-    label_dropout: the share of training labels that the null label replaces.
   """
 
   matching: Matching | None = None
@@ -40,9 +37,6 @@ class Objective:
   continuous: bool = True
   reduce_mean: bool = False
   likelihood_weighting: bool = False
-  random_flip: bool = False
-  uniform_dequantization: bool = False
-  label_dropout: float = 0.0
 
 
 def sample_times(

@@ -17,23 +17,18 @@ import jax
 from jax import Array
 from ml_collections import ConfigDict
 
+from builders.data import load_source
+from builders.evaluation import (
+  checkpoint_range,
+  make_drawing,
+  make_measurements,
+  make_sample_request,
+  reference_file,
+)
 from builders.setup import build, check_shared, Setup
 from configs.base import saved
-from data import points, sources
 from data.noise_scales import NoiseScales
-from evaluation import features, reference
-from evaluation.draw import classes_in_turn, draw
-from evaluation.evaluate import (
-  compile_loss_sums,
-  evaluate_bpd,
-  evaluate_loss,
-  evaluate_samples,
-  has_bpd,
-  has_samples,
-  step_folder,
-  steps,
-)
-from evaluation.features import FeatureNetwork
+from evaluation.evaluate import step_folder
 from evaluation.sample import draw_samples
 from evaluation.stats import noise_scales
 from models.score import Params
@@ -68,7 +63,7 @@ def train(config: ConfigDict, workdir: str) -> None:
   setup, root = build(config), epath.Path(workdir).expanduser()
   check_shared(setup.config, 'training.snapshot_samples')
   check_shared(setup.config, 'training.batch_size', 'training.grad_accum')
-  source, held_out = (_load(setup, split) for split in ('train', 'test'))
+  source, held_out = (load_source(setup.config, split) for split in ('train', 'test'))
   at_snapshot = partial(_at_snapshot, setup, root)
   with _opened(root, setup, FIXED_IN_RUN if checkpoints_lib.exist(root) else ()):
     _note_machine(root)
@@ -90,7 +85,7 @@ def train_classifier(config: ConfigDict, workdir: str) -> Report:
   if setup.config.data.dim:
     raise UserError(f'a classifier is for images, and config.data.dim = {setup.config.data.dim}')
   check_shared(setup.config, 'classifier.batch_size')
-  source, held_out = (_load(setup, split, 'classifier') for split in ('train', 'test'))
+  source, held_out = (load_source(setup.config, split, 'classifier') for split in ('train', 'test'))
   check_unchanged(root / 'config.json', setup.config, FIXED_NOISE)
   folder = classifier.folder(root)
   with _opened(folder, setup, FIXED_IN_CLASSIFIER if checkpoints_lib.exist(folder) else ()):
@@ -120,35 +115,26 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
     UserError: for a mistake in the config, the data or the workdir.
   """
   setup, root = build(config), epath.Path(workdir).expanduser()
-  wanted, out = setup.config.eval, root / eval_folder
-  if not checkpoints_lib.exist(root) and not wanted.wait:
+  out = root / eval_folder
+  if not checkpoints_lib.exist(root) and not setup.config.eval.wait:
     raise UserError(f'{root} holds no checkpoints to evaluate; train first (--mode train)')
   check_unchanged(root / 'config.json', setup.config, FIXED_IN_RUN)
-  network = _feature_network(setup) if wanted.enable_sampling else None
-  compared_with = reference.load(setup, network) if network else None
-  held_out = _load(setup, 'test') if wanted.enable_loss else None
-  loss_sums = compile_loss_sums(setup)
-  all_reports = []
+  measurements, all_reports = make_measurements(setup), []
   with _opened(out, setup, FIXED_IN_EVAL), Checkpoints(root) as checkpoints:
-    for step in steps(setup.config, checkpoints):
+    for step in checkpoint_range(setup.config).steps(checkpoints):
       params = checkpoints.restore(step, _like(setup)).ema_params
       folder, report = step_folder(out, step), reports.read(out, step)
-      if held_out is not None and 'loss' not in report:
-        report |= evaluate_loss(setup, loss_sums, held_out, params)
-        reports.write(out, report)
-      if wanted.enable_bpd and not has_bpd(setup, report):
-        report |= evaluate_bpd(setup, _load(setup, wanted.bpd_dataset), params, folder)
-        reports.write(out, report)
-      if wanted.enable_sampling and not has_samples(setup, report, network, compared_with):
-        report |= evaluate_samples(setup, params, step, folder, network, compared_with)
-        reports.write(out, report)
+      for measurement in measurements:
+        if not measurement.is_in(report):
+          report |= measurement.measure(params, step, folder)
+          reports.write(out, report)
       all_reports.append(report)
       reports.publish(out, all_reports)
       page.write(root)
       logger.info(
         'step %d: %s; report in %s', step, reports.summary(report), reports.path_of(out, step)
       )
-      if wanted.enable_sampling:
+      if setup.config.eval.enable_sampling:
         logger.info('samples are in %s', folder / 'samples.png')
   if len(all_reports) > 1:
     logger.info('%s', reports.table(all_reports).splitlines()[-1])
@@ -169,13 +155,13 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
   """
   setup, root = build(config), epath.Path(workdir).expanduser()
   step, params = _newest(setup, root)
-  log_prob = None
+  request, log_prob = make_sample_request(setup), None
   if setup.config.sampling.labels and not setup.model.num_classes:
     log_prob = setup.classifier.bind(classifier.load(setup, root))
   out = root / sample_folder
   folder = step_folder(out, step)
   with _opened(out, setup, FIXED_IN_EVAL):
-    report = draw_samples(setup, params, log_prob, folder)
+    report = draw_samples(make_drawing(setup), setup.keys, request, params, log_prob, folder)
     page.write(root)
   logger.info('%(samples)d samples, %(nfe)d evaluations each', report)
   logger.info('samples are in %s', folder / 'samples.png')
@@ -185,24 +171,27 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
 def stats(config: ConfigDict) -> NoiseScales:
   """Prints the noise levels that the training data ask for, and writes the statistics of features.
 
-  The former are NCSNv2's, see `evaluation.stats`; the latter are what samples are compared with,
-  see `reference`, of the images of `eval.stats_split` by the network `eval.features`, if any.
+  The former are NCSNv2's, see `evaluation.stats`; the latter are what samples are compared with, of
+  the images of `eval.stats_split` by the network `eval.features`, if any.
 
   Raises:
     UserError: for a mistake in the config or the data.
   """
   setup = build(config)
-  chosen = noise_scales(setup, _load(setup, 'train'))
-  network = _feature_network(setup)
-  if network:
-    path = reference.make(setup, network, _load(setup, setup.config.eval.stats_split))
-    logger.info('statistics of the features are in %s', path)
+  fields, batch_size = setup.config, setup.config.eval.batch_size
+  chosen = noise_scales(
+    load_source(fields, 'train'),
+    setup.codec,
+    sigma_min=fields.model.sigma_min,
+    n_steps_each=fields.sampling.n_steps_each,
+    batch_size=batch_size,
+    seed=fields.seed,
+  )
+  if file := reference_file(setup):
+    source = load_source(fields, fields.eval.stats_split)
+    file.make(source, batch_size, setup.devices.mesh)
+    logger.info('statistics of the features are in %s', file.path)
   return chosen
-
-
-def _feature_network(setup: Setup) -> FeatureNetwork | None:
-  choice = setup.config.eval
-  return features.load(choice.features, choice.inception_path)
 
 
 def load(workdir: str) -> tuple[Setup, Params]:
@@ -252,35 +241,6 @@ def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
   logger.info('imported %s, of step %d, to %s', checkpoint, int(state.step), root / 'checkpoints')
 
 
-def _load(setup: Setup, split: str, section: str = 'model') -> sources.Source:
-  """The data of a split, for the network that a section of the config describes.
-
-  Raises:
-    UserError: if they cannot be read, or have other classes than the network.
-  """
-  data, num_classes = setup.config.data, setup.config[section].num_classes
-  if data.dim:
-    return points.load(data.dataset, split, data.dim)
-  source = sources.load(
-    data.dataset,
-    split,
-    image_size=data.image_size,
-    num_channels=data.num_channels,
-    path=data.path,
-    data_dir=data.tfds_dir,
-    category=data.category,
-  )
-  takes_labels = num_classes > 0 or section == 'classifier'
-  if takes_labels and not num_classes == source.num_classes > 0:
-    n = source.num_classes
-    there = f'{n} classes; set it to that' if n else 'no labels; choose another dataset'
-    raise UserError(
-      f'config.{section}.num_classes is {num_classes}, and dataset {data.dataset!r}, split {split},'
-      f' has {there}'
-    )
-  return source
-
-
 @contextlib.contextmanager
 def _opened(folder: epath.Path, setup: Setup, fixed: tuple[str, ...]) -> Iterator[None]:
   """Has a folder to itself; its config agrees in the `fixed` fields, and is written to it."""
@@ -311,11 +271,12 @@ def score_task(setup: Setup) -> Task:
   model, training = setup.model, setup.config.training
 
   def evaluate(params: Params, batch: Batch, rng: Array) -> Metrics:
-    each = eval_step(params, batch, rng, model=model, objective=setup.objective)
+    each = eval_step(params, batch, rng, model=model, codec=setup.codec, objective=setup.objective)
     return {'loss': each.mean()}
 
   choices = {
     'model': model,
+    'codec': setup.codec,
     'objective': setup.objective,
     'tx': setup.tx,
     'ema_rate': setup.config.model.ema_rate,
@@ -367,12 +328,11 @@ def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop
     try:
       rng = setup.keys.key('snapshot', step)
       n = training.snapshot_samples
-      labels = classes_in_turn(setup, 0, n)
-      images, _ = draw(setup, state.ema_params, rng, n, progress, labels)
+      samples, *_ = make_drawing(setup).samples_in_turn(state.ema_params, rng, n, progress)
     except InterruptedError:
       return
     except FloatingPointError as error:  # training can do without
       logger.warning('step %d: no picture: %s', step, error)
       return
-  artifacts.write_samples(path, images)
+  artifacts.write_png(path, setup.codec.pictures.overview(samples))
   logger.info('step %d: samples are in %s', step, path)

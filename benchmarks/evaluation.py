@@ -26,10 +26,10 @@ from PIL import Image, ImageFilter
 from builders.setup import build
 from data import sources
 from evaluation import features, inception, metrics
-from evaluation.evaluate import distances
 from evaluation.features import FeatureNetwork
 from evaluation.metrics import Moments
 from evaluation.reference import Reference
+from evaluation.sample_quality import Comparison
 
 
 def gigabytes() -> float:
@@ -106,7 +106,7 @@ def sanity(config: ConfigDict, limit: int) -> None:
   noise = np.random.default_rng(0).integers(0, 256, train[:half].shape, np.uint8)
   of_half = extract(train[:half])
   total = Moments.of(of_half)
-  against = Reference(half, total.mean, total.cov, of_half)
+  against = Comparison(network, Reference(half, total.mean, total.cov, of_half))
   sets = {
     'the same images': train[:half],
     'the other half': train[half : 2 * half],
@@ -117,7 +117,7 @@ def sanity(config: ConfigDict, limit: int) -> None:
   print(f'| from {half} training images | images | ' + ' | '.join(names(network)) + ' |')
   print('|---' * (2 + len(names(network))) + '|', flush=True)
   for what, images in sets.items():
-    found = distances(extract(images), network, against, mesh)
+    found = against.report(extract(images), mesh)
     cells = ' | '.join(f'{found[name]:.5g}' for name in names(network))
     print(f'| {what} | {len(images)} | {cells} |', flush=True)
 

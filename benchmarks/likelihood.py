@@ -14,7 +14,6 @@ solutions adds what surrounds the evaluations.
 """
 
 from functools import partial
-import math
 
 import jax
 from jax import Array
@@ -24,6 +23,7 @@ import numpy as np
 from scipy import integrate
 
 from benchmarks import common, released
+from data.codec import LEVELS
 from likelihood import bits_per_dim, draw_probes, Likelihood, VolumeChange
 from sampling import ProbabilityFlow
 from sde_lib import SDE
@@ -104,7 +104,7 @@ def measure(name: str, batch: int) -> dict[str, dict[str, float]]:
   for name, (seconds, (logp, nfe)) in common.timed(solve, SOLUTIONS).items():
     results[name] = {
       'nfe': int(nfe),
-      'bpd': float(bits_per_dim(logp, math.prod(setup.data_shape), False).mean()),
+      'bpd': float(bits_per_dim(logp, setup.codec.dim, 1 / LEVELS).mean()),
       'evaluation': evaluations[name][0] / batch,
       'solution / nfe': seconds / batch / int(nfe),
       'solution': seconds / batch,

@@ -57,7 +57,7 @@ def error(setup: Setup, params: Params) -> float:
   measured = {}
   for what, matching in matchings.items():
     objective = dataclasses.replace(setup.objective, matching=matching)
-    measure = jax.jit(partial(eval_step, model=setup.model, objective=objective))
+    measure = jax.jit(partial(eval_step, model=setup.model, codec=setup.codec, objective=objective))
     measured[what] = float(measure(params, held_out, setup.keys.key('eval')).mean())
   return measured['error'] / measured['size']
 

@@ -8,11 +8,13 @@ import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 import optax
 
+from builders.data import make_codec
 from builders.networks import halvings, LABELLED, NETWORKS
 from builders.samplers import make_sampler, METHODS
 from configs import ranges
 from configs.ranges import field
 from data import points
+from data.codec import Codec
 from data.points import Diffused
 from evaluation import features
 import losses
@@ -41,6 +43,7 @@ class Setup:
 
   Attributes:
     config: the config itself.
+    codec: between stored data and what networks see.
     model: the score model, with its SDE.
     true_score_fn: what the model learns, for points whose density is known; otherwise None.
     objective: the training loss.
@@ -53,6 +56,7 @@ class Setup:
   """
 
   config: FrozenConfigDict
+  codec: Codec
   model: ScoreModel
   true_score_fn: Diffused | None
   objective: Objective
@@ -66,9 +70,8 @@ class Setup:
 
   @property
   def data_shape(self) -> tuple[int, ...]:
-    """Height, width and channels of an image, or the dimension of points."""
-    data = self.config.data
-    return (data.dim,) if data.dim else (data.image_size, data.image_size, data.num_channels)
+    """Of one example as a network sees it."""
+    return self.codec.model_shape
 
 
 def build(config: ConfigDict) -> Setup:
@@ -90,6 +93,7 @@ def build(config: ConfigDict) -> Setup:
   devices = all_devices()
   return Setup(
     config=config,
+    codec=make_codec(config),
     model=model,
     true_score_fn=true_score_fn,
     objective=Objective(
@@ -98,9 +102,6 @@ def build(config: ConfigDict) -> Setup:
       continuous=training.continuous,
       reduce_mean=training.reduce_mean,
       likelihood_weighting=training.likelihood_weighting,
-      random_flip=config.data.random_flip,
-      uniform_dequantization=config.data.uniform_dequantization,
-      label_dropout=training.label_dropout,
     ),
     divergence=ContrastiveDivergence(
       ebm.n_steps, ebm.step_size, ebm.buffer_size, ebm.restart, ebm.regularization
@@ -282,7 +283,7 @@ def _classifier(config: FrozenConfigDict, sde: SDE) -> Classifier:
     classifier.channel_multiplier,
     config.model.dtype,
   )
-  return Classifier(net, sde, config.data.centered)
+  return Classifier(net, sde)
 
 
 def _optimizer(

@@ -1,81 +1,94 @@
-"""From a score to images, as a dataset has them; and the classes that are asked for."""
+"""From a score to samples, as a dataset has them; and the classes that are asked for."""
 
 from collections.abc import Callable
+import dataclasses
 
 from jax import Array
 import numpy as np
 
-from builders.setup import Setup
 from controllable_generation import ClassifierFreeGuidance, ClassifierGuidance
+from data.codec import Codec
 from models.classifier import ClassLogProb
-from models.score import Params
+from models.score import Params, ScoreModel
 from runtime import processes
+from runtime.devices import Devices
+from samplers.base import Constraint, Sampler
 from sde_lib import ScoreFn
 
 
-def class_score(
-  setup: Setup, params: Params, labels: Array | None, log_prob: ClassLogProb | None = None
-) -> ScoreFn:
-  """The score of the classes `labels` [B], or of all images, with the guidance of the config.
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+  """How samples of a model are drawn.
 
-  A model that knows no classes needs `log_prob`, a classifier of noisy images.
+  Attributes:
+    model: the score model.
+    sampler: that makes x_0 of noise, with its score.
+    codec: makes samples of x_0.
+    devices: which share the samples.
+    guidance_scale: of grad log p(y | x), where classes are asked for.
   """
-  model, scale = setup.model, setup.config.sampling.guidance_scale
-  if labels is None:
-    return model.bind(params)
-  if not model.num_classes:
-    assert log_prob is not None  # as the model knows no classes
-    return ClassifierGuidance(model.bind(params), log_prob, labels, scale)
-  conditional = model.bind(params, labels=labels)
-  if scale == 1:  # which needs no second evaluation
-    return conditional
-  return ClassifierFreeGuidance(conditional, model.bind(params), scale)
 
+  model: ScoreModel
+  sampler: Sampler
+  codec: Codec
+  devices: Devices
+  guidance_scale: float = 1.0
 
-def draw(
-  setup: Setup,
-  params: Params,
-  rng: Array,
-  n: int,
-  progress: Callable[[float], None] | None = None,
-  labels: np.ndarray | None = None,
-) -> tuple[np.ndarray, int]:
-  """Draws n images, uint8 [n, H, W, C], or points, the same on every process; n suits the devices.
+  def score_fn(
+    self, params: Params, labels: Array | None = None, log_prob: ClassLogProb | None = None
+  ) -> ScoreFn:
+    """The score of the classes `labels` [B], guided, or that of all samples together.
 
-  Of a label-conditional model they belong to the classes `labels`, int32 [n].
+    A model that knows no classes needs `log_prob`, a classifier of noisy images.
+    """
+    if labels is None:
+      return self.model.bind(params)
+    if not self.model.num_classes:
+      assert log_prob is not None  # as the model knows no classes
+      return ClassifierGuidance(self.model.bind(params), log_prob, labels, self.guidance_scale)
+    conditional = self.model.bind(params, labels=labels)
+    if self.guidance_scale == 1:  # which needs no second evaluation
+      return conditional
+    return ClassifierFreeGuidance(conditional, self.model.bind(params), self.guidance_scale)
 
-  Returns:
-    The samples, and the number of score evaluations that each took.
-  """
-  score_fn = class_score(
-    setup, params, None if labels is None else processes.shard(labels, setup.devices.batch)
-  )
-  observe = None if progress is None else (lambda fraction, x: progress(fraction))
-  shape = (n, *setup.data_shape)
-  x, nfe = setup.sampler(rng, score_fn, shape, sharding=setup.devices.batch, observe=observe)
-  return to_stored(setup, processes.gather(x)), nfe
+  def samples(
+    self,
+    rng: Array,
+    score_fn: ScoreFn,
+    n: int,
+    constraint: Constraint | None = None,
+    observe: Callable[[float, Array], None] | None = None,
+  ) -> tuple[np.ndarray, int]:
+    """Draws n samples [n, ...] of a score, the same on every process; n suits the devices.
 
+    Returns:
+      The samples as a dataset has them, and the number of score evaluations that each took.
 
-def to_stored(setup: Setup, x: np.ndarray) -> np.ndarray:
-  """Data as a dataset has them: images as uint8 of the same shape, points as they are.
-
-  Raises:
-    FloatingPointError: if some are not finite.
-  """
-  if not np.isfinite(x).all():
-    broken = (~np.isfinite(x.reshape(len(x), -1)).all(1)).sum()
-    raise FloatingPointError(
-      f'{broken} of {len(x)} samples are not finite; try another sampler, more steps '
-      '(config.sampling.num_steps), or a checkpoint of earlier'
+    Raises:
+      FloatingPointError: if some are not finite, or a solver does not come to its end.
+    """
+    shape, rows = (n, *self.codec.model_shape), self.devices.batch
+    x, nfe = self.sampler(
+      rng, score_fn, shape, sharding=rows, constraint=constraint, observe=observe
     )
-  if setup.config.data.dim:
-    return x
-  x = (x + 1) / 2 if setup.config.data.centered else x
-  half = 0.5 if setup.config.sampling.uint8 == 'round' else 0.0
-  return np.clip(255 * x + half, 0, 255).astype(np.uint8)
+    return self.codec.to_stored(processes.gather(x)), nfe
 
+  def samples_in_turn(
+    self, params: Params, rng: Array, n: int, progress: Callable[[float], None], first: int = 0
+  ) -> tuple[np.ndarray, int, np.ndarray | None]:
+    """Draws samples number `first` to `first` + n, of the classes 0, 1, 2, ... in turn.
 
-def classes_in_turn(setup: Setup, start: int, n: int) -> np.ndarray | None:
-  """Labels 0, 1, 2, ... int32 [n] for samples `start` to `start` + n, or None without classes."""
-  classes = setup.model.num_classes
-  return np.arange(start, start + n, dtype=np.int32) % classes if classes else None
+    Returns:
+      What `samples` returns, and the labels int32 [n], or None of a model that knows no classes.
+    """
+    labels, of_rows = self.classes_in_turn(first, n), None
+    if labels is not None:
+      of_rows = processes.shard(labels, self.devices.batch)
+    score_fn = self.score_fn(params, of_rows)
+    samples, nfe = self.samples(rng, score_fn, n, observe=lambda fraction, _: progress(fraction))
+    return samples, nfe, labels
+
+  def classes_in_turn(self, first: int, n: int) -> np.ndarray | None:
+    """Labels 0, 1, 2, ... int32 [n] of samples `first` to `first` + n, or None without classes."""
+    classes = self.model.num_classes
+    return np.arange(first, first + n, dtype=np.int32) % classes if classes else None

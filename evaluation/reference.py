@@ -2,8 +2,8 @@
 
 The file, `assets/stats/<dataset>_<resolution>_<features>.npz` unless the config names another,
 holds the features' mean [d] and cov [d, d] in float64 over all images, the features [M, d] of at
-most `KEPT` of them, and in `provenance` how they came about, as JSON. `load` also reads the
-released `cifar10_stats.npz`, pool_3 [50000, 2048] alone.
+most `KEPT` of them, and in `provenance` how they came about, as JSON. The released
+`cifar10_stats.npz`, pool_3 [50000, 2048] alone, is read as well.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ import zlib
 
 from etils import epath
 import jax
+from jax.sharding import Mesh
 import numpy as np
 
-from builders.setup import Setup
 from data import sources
 from evaluation.features import FeatureNetwork
 from evaluation.metrics import Moments
@@ -56,120 +56,142 @@ class Reference:
     return hashlib.sha256(self.mean.tobytes() + self.cov.tobytes()).hexdigest()[:16]
 
 
-def path_of(setup: Setup) -> epath.Path:
-  """Where the config's file is."""
-  data, choice = setup.config.data, setup.config.eval
-  if choice.stats_path:
-    return epath.Path(choice.stats_path).expanduser()
-  folder = ''
-  if data.dataset.lower() == 'folder':  # others may have the same name
-    place = epath.Path(data.path).expanduser()
-    folder = f'{place.name}-{zlib.crc32(os.path.abspath(place).encode()):08x}'
-  parts = [data.dataset.replace('/', '-').lower(), data.category, folder]
-  name = '-'.join(part for part in parts if part)
-  split = '' if choice.stats_split == 'train' else f'_{choice.stats_split}'
-  return _FOLDER / f'{name}_{data.image_size}{split}_{choice.features}.npz'
+@dataclasses.dataclass(frozen=True)
+class Images:
+  """Which images features are of.
 
-
-def make(setup: Setup, network: FeatureNetwork, source: sources.Source) -> epath.Path:
-  """Writes the file of the images of `source`, and returns its path.
-
-  It goes on from where it was stopped. An existing file is replaced.
-
-  Raises:
-    UserError: if an image cannot be read, or the file may not be written.
-    Failure: if there is no room for it.
+  Attributes:
+    dataset: its name.
+    category: of it, if it has some.
+    path: where it lies, if the user says so.
+    split: 'train' or 'test'.
+    shape: of an image.
   """
-  path = path_of(setup)
-  try:
-    _make(setup, network, source, path)
-  except OSError as error:
-    raise cannot_write(path, error, 'set config.eval.stats_path to another') from error
-  return path
+
+  dataset: str
+  category: str
+  path: str
+  split: str
+  shape: tuple[int, int, int]
+
+  def usual_path(self, features: str) -> epath.Path:
+    """Where the file of their features by the network of that name lies."""
+    folder = ''
+    if self.dataset.lower() == 'folder':  # others may have the same name
+      place = epath.Path(self.path).expanduser()
+      folder = f'{place.name}-{zlib.crc32(os.path.abspath(place).encode()):08x}'
+    parts = [self.dataset.replace('/', '-').lower(), self.category, folder]
+    name = '-'.join(part for part in parts if part)
+    split = '' if self.split == 'train' else f'_{self.split}'
+    return _FOLDER / f'{name}_{self.shape[0]}{split}_{features}.npz'
 
 
-def _make(setup: Setup, network: FeatureNetwork, source: sources.Source, path: epath.Path) -> None:
-  size, n = setup.config.eval.batch_size, len(source)
-  provenance = _provenance(setup, network) | {'count': n}
-  mark = zlib.crc32(json.dumps([provenance, size]).encode())
-  folder = path.parent / f'.{path.stem}-{mark:08x}'  # not of other data, network or rounds
-  mesh = setup.devices.mesh
-  assert isinstance(mesh, jax.sharding.Mesh)  # not one without devices
-  extract, total, kept = network.compile(mesh), None, []
-  chosen = np.linspace(0, n - 1, min(n, KEPT)).round().astype(int)
-  with Bar('features', n, unit='images') as bar:
-    for i, batch in enumerate(sources.eval_batches(source, size, **processes.share())):
-      begin, end = i * size, min((i + 1) * size, n)
-      make = partial(_features, extract, batch, end - begin)
-      features = rounds.kept_or_made(folder / f'{i}.npz', 'features', end - begin, make)['features']
-      total = Moments.of(features) if total is None else total + Moments.of(features)
-      kept.append(features[chosen[(chosen >= begin) & (chosen < end)] - begin])
-      bar.update(end)
-  assert total is not None  # there are images
-  text = json.dumps(provenance | {'versions': versions.here()}, indent=2)
-  artifacts.write_npz(
-    path, mean=total.mean, cov=total.cov, features=np.concatenate(kept), provenance=text
-  )
-  processes.wait_for_all('features')
-  if jax.process_index() == 0:
-    folder.rmtree()
+@dataclasses.dataclass(frozen=True)
+class ReferenceFile:
+  """The file of the features that a network gives of images.
+
+  Attributes:
+    path: of the file.
+    images: which images.
+    network: the network.
+  """
+
+  path: epath.Path
+  images: Images
+  network: FeatureNetwork
+
+  def make(self, source: sources.Source, batch_size: int, mesh: Mesh) -> None:
+    """Writes it, of the images of `source`.
+
+    It goes on from where it was stopped. An existing file is replaced.
+
+    Raises:
+      UserError: if an image cannot be read, or the file may not be written.
+      Failure: if there is no room for it.
+    """
+    try:
+      self._make(source, batch_size, mesh)
+    except OSError as error:
+      raise cannot_write(self.path, error, 'set config.eval.stats_path to another') from error
+
+  def _make(self, source: sources.Source, size: int, mesh: Mesh) -> None:
+    n, path = len(source), self.path
+    provenance = self._provenance() | {'count': n}
+    mark = zlib.crc32(json.dumps([provenance, size]).encode())
+    folder = path.parent / f'.{path.stem}-{mark:08x}'  # not of other data, network or rounds
+    extract, total, kept = self.network.compile(mesh), None, []
+    chosen = np.linspace(0, n - 1, min(n, KEPT)).round().astype(int)
+    with Bar('features', n, unit='images') as bar:
+      for i, batch in enumerate(sources.eval_batches(source, size, **processes.share())):
+        begin, end = i * size, min((i + 1) * size, n)
+        make = partial(_features, extract, batch, end - begin)
+        arrays = rounds.kept_or_made(folder / f'{i}.npz', 'features', end - begin, make)
+        features = arrays['features']
+        total = Moments.of(features) if total is None else total + Moments.of(features)
+        kept.append(features[chosen[(chosen >= begin) & (chosen < end)] - begin])
+        bar.update(end)
+    assert total is not None  # there are images
+    text = json.dumps(provenance | {'versions': versions.here()}, indent=2)
+    artifacts.write_npz(
+      path, mean=total.mean, cov=total.cov, features=np.concatenate(kept), provenance=text
+    )
+    processes.wait_for_all('features')
+    if jax.process_index() == 0:
+      folder.rmtree()
+
+  def _provenance(self) -> dict[str, Any]:
+    images = self.images
+    return {
+      'dataset': images.dataset.lower(),
+      'category': images.category,
+      'path': images.path,
+      'split': images.split,
+      'image_size': images.shape[0],
+      'num_channels': images.shape[2],
+      'preprocessing': 'as in training, uint8, not flipped',
+      'features': self.network.name,
+      'features_version': self.network.version,
+    }
+
+  def load(self) -> Reference:
+    """Reads it.
+
+    Raises:
+      UserError: if it is missing or damaged, or of other images or another network.
+    """
+    path, network = self.path, self.network
+    if not path.exists():
+      raise UserError(
+        f'{path} does not exist, with which samples are compared; the same command with '
+        '--mode stats makes it. --config.eval.features= draws samples without comparing them'
+      )
+    try:
+      with path.open('rb') as file, np.load(file, allow_pickle=False) as stored:
+        arrays = dict(stored)
+      reference, provenance = _parse(arrays)
+    except Exception as error:  # zipfile, zlib and NumPy raise many kinds
+      raise UserError(
+        f'{path} cannot be read ({error}); it should be of --mode stats, or hold pool_3 [N, 2048]'
+      ) from None
+    changed = [
+      f'{name}: {provenance[name]!r} there, {value!r} now'
+      for name, value in self._provenance().items()
+      if name in provenance and name != 'path' and provenance[name] != value
+    ]
+    image = jax.ShapeDtypeStruct((1, *self.images.shape), np.uint8)
+    d = jax.eval_shape(network.apply, network.params, image).shape[1]
+    if d != len(reference.mean):
+      changed.append(f'{len(reference.mean)} features there, {d} now')
+    if changed:
+      raise UserError(
+        f'{path} is of something else: {"; ".join(changed)}. Name another in '
+        'config.eval.stats_path, or make it again with --mode stats'
+      )
+    return reference
 
 
 def _features(extract: Any, batch: sources.Batch, n: int) -> rounds.Arrays:
   return {'features': extract(batch['data'])[:n]}
-
-
-def _provenance(setup: Setup, network: FeatureNetwork) -> dict[str, Any]:
-  data = setup.config.data
-  return {
-    'dataset': data.dataset.lower(),
-    'category': data.category,
-    'path': data.path,
-    'split': setup.config.eval.stats_split,
-    'image_size': data.image_size,
-    'num_channels': data.num_channels,
-    'preprocessing': 'as in training, uint8, not flipped',
-    'features': network.name,
-    'features_version': network.version,
-  }
-
-
-def load(setup: Setup, network: FeatureNetwork) -> Reference:
-  """Reads the config's file.
-
-  Raises:
-    UserError: if it is missing or damaged, or of other data or another network than the config's.
-  """
-  path = path_of(setup)
-  if not path.exists():
-    raise UserError(
-      f'{path} does not exist, with which samples are compared; the same command with --mode stats '
-      'makes it. --config.eval.features= draws samples without comparing them'
-    )
-  try:
-    with path.open('rb') as file, np.load(file, allow_pickle=False) as stored:
-      arrays = dict(stored)
-    reference, provenance = _parse(arrays)
-  except Exception as error:  # zipfile, zlib and NumPy raise many kinds
-    raise UserError(
-      f'{path} cannot be read ({error}); it should be of --mode stats, or hold pool_3 [N, 2048]'
-    ) from None
-  expected = _provenance(setup, network)
-  changed = [
-    f'{name}: {provenance[name]!r} there, {value!r} now'
-    for name, value in expected.items()
-    if name in provenance and name != 'path' and provenance[name] != value
-  ]
-  image = jax.ShapeDtypeStruct((1, *setup.data_shape), np.uint8)
-  d = jax.eval_shape(network.apply, network.params, image).shape[1]
-  if d != len(reference.mean):
-    changed.append(f'{len(reference.mean)} features there, {d} now')
-  if changed:
-    raise UserError(
-      f'{path} is of something else: {"; ".join(changed)}. Name another in config.eval.stats_path, '
-      'or make it again with --mode stats'
-    )
-  return reference
 
 
 def _parse(arrays: rounds.Arrays) -> tuple[Reference, dict[str, Any]]:

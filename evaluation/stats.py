@@ -1,16 +1,14 @@
-"""The noise levels that the training data of a config ask for."""
+"""The noise levels that training data ask for."""
 
 from contextlib import closing
 import logging
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from builders.setup import Setup
 from data import sources
-from data.codec import preprocess
+from data.codec import Codec
 from data.noise_scales import NoiseScales, recommend
 
 logger = logging.getLogger('score_sde')
@@ -19,21 +17,33 @@ EXAMPLES = 5000  # whose distances are compared, fewer if they are large:
 NUMBERS = 2**28  # pixels and channels of all of them, a gigabyte
 
 
-def noise_scales(setup: Setup, source: sources.Source) -> NoiseScales:
+def noise_scales(
+  source: sources.Source,
+  codec: Codec,
+  *,
+  sigma_min: float,
+  n_steps_each: int,
+  batch_size: int,
+  seed: int,
+) -> NoiseScales:
   """Prints the noise levels that NCSNv2 recommends for the examples of `source`.
 
-  They are those of at most `EXAMPLES` examples, drawn by the seed; sigma_min and the number of
-  Langevin steps at a level are the config's.
+  They are those of at most `EXAMPLES` examples.
+
+  Args:
+    source: the training data.
+    codec: scales them as a network sees them.
+    sigma_min: the smallest noise.
+    n_steps_each: Langevin steps at a level.
+    batch_size: of the data as they are read.
+    seed: by which the examples are drawn.
   """
-  size = setup.config.eval.batch_size
-  n = min(len(source), EXAMPLES, NUMBERS // math.prod(setup.data_shape))
-  with closing(sources.train_batches(source, min(size, n), seed=setup.config.seed)) as batches:
-    parts = [next(batches)['data'] for _ in range(math.ceil(n / min(size, n)))]
-  data, rng = np.concatenate(parts)[:n], jax.random.key(0)  # of nothing: there are no flips
-  x = preprocess(rng, jnp.asarray(data), setup.model.centered, False, False)
-  n_steps = setup.config.sampling.n_steps_each
-  chosen = recommend(np.asarray(x), setup.config.model.sigma_min, n_steps)
-  logger.info('%d examples of dimension %d', n, math.prod(setup.data_shape))
+  n = min(len(source), EXAMPLES, NUMBERS // codec.dim)
+  with closing(sources.train_batches(source, min(batch_size, n), seed=seed)) as batches:
+    parts = [next(batches)['data'] for _ in range(math.ceil(n / min(batch_size, n)))]
+  x = codec.scaled(jnp.asarray(np.concatenate(parts)[:n]))
+  chosen = recommend(np.asarray(x), sigma_min, n_steps_each)
+  logger.info('%d examples of dimension %d', n, codec.dim)
   logger.info('largest distance between two of them: %.4g', chosen.sigma_max)
   logger.info(
     'NCSNv2 recommends --config.model.sigma_max=%.4g --config.model.num_scales=%d (a ratio of %.4f '
@@ -43,6 +53,6 @@ def noise_scales(setup: Setup, source: sources.Source) -> NoiseScales:
   logger.info(
     'and, for annealed Langevin dynamics with sampling.n_steps_each = %d, '
     '--config.sampling.snr=%.4g (epsilon %.3g)',
-    n_steps, chosen.snr, chosen.epsilon,
+    n_steps_each, chosen.snr, chosen.epsilon,
   )  # fmt: skip
   return chosen

@@ -23,12 +23,10 @@ class Classifier:
   Attributes:
     net: the network; its output are logits [B, K].
     sde: the SDE that perturbs the images.
-    centered: images lie in [-1, 1], not in [0, 1].
   """
 
   net: nn.Module
   sde: SDE
-  centered: bool
 
   def init(self, rng: Array, shape: tuple[int, ...]) -> Params:
     """Draws parameters for data of `shape` [B, ...]."""

@@ -8,8 +8,11 @@ from analytic import TWO_MODES as DATA
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from data import sources
+from losses import score_matching_loss
 from samplers.base import GridSampler
 from samplers.multistep import DDIM
 from sde_lib import SDE, VESDE
@@ -56,6 +59,44 @@ def test_the_new_solver_is_ddim(shown):
   theirs = GridSampler(ours.sde, DDIM(), ours.grid)
   (x, _), (y, _) = (s(KEY, DATA.score_fn(s.sde), (8, 2)) for s in (ours, theirs))
   np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+
+
+def test_the_new_network_learns(shown):
+  """To see the noise in digits: of a mean square of 1, less than half is left."""
+  model, objective = shown['setup'].model, shown['setup'].objective
+  images = sources.load('digits', 'train', image_size=8, num_channels=1).gather(np.arange(64))
+  rng_t, rng_z = jax.random.split(KEY)
+  x0, t = 2 * jnp.float32(images) / 255 - 1, jax.random.uniform(rng_t, (64,), minval=0.05)
+  z, tx = jax.random.normal(rng_z, x0.shape), optax.adam(1e-2)
+
+  def loss(params: dict) -> jax.Array:
+    score_fn = model.bind(params)
+    each = score_matching_loss(model.sde, score_fn, x0, t, z, KEY, objective)
+    return each.mean()
+
+  def step(carry: tuple, _: None) -> tuple[tuple, jax.Array]:
+    params, state = carry
+    value, gradient = jax.value_and_grad(loss)(params)
+    updates, state = tx.update(gradient, state)
+    return (optax.apply_updates(params, updates), state), value
+
+  params = model.init(KEY, x0.shape)
+  values = jax.lax.scan(step, (params, tx.init(params)), None, length=200)[1]
+  per_pixel = values / (1.0 if objective.reduce_mean else 32.0)  # half the sum over 64
+  assert per_pixel[0] > 0.9 and per_pixel[-1] < 0.5
+
+
+def test_the_new_data_source_has_two_kinds_of_images(shown):
+  batches = shown['batches']
+  batch = next(batches)
+  batches.close()
+  assert batch['data'].shape == (64, 8, 8, 1) and batch['data'].dtype == np.uint8
+  of_rows, of_columns = (np.ptp(batch['data'], axis=axis).max((1, 2)) for axis in (2, 1))
+  np.testing.assert_array_equal(of_columns > 0, batch['label'] == 1)  # lying: equal along a row
+  np.testing.assert_array_equal(of_rows > 0, batch['label'] == 0)
+  whole = next(iter(sources.eval_batches(shown['Stripes'](), 1000)))
+  assert whole['mask'].all() and whole['label'].mean() == 0.5
+  assert len(np.unique(whole['data'].reshape(1000, -1), axis=0)) == 4
 
 
 def test_the_new_feature_network_does_not_see_brightness(shown):

@@ -8,15 +8,18 @@ from analytic import gaussian
 from etils import epath
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 import numpy as np
 import pytest
 from test_golden_sde import DATA, golden, numbers
 
+from builders.evaluation import make_bits_per_dim
 from builders.setup import build
 from configs import base, own
 from data import sources
+from data.codec import ImageCodec
 from data.points import Mixture
-from evaluation import evaluate
+from evaluation.bits_per_dim import BitsPerDim
 import likelihood
 from likelihood import bits_per_dim, decode, draw_probes, encode, interpolate, Likelihood
 from sde_lib import SDE, subVPSDE, VESDE, VPSDE
@@ -62,7 +65,7 @@ def test_bits_per_dimension_of_a_gaussian(sde, probe):
   x, data = points(3), gaussian(jnp.zeros(3), 0.4)
   logp, *_ = Likelihood(sde, probe=probe)(KEY, data.score_fn(sde), x)
   exact = log_density(data, sde, x, sde.eps)
-  assert np.abs(bits_per_dim(logp, 3, False) - bits_per_dim(exact, 3, False)).max() < 0.005
+  assert np.abs(bits_per_dim(logp, 3, 1 / 256) - bits_per_dim(exact, 3, 1 / 256)).max() < 0.005
 
 
 @pytest.mark.parametrize('probe', ['rademacher', 'gaussian'])
@@ -149,9 +152,11 @@ def test_spherical_interpolation():
 @pytest.mark.parametrize('centered', [False, True])
 def test_the_offset_is_the_change_of_volume_of_the_scaling(centered):
   """A uniform density over the levels of a pixel has 8 bits, however pixels are scaled."""
-  width = 2.0 if centered else 1.0  # of all levels together
-  logp = jnp.full(3, -12 * math.log(width))
-  np.testing.assert_allclose(bits_per_dim(logp, 12, centered), 8.0, rtol=1e-6)
+  codec = ImageCodec((2, 2, 3), centered=centered)
+  black_and_white = codec.scaled(np.array([[[[0, 0, 0]]], [[[255, 255, 255]]]], np.uint8))
+  logp = jnp.full(3, -12 * math.log(np.ptp(black_and_white)))
+  bits = bits_per_dim(logp, codec.dim, codec.level_width)
+  np.testing.assert_allclose(bits, 8.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize(('name', 'key'), numbers('likelihood'))
@@ -172,7 +177,8 @@ def test_golden(name, key, monkeypatch):
     error = agreement.error(z, file[key], quantity=f'z, tolerance {tolerance:g}')
     assert error < 50 * tolerance  # the errors of two solvers, after some fifty steps
   else:
-    bits = bits_per_dim(logp, 4, centered == ['centered1'])
+    width = ImageCodec((2, 2, 1), centered=centered == ['centered1']).level_width
+    bits = bits_per_dim(logp, 4, width)
     agreement.error(bits[:, None], file[key][:, None], quantity=f'bits/dim, {tolerance:g}')
     np.testing.assert_allclose(bits, file[key], atol=50 * tolerance)
 
@@ -185,7 +191,6 @@ class KnownModel:
   """A model of scaled images whose density is known."""
 
   sde: SDE
-  centered: bool
   data: Mixture = FLAT
   num_classes = 0
 
@@ -198,18 +203,25 @@ def few_digits() -> sources.ImageSource:
   return sources.ImageSource((8, 8, 1), 10, lambda i: (images[i], 0))
 
 
+def bits_of_known(config: ConfigDict, source: sources.Source, data: Mixture = FLAT) -> BitsPerDim:
+  """What measures the bits per dimension of images by a density that is known."""
+  setup = build(config)
+  bits = make_bits_per_dim(setup)
+  return dataclasses.replace(bits, source=source, model=KnownModel(setup.model.sde, data))
+
+
 @pytest.mark.parametrize('centered', [False, True])
 def test_evaluation_counts_every_image_once_per_repeat(centered, tmp_path):
   """Ten images in batches of four; what is lost is made again, and the rest kept."""
   config = own.digits(base.vp('ddpmpp'))
   config.eval.update(enable_bpd=True, bpd_repeats=2, batch_size=4)
-  setup = build(config)
-  setup = dataclasses.replace(setup, model=KnownModel(setup.model.sde, centered))
+  config.data.centered = centered
   few = few_digits()
   images = few.gather(np.arange(10))
-  report = evaluate.evaluate_bpd(setup, few, {}, epath.Path(tmp_path))
+  bits = bits_of_known(config, few)
+  report = bits.measure({}, 0, epath.Path(tmp_path))
   assert (report['bpd_test_images'], report['bpd_test_repeats']) == (10, 2)
-  assert evaluate.has_bpd(setup, report)
+  assert bits.is_in(report) and not bits.is_in({**report, 'bpd_test_repeats': 1})
   # A level is so narrow that the density at its middle is the mean over it.
   x = (images.reshape(10, -1) + 0.5) / 256
   x = 2 * x - 1 if centered else x
@@ -222,7 +234,7 @@ def test_evaluation_counts_every_image_once_per_repeat(centered, tmp_path):
   assert len(rounds) == 6
   stamps = [path.stat().st_mtime_ns for path in rounds]
   rounds[2].unlink()
-  again = evaluate.evaluate_bpd(setup, few, {}, epath.Path(tmp_path))
+  again = bits.measure({}, 0, epath.Path(tmp_path))
   kept = [path.stat().st_mtime_ns == stamp for path, stamp in zip(rounds, stamps, strict=True)]
   assert kept == [True, True, False, True, True, True]
   timeless = [name for name in report if not name.endswith('seconds')]
@@ -243,10 +255,8 @@ def test_bits_per_dimension_of_an_image_do_not_depend_on_its_batch(tmp_path):
     config = own.digits(base.vp('ddpmpp'))
     config.seed = seed
     config.eval.update(enable_bpd=True, bpd_repeats=2, batch_size=batch_size)
-    setup = build(config)
-    setup = dataclasses.replace(setup, model=KnownModel(setup.model.sde, True, modes))
     folder = tmp_path / f'{batch_size}_{seed}'
-    evaluate.evaluate_bpd(setup, few_digits(), {}, epath.Path(folder))
+    bits_of_known(config, few_digits(), modes).measure({}, 0, epath.Path(folder))
     rounds = (folder / f'bpd_test_{k}.npz' for k in range(2 * math.ceil(10 / batch_size)))
     return np.concatenate([np.load(path)['bpd'] for path in rounds])
 

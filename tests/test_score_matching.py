@@ -16,6 +16,7 @@ import pytest
 
 from builders import setup
 from configs.vp import digits
+from data.codec import PointCodec
 from data.points import Gaussian, parzen
 import losses
 from losses import (
@@ -264,7 +265,8 @@ def test_an_energy_is_trained_as_a_score_is():
   step = jax.jit(
     lambda state: train_step(
       state, {'data': jnp.asarray(np.repeat(POINTS, 40, 0), jnp.float32)}, KEY,
-      model=model, objective=Objective(reduce_mean=True), tx=tx, ema_rate=0.9,
+      model=model, codec=PointCodec((2,)), objective=Objective(reduce_mean=True), tx=tx,
+      ema_rate=0.9,
     )
   )  # fmt: skip
   found = []

@@ -17,9 +17,8 @@ import optax
 
 from builders.setup import Setup
 from data import sources
-from data.codec import preprocess
+from data.codec import Codec
 import losses
-from losses import Objective
 from models.classifier import Classifier, ClassLogProb
 from models.score import Params
 from runtime import processes
@@ -65,14 +64,13 @@ def train_step(
   rng: Array,
   *,
   classifier: Classifier,
-  objective: Objective,
+  codec: Codec,
   tx: optax.GradientTransformation,
   ema_rate: float,
 ) -> tuple[TrainState, Metrics]:
   """One optimiser step on a batch of images with labels; random only in (rng, state.step)."""
   rng_data, rng_t, rng_z = jax.random.split(jax.random.fold_in(rng, state.step), 3)
-  flip, dequantize = objective.random_flip, objective.uniform_dequantization
-  x0 = preprocess(rng_data, batch['data'], classifier.centered, flip, dequantize)
+  x0 = codec.for_training(rng_data, batch['data'])
   t = losses.sample_times(rng_t, classifier.sde, x0.shape[0], True)
   z = jax.random.normal(rng_z, x0.shape)
 
@@ -91,12 +89,11 @@ def eval_step(
   span: tuple[Array | float, Array | float],
   *,
   classifier: Classifier,
-  objective: Objective,
+  codec: Codec,
 ) -> tuple[Array, Array]:
   """`cross_entropy` of a batch at times between the two of `span`, without flips."""
   rng_data, rng_t, rng_z = jax.random.split(rng, 3)
-  dequantize = objective.uniform_dequantization
-  x0 = preprocess(rng_data, batch['data'], classifier.centered, False, dequantize)
+  x0 = codec.for_evaluation(rng_data, batch['data'])
   t = jax.random.uniform(rng_t, x0.shape[:1], minval=span[0], maxval=span[1])
   z = jax.random.normal(rng_z, x0.shape)
   return cross_entropy(classifier.bind(params), x0, t, z, batch['label'])
@@ -104,13 +101,11 @@ def eval_step(
 
 def task(setup: Setup) -> Task:
   """The training of the classifier of a config."""
-  choice, classifier, objective = setup.config.classifier, setup.classifier, setup.objective
+  choice, classifier, codec = setup.config.classifier, setup.classifier, setup.codec
   tx, sde = setup.classifier_tx, setup.classifier.sde
 
   def evaluate(params: Params, batch: Batch, rng: Array) -> Metrics:
-    each = eval_step(
-      params, batch, rng, (sde.eps, sde.T), classifier=classifier, objective=objective
-    )
+    each = eval_step(params, batch, rng, (sde.eps, sde.T), classifier=classifier, codec=codec)
     return dict(zip(('loss', 'accuracy'), (v.mean() for v in each), strict=True))
 
   return Task(
@@ -119,7 +114,7 @@ def task(setup: Setup) -> Task:
     update=partial(
       train_step,
       classifier=classifier,
-      objective=objective,
+      codec=codec,
       tx=tx,
       ema_rate=setup.config.model.ema_rate,
     ),
@@ -160,9 +155,7 @@ def evaluate(setup: Setup, params: Params, held_out: sources.Source) -> dict[str
   edges = np.linspace(sde.eps, sde.T, LEVELS + 1)
 
   def sums(params: Params, batch: Batch, rng: Array, span: tuple[Array, Array]) -> Array:
-    each = eval_step(
-      params, batch, rng, span, classifier=setup.classifier, objective=setup.objective
-    )
+    each = eval_step(params, batch, rng, span, classifier=setup.classifier, codec=setup.codec)
     return jnp.stack([(v * batch['mask']).sum() for v in each])
 
   sums = jax.jit(sums, out_shardings=setup.devices.replicated)

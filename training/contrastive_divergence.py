@@ -13,7 +13,7 @@ from jax import Array
 import jax.numpy as jnp
 import optax
 
-from data.codec import preprocess
+from data.codec import Codec
 from losses import Objective
 from models.score import ModelScore, Params, ScoreModel
 from samplers.langevin import langevin_step
@@ -78,6 +78,7 @@ def train_step(
   rng: Array,
   *,
   model: ScoreModel,
+  codec: Codec,
   objective: Objective,
   divergence: ContrastiveDivergence,
   tx: optax.GradientTransformation,
@@ -90,8 +91,7 @@ def train_step(
   smallest time and samples x-, through whose making no gradient goes.
   """
   rngs = jax.random.split(jax.random.fold_in(rng, state.step), 6)
-  flip, dequantize = objective.random_flip, objective.uniform_dequantization
-  x0 = preprocess(rngs[0], batch['data'], model.centered, flip, dequantize)
+  x0 = codec.for_training(rngs[0], batch['data'])
   t = jnp.full(len(x0), model.sde.eps)
   alpha, std = (expand(v, x0) for v in model.sde.kernel(t, objective.continuous))
   positive = alpha * x0 + std * jax.random.normal(rngs[1], x0.shape)

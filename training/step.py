@@ -11,7 +11,7 @@ from jax import Array
 import jax.numpy as jnp
 import optax
 
-from data.codec import drop_labels, preprocess
+from data.codec import Codec
 from losses import Objective, sample_times, score_matching_loss
 from models.classifier import Classifier
 from models.score import Params, ScoreModel
@@ -52,6 +52,7 @@ def train_step(
   rng: Array,
   *,
   model: ScoreModel,
+  codec: Codec,
   objective: Objective,
   tx: optax.GradientTransformation,
   ema_rate: float,
@@ -68,14 +69,8 @@ def train_step(
   labels = None
   if model.num_classes:
     rng_labels = jax.random.fold_in(rng_step, 4)  # a fifth key; the four are what they always were
-    labels = drop_labels(rng_labels, batch['label'], objective.label_dropout, model.num_classes)
-  x0 = preprocess(
-    rng_data,
-    batch['data'],
-    model.centered,
-    objective.random_flip,
-    objective.uniform_dequantization,
-  )
+    labels = codec.training_labels(rng_labels, batch['label'], model.num_classes)
+  x0 = codec.for_training(rng_data, batch['data'])
   t = sample_times(rng_t, model.sde, len(x0), objective.continuous, objective.single_scale)
   z = jax.random.normal(rng_z, x0.shape)
   return optimize(
@@ -186,11 +181,17 @@ def finite_step(
 
 
 def eval_step(
-  params: Params, batch: Batch, rng: Array, *, model: ScoreModel, objective: Objective
+  params: Params,
+  batch: Batch,
+  rng: Array,
+  *,
+  model: ScoreModel,
+  codec: Codec,
+  objective: Objective,
 ) -> Array:
   """The loss of each example of a batch [B] at random times, without dropout or flips."""
   rng_data, rng_t, rng_z = jax.random.split(rng, 3)
-  x0 = preprocess(rng_data, batch['data'], model.centered, False, objective.uniform_dequantization)
+  x0 = codec.for_evaluation(rng_data, batch['data'])
   t = sample_times(rng_t, model.sde, len(x0), objective.continuous, objective.single_scale)
   z = jax.random.normal(rng_z, x0.shape)
   score_fn = model.bind(params, labels=batch['label'] if model.num_classes else None)

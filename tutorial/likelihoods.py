@@ -41,12 +41,12 @@ def draw() -> tuple[Figure, list[str]]:
   figure, axes = common.panels(3)
   lines = points()
   setup, score_fn = common.trained('configs/vp/digits.py')
-  sde, dim = setup.model.sde, math.prod(setup.data_shape)
+  sde, dim = setup.model.sde, setup.codec.dim
   source = sources.load('digits', 'test', image_size=8, num_channels=1)
   pixels = jnp.asarray(source.gather(np.arange(32)), jnp.float32)
   x = 2 * (pixels + jax.random.uniform(jax.random.key(0), pixels.shape)) / 256 - 1
   logp, _, nfe = Likelihood(sde)(jax.random.key(1), score_fn, x)
-  bits = np.asarray(bits_per_dim(logp, dim, centered=True))
+  bits = np.asarray(bits_per_dim(logp, dim, setup.codec.level_width))
   lines.append(
     f'digits: {bits.mean():.2f} +- {bits.std() / math.sqrt(len(bits)):.2f} bits/dim of {len(bits)} '
     f'held-out images, {nfe} evaluations'

@@ -5,12 +5,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
 
+from builders.evaluation import make_held_out_loss
 from builders.setup import build
 from configs.toy import ring
 from data import sources
 from data.noise_scales import largest_distance, num_scales, recommend, variance_ratio
 from data.points import distribution, load
-from evaluation import evaluate
 import run_lib
 from samplers.langevin import LangevinSampler
 from sampling import AnnealedLangevin, NoPredictor, PCSampler
@@ -97,7 +97,7 @@ def averaging(ax: Axes) -> list[str]:
   task, source = run_lib.score_task(setup), load('ring', 'train', 2)
   held_out = load('ring', 'test', 2)
   batch = held_out.batch(np.arange(5000)) | {'mask': np.ones(5000, bool)}
-  sums, key = evaluate.compile_loss_sums(setup), setup.keys.key('eval')
+  sums, key = make_held_out_loss(setup).sums, setup.keys.key('eval')
   rows = []
   start = jax.jit(task.init)(setup.keys.key('init'))
   for state, step, _ in loop.updates(setup, task, source, start):

@@ -23,9 +23,6 @@ from runtime.errors import UserError
 
 logger = logging.getLogger('score_sde')
 
-MIN_TILE = 64  # pixels
-POINT_BINS = 100  # of a picture of points, along each side
-
 
 def is_remote(path: epath.Path) -> bool:
   """Whether a path lies in an object store, as gs://bucket/run does."""
@@ -100,67 +97,22 @@ def write_npz(path: epath.Path, **arrays: ArrayLike) -> None:
   write(path, buffer.getvalue())
 
 
-def write_png(path: epath.Path, image: np.ndarray) -> None:
-  """Writes a uint8 image [H, W, C] as it is."""
-  _write_image(path, Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image))
+def write_png(path: epath.Path, picture: Image.Image) -> None:
+  """Writes a picture."""
+  _write_image(path, picture, 'PNG')
 
 
-def write_samples(path: epath.Path, samples: np.ndarray, most: int | None = None) -> None:
-  """Writes images [N, H, W, C], the first `most`, as a grid, or the density of points [N, d]."""
-  _write_image(path, _picture(samples if samples.ndim == 2 else samples[:most]))
-
-
-def write_grid(path: epath.Path, images: np.ndarray, columns: int | None = None) -> None:
-  """Writes uint8 images [N, H, W, C] as one PNG, row by row, by default nearly square.
-
-  Images below `MIN_TILE` pixels are enlarged by a whole factor, with bicubic interpolation.
-  """
-  _write_image(path, _grid(images, columns))
-
-
-def write_gif(path: epath.Path, frames: list[np.ndarray]) -> None:
-  """Writes pictures as `write_samples` does, one after the other, the last for two seconds."""
-  extent = _extent(frames[-1])
-  first, *rest = (_picture(samples, extent) for samples in frames)
+def write_gif(path: epath.Path, frames: list[Image.Image]) -> None:
+  """Writes pictures one after the other, the last for two seconds."""
+  first, *rest = frames
   durations = [80] * len(rest) + [2000]  # ms
   _write_image(path, first, 'GIF', save_all=True, append_images=rest, duration=durations, loop=0)
 
 
-def _write_image(path: epath.Path, image: Image.Image, format: str = 'PNG', **choices: Any) -> None:
+def _write_image(path: epath.Path, image: Image.Image, format: str, **choices: Any) -> None:
   buffer = io.BytesIO()
   image.save(buffer, format=format, **choices)
   write(path, buffer.getvalue())
-
-
-def _picture(samples: np.ndarray, extent: float | None = None) -> Image.Image:
-  return _grid(samples, None) if samples.ndim == 4 else _density(samples, extent)
-
-
-def _extent(samples: np.ndarray) -> float:
-  """How far from zero almost all of them are."""
-  return 1.1 * float(np.quantile(np.abs(samples), 0.999))
-
-
-def _density(points: np.ndarray, extent: float | None) -> Image.Image:
-  """A histogram of the first two coordinates of points [N, d], the darker the more."""
-  extent = extent or _extent(points)
-  x, y = points[:, 0], points[:, 1] if points.shape[1] > 1 else np.zeros(len(points))
-  counts, _, _ = np.histogram2d(-y, x, bins=POINT_BINS, range=[[-extent, extent]] * 2)
-  shade = 255 * (1 - np.sqrt(counts / max(1, counts.max())))
-  return Image.fromarray(shade.astype(np.uint8)).resize([4 * POINT_BINS] * 2, 0)
-
-
-def _grid(images: np.ndarray, columns: int | None) -> Image.Image:
-  n, h, w, _ = images.shape
-  columns = columns or math.ceil(math.sqrt(n))
-  factor, gap = math.ceil(MIN_TILE / h), 2
-  height, width = h * factor, w * factor
-  size = (columns * (width + gap) + gap, math.ceil(n / columns) * (height + gap) + gap)
-  canvas = Image.new('RGB', size, 'white')
-  for i, image in enumerate(images):
-    tile = Image.fromarray(image.squeeze()).resize((width, height), Image.Resampling.BICUBIC)
-    canvas.paste(tile, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
-  return canvas
 
 
 class Metrics:

@@ -1,6 +1,7 @@
 """Whole evaluations: statistics, reports, kills, several processes."""
 
 import contextlib
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -16,10 +17,12 @@ from PIL import Image
 import pytest
 from whole_runs import assert_same_bits, command, refusal, state_of, succeed, two_processes, UNSEEN
 
-from builders.setup import build
+from builders.evaluation import checkpoint_range, reference_file
+from builders.setup import build, Setup
 from configs.vp.digits import get_config
 from data import sources
-from evaluation import draw, evaluate, features, metrics, reference
+from data.codec import ImageCodec
+from evaluation import evaluate, features, metrics, reference
 from evaluation.metrics import Moments
 import run_lib
 from runtime.errors import UserError
@@ -205,7 +208,7 @@ def test_a_missing_reference_names_the_command(evaluated, tmp_path):
   assert f'{tmp_path}/none.npz does not exist' in error and '--mode stats makes it' in error
 
 
-def setup_with(stats: Path, **fields):
+def setup_with(stats: Path, **fields) -> Setup:
   config = get_config()
   config.eval.stats_path = str(stats)
   for name, value in fields.items():
@@ -214,19 +217,18 @@ def setup_with(stats: Path, **fields):
 
 
 def test_a_reference_of_something_else_is_refused(stats, tmp_path):
-  setup = setup_with(stats, eval__stats_split='test')
-  pixels = features.load('pixels')
+  of_test = reference_file(setup_with(stats, eval__stats_split='test'))
   with pytest.raises(UserError, match=r"split: 'train' there, 'test' now"):
-    reference.load(setup, pixels)
+    of_test.load()
   broken = tmp_path / 'broken.npz'
   broken.write_bytes(stats.read_bytes()[:1000])
   with pytest.raises(UserError, match=r'broken\.npz cannot be read'):
-    reference.load(setup_with(broken), pixels)
+    reference_file(setup_with(broken)).load()
 
 
 def test_statistics_that_are_stopped_go_on_and_end_the_same(stats, tmp_path):
   path = tmp_path / 'again.npz'
-  setup = setup_with(path, eval__batch_size=400)
+  setup = setup_with(path)
   source = sources.load('digits', 'train', image_size=8, num_channels=1)
   pixels = features.load('pixels')
   calls = []
@@ -244,10 +246,11 @@ def test_statistics_that_are_stopped_go_on_and_end_the_same(stats, tmp_path):
       return stop_at_the_third
 
   stopping = Stopping(**{name: getattr(pixels, name) for name in pixels.__dataclass_fields__})
+  file = dataclasses.replace(reference_file(setup), network=stopping)
   with pytest.raises(KeyboardInterrupt):
-    reference.make(setup, stopping, source)
+    file.make(source, 400, setup.devices.mesh)
   assert not path.exists()
-  assert reference.make(setup, stopping, source) == path
+  file.make(source, 400, setup.devices.mesh)
   assert len(calls) == 5 and [p.name for p in tmp_path.iterdir()] == ['again.npz']  # 3 + 2 of 4
   once, again = load(stats), load(path)
   for name in ('mean', 'cov'):
@@ -259,8 +262,8 @@ def test_statistics_that_are_stopped_go_on_and_end_the_same(stats, tmp_path):
 
 def test_statistics_of_two_folders_of_one_name_are_two_files(tmp_path):
   paths = [
-    reference.path_of(
-      setup_with('', data__dataset='folder', data__path=str(tmp_path / where / 'images'))
+    reference.Images('folder', '', str(tmp_path / where / 'images'), 'train', (8, 8, 1)).usual_path(
+      'pixels'
     )
     for where in ('cats', 'dogs', 'dogs/../dogs')
   ]
@@ -269,7 +272,7 @@ def test_statistics_of_two_folders_of_one_name_are_two_files(tmp_path):
 
 def test_what_is_left_of_a_write_does_not_stop_statistics(stats, tmp_path):
   """A process that is killed while it writes leaves a file of another name."""
-  setup, pixels = setup_with(tmp_path / 'again.npz'), features.load('pixels')
+  setup = setup_with(tmp_path / 'again.npz')
   source = sources.load('digits', 'train', image_size=8, num_channels=1)
   write = reference.artifacts.write_npz
 
@@ -280,7 +283,7 @@ def test_what_is_left_of_a_write_does_not_stop_statistics(stats, tmp_path):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(reference.artifacts, 'write_npz', leave_more)
-    reference.make(setup, pixels, source)
+    reference_file(setup).make(source, 512, setup.devices.mesh)
   assert [path.name for path in tmp_path.iterdir()] == ['again.npz']
 
 
@@ -314,24 +317,22 @@ def test_what_may_change_in_a_run_and_in_an_evaluation(tmp_path, name, value, in
       check_unchanged(path, FrozenConfigDict(config), fixed)
 
 
-def test_samples_that_are_not_finite_are_told(stats):
-  setup = setup_with(stats)
+def test_samples_that_are_not_finite_are_told():
   x = np.zeros((4, 8, 8, 1), np.float32)
   x[1, 2, 3] = np.nan
   with pytest.raises(FloatingPointError, match='1 of 4 samples are not finite'):
-    draw.to_stored(setup, x)
+    ImageCodec((8, 8, 1)).to_stored(x)
 
 
 def test_the_released_statistics_are_read(tmp_path):
   """pool_3 alone, as in cifar10_stats.npz; here of 64 pixels."""
   pool_3 = np.random.default_rng(0).random((50, 64), np.float32)
   np.savez(tmp_path / 'released.npz', pool_3=pool_3)
-  setup = setup_with(tmp_path / 'released.npz')
-  pixels = features.load('pixels')
+  of_pixels = reference_file(setup_with(tmp_path / 'released.npz'))
   with pytest.raises(UserError, match="features: 'inception' there, 'pixels' now"):
-    reference.load(setup, pixels)
-  values = {name: getattr(pixels, name) for name in pixels.__dataclass_fields__}
-  found = reference.load(setup, features.FeatureNetwork(**values | {'name': 'inception'}))
+    of_pixels.load()
+  network = dataclasses.replace(of_pixels.network, name='inception')
+  found = dataclasses.replace(of_pixels, network=network).load()
   assert found.n == 50
   np.testing.assert_array_equal(found.features, pool_3)
   np.testing.assert_allclose(found.cov, np.cov(np.float64(pool_3).T), rtol=1e-10)
@@ -355,7 +356,7 @@ def chosen(checkpoints: Checkpoints, monkeypatch, **fields) -> list[int]:
   monkeypatch.setattr(evaluate, 'WAIT_SECONDS', 0.0)
   fields = {'training__snapshot_freq': 10, 'training__n_iters': 45} | fields
   setup = setup_with(Path(), **fields)
-  return list(evaluate.steps(setup.config, checkpoints))
+  return list(checkpoint_range(setup.config).steps(checkpoints))
 
 
 def test_checkpoints_are_waited_for_only_if_asked(monkeypatch):

@@ -10,10 +10,11 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from builders.evaluation import make_drawing, make_sample_request
 from builders.setup import build, Setup
 from configs.vp.digits import get_config
 from controllable_generation import GaussianBlur
-from evaluation.sample import _measure, draw_samples
+from evaluation.sample import draw_samples
 from runtime.errors import UserError
 from sde_lib import expand, SDE
 
@@ -67,8 +68,13 @@ def inputs(tmp_path):
   return folder
 
 
+def draw_requested(setup, folder) -> dict:
+  request = make_sample_request(setup)
+  return draw_samples(make_drawing(setup), setup.keys, request, None, None, epath.Path(folder))
+
+
 def draw(setup, folder) -> dict[str, np.ndarray]:
-  report = draw_samples(setup, None, None, epath.Path(folder))
+  report = draw_requested(setup, folder)
   arrays = dict(np.load(folder / 'samples.npz'))
   assert report == {'samples': len(arrays['samples']), 'nfe': int(arrays['nfe'])}
   return arrays
@@ -106,7 +112,8 @@ def test_inpainting_keeps_what_is_known(tmp_path, inputs, conditioning):
 
 def test_superresolution_keeps_the_means_of_blocks(tmp_path, inputs):
   setup = setup_of(task='superres', factor=2, input=str(inputs / 'a.png'), num_samples=2)
-  y, operator = _measure(setup)[1:]
+  known = make_sample_request(setup).problem.read(setup.codec)
+  y, operator = known.y, known.operator
   samples = draw(setup, tmp_path / 'out')['samples'] / 127.5 - 1
   inside = np.all(np.abs(samples) < 0.99, axis=0)  # clipped pixels change the mean of their block
   whole = np.asarray(operator(np.float32(inside)[None]))[0] == 1
@@ -173,5 +180,5 @@ def test_mistakes_are_told_in_one_line(tmp_path, inputs, monkeypatch, fields, sa
   if 'text' in fields.get('mask', ''):
     fields = fields | {'mask': str(tmp_path / 'text.png')}
   with pytest.raises(UserError, match=said) as error:
-    draw_samples(setup_of(**fields), None, None, epath.Path(tmp_path / 'out'))
+    draw_requested(setup_of(**fields), tmp_path / 'out')
   assert '\n' not in str(error.value) and not (tmp_path / 'out').exists()

@@ -13,11 +13,12 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from builders.evaluation import make_sample_quality
 from builders.setup import build
 from configs import base, own
 from data import sources
+from data.codec import ImageCodec
 from data.sources import eval_batches, ImageSource, load, train_batches
-from evaluation import evaluate
 from losses import Objective
 from models.ddpm import DDPM
 from models.ncsnpp import NCSNpp
@@ -154,9 +155,10 @@ class PointNet(nn.Module):
 
 def test_training_learns_each_class_and_all_together():
   """Two images: the network finds each by its label, and their mean for the null label."""
-  sde, objective = VPSDE(eps=0.2), Objective(label_dropout=0.3)
+  sde, codec = VPSDE(eps=0.2), ImageCodec((2, 2, 1), centered=True, label_dropout=0.3)
   net = PointNet(sde)
   model = ScoreModel(net, sde, lambda sde, t: t, 'noise', True, True, num_classes=2)
+  choices = {'model': model, 'codec': codec, 'objective': Objective()}
   tx = adam(lr=0.01, beta1=0.9, eps=1e-8, weight_decay=0, warmup=0, grad_clip=-1)
   params = {'points': jnp.zeros(3)}
   state = TrainState(jnp.int32(0), params, params, tx.init(params))
@@ -167,7 +169,7 @@ def test_training_learns_each_class_and_all_together():
   batch = {'data': images, 'label': labels}
 
   def step(state: TrainState, _: None) -> tuple[TrainState, None]:
-    state, _ = train_step(state, batch, KEY, model=model, objective=objective, tx=tx, ema_rate=0.99)
+    state, _ = train_step(state, batch, KEY, **choices, tx=tx, ema_rate=0.99)
     return state, None
 
   state, _ = jax.jit(lambda state: jax.lax.scan(step, state, None, length=500))(state)
@@ -175,7 +177,7 @@ def test_training_learns_each_class_and_all_together():
   # hundred steps of the moving average, 20 each, their mean does by 0.4 / sqrt(2000) = 0.01.
   np.testing.assert_allclose(state.ema_params['points'], [-0.6, 0.2, -0.2], atol=0.04)
   # Evaluation hides none: the loss of a hidden one would be above 0.4^2 alpha^2 / std^2.
-  each = eval_step(state.ema_params, batch, KEY, model=model, objective=objective)
+  each = eval_step(state.ema_params, batch, KEY, **choices)
   assert each.shape == (64,) and each.max() < 0.02
 
 
@@ -214,9 +216,9 @@ def test_samples_are_of_all_classes_in_turn(tmp_path):
 
   config = own.digits(base.vp('ddpmpp'))
   config.model.num_classes = 10
-  config.eval.update(num_samples=24, batch_size=16)
+  config.eval.update(num_samples=24, batch_size=16, features='')
   setup = dataclasses.replace(build(config), sampler=show_labels)
-  evaluate.evaluate_samples(setup, {}, 0, epath.Path(tmp_path))
+  make_sample_quality(setup).measure({}, 0, epath.Path(tmp_path))
   rounds = [np.load(tmp_path / f'samples_{i}.npz') for i in range(2)]
   labels = np.concatenate([arrays['labels'] for arrays in rounds])
   assert labels.tolist() == [i % 10 for i in range(24)]

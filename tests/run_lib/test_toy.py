@@ -17,7 +17,7 @@ import run_lib
 from runtime.errors import UserError
 from training.checkpoints import Checkpoints
 from training.step import TrainState
-from workdir import artifacts
+from workdir import artifacts, pictures
 
 TINY = {
   'model.nf': 16,
@@ -93,7 +93,7 @@ def test_an_evaluation_tells_how_far_the_score_is_from_the_truth(workdir):
     assert arrays['samples'].shape == (64, 2) and arrays['samples'].dtype == np.float32
   with np.load(folder / 'samples_1.npz') as arrays:
     assert arrays['samples'].shape == (36, 2)
-  assert Image.open(folder / 'samples.png').size == (4 * artifacts.POINT_BINS,) * 2
+  assert Image.open(folder / 'samples.png').size == (4 * pictures.POINT_BINS,) * 2
   assert (workdir / 'samples' / 'iter_6' / 'sample.png').exists()
 
 
@@ -107,10 +107,9 @@ def test_samples_of_points_are_drawn_with_their_trajectory(workdir):
   assert Image.open(folder / 'trajectory.gif').n_frames == 11
 
 
-def test_a_picture_of_points_is_darkest_where_most_are(tmp_path):
+def test_a_picture_of_points_is_darkest_where_most_are():
   points = np.concatenate([np.full((90, 2), [1.0, 0.5]), np.full((10, 2), [-1.0, -1.0])])
-  artifacts.write_samples(epath.Path(tmp_path / 'points.png'), points)
-  shade = np.asarray(Image.open(tmp_path / 'points.png'))
+  shade = np.asarray(pictures.PointDensities().overview(points))
   side = len(shade)
 
   def at(x: float, y: float) -> int:

@@ -63,7 +63,7 @@ def exact(sde: SDE, x: Array, t: Array) -> Array:
 
 @pytest.mark.parametrize('sde', [VESDE(0.1, 3.0, eps=1e-3), subVPSDE(0.1, 6.0, eps=0.05)])
 def test_training_finds_the_posterior(sde):
-  classifier = Classifier(Mlp(), sde, True)
+  classifier = Classifier(Mlp(), sde)
   tx = adam(lr=0.02, beta1=0.9, eps=1e-8, weight_decay=0, warmup=0, grad_clip=1)
 
   def drawn(rng: Array, n: int) -> tuple[Array, Array, Array, Array]:

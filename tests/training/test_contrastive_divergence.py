@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from data.codec import PointCodec
 from data.points import distribution
 from losses import Objective
 from models import score
@@ -22,6 +23,7 @@ MODEL = ScoreModel(NET, SDE, score.log_sigma, 'energy', True, True)
 DIVERGENCE = ContrastiveDivergence(n_steps=5, step_size=0.02, buffer_size=300)
 TX = optax.adam(3e-3)
 CHOICES = {'model': MODEL, 'objective': Objective(single_scale=True), 'divergence': DIVERGENCE}
+CHOICES |= {'codec': PointCodec((2,))}
 DATA = distribution('two_moons', 2)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from configs.vp import digits
 from runtime.errors import UserError
-from workdir import artifacts, page
+from workdir import artifacts, page, pictures
 
 RED = (255, 0, 0)
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome')
@@ -31,16 +31,17 @@ def workdir(tmp_path) -> epath.Path:
   text = ''.join(json.dumps(line) + '\n' for line in lines)
   artifacts.write(root / 'metrics.jsonl', (text + '{"step": 4').encode())  # the last is cut off
   red = np.broadcast_to(np.array(RED, np.uint8), (4, 8, 8, 3))
+  picture = pictures.grid(red)
   for step in (20, 40):
     (root / 'checkpoints' / str(step)).mkdir(parents=True)
-    artifacts.write_samples(root / 'samples' / f'iter_{step}' / 'sample.png', red)
-  artifacts.write_samples(root / 'eval' / 'step_40' / 'samples.png', red)
+    artifacts.write_png(root / 'samples' / f'iter_{step}' / 'sample.png', picture)
+  artifacts.write_png(root / 'eval' / 'step_40' / 'samples.png', picture)
   artifacts.write_json(root / 'eval' / 'report_40.json', {'step': 40, 'fid': 12.5, 'nfe': 7})
   (root / 'eval' / 'report_41.json').write_text('{"step"')
   levels = [{'t': [0.0, 0.5], 'loss': 1.0, 'accuracy': 0.75}]
   artifacts.write_json(root / 'classifier' / 'report.json', {'images': 9, 'levels': levels})
   artifacts.write_npz(root / 'sample' / 'step_40' / 'samples.npz', samples=red)
-  artifacts.write_samples(root / 'sample' / 'step_40' / 'samples.png', red)
+  artifacts.write_png(root / 'sample' / 'step_40' / 'samples.png', picture)
   page.write(root)
   return root
 

@@ -1,0 +1,51 @@
+"""From the section `data` of a config to sources of data, and to what a network sees of them."""
+
+from ml_collections import FrozenConfigDict
+
+from data import points, sources
+from data.codec import Codec, ImageCodec, PointCodec
+from runtime.errors import UserError
+
+
+def make_codec(config: FrozenConfigDict) -> Codec:
+  """What the data of a config are, stored and seen by a network."""
+  data, label_dropout = config.data, config.training.label_dropout
+  if data.dim:
+    return PointCodec((data.dim,), label_dropout=label_dropout)
+  return ImageCodec(
+    (data.image_size, data.image_size, data.num_channels),
+    centered=data.centered,
+    random_flip=data.random_flip,
+    uniform_dequantization=data.uniform_dequantization,
+    nearest_level=config.sampling.uint8 == 'round',
+    label_dropout=label_dropout,
+  )
+
+
+def load_source(config: FrozenConfigDict, split: str, section: str = 'model') -> sources.Source:
+  """The data of a split, for the network that a section of the config describes.
+
+  Raises:
+    UserError: if they cannot be read, or have other classes than the network.
+  """
+  data, num_classes = config.data, config[section].num_classes
+  if data.dim:
+    return points.load(data.dataset, split, data.dim)
+  source = sources.load(
+    data.dataset,
+    split,
+    image_size=data.image_size,
+    num_channels=data.num_channels,
+    path=data.path,
+    data_dir=data.tfds_dir,
+    category=data.category,
+  )
+  takes_labels = num_classes > 0 or section == 'classifier'
+  if takes_labels and not num_classes == source.num_classes > 0:
+    n = source.num_classes
+    there = f'{n} classes; set it to that' if n else 'no labels; choose another dataset'
+    raise UserError(
+      f'config.{section}.num_classes is {num_classes}, and dataset {data.dataset!r}, split {split},'
+      f' has {there}'
+    )
+  return source

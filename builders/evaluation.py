@@ -1,0 +1,198 @@
+"""From a config to what is evaluated, and to what is drawn."""
+
+from collections.abc import Callable
+import dataclasses
+
+from etils import epath
+from ml_collections import FrozenConfigDict
+import numpy as np
+
+from builders.data import load_source
+from builders.setup import explicit_matching, Setup
+from evaluation import features
+from evaluation.bits_per_dim import BitsPerDim
+from evaluation.draw import Drawing
+from evaluation.evaluate import CheckpointRange, Measurement
+from evaluation.held_out_loss import HeldOutLoss
+from evaluation.reference import Images, ReferenceFile
+from evaluation.sample import SampleRequest
+from evaluation.sample_quality import Comparison, SampleQuality
+from evaluation.tasks import (
+  ByConstraint,
+  ByPosterior,
+  Colorize,
+  Conditioning,
+  Deblur,
+  Inpaint,
+  InverseProblem,
+  SuperResolve,
+  Task,
+)
+from runtime.errors import UserError
+
+
+def checkpoint_range(config: FrozenConfigDict) -> CheckpointRange:
+  """The checkpoints that a config wants evaluated."""
+  wanted, training = config.eval, config.training
+  return CheckpointRange(
+    begin=wanted.begin_ckpt,
+    end=wanted.end_ckpt,
+    unit=training.snapshot_freq,
+    n_iters=training.n_iters,
+    wait=wanted.wait,
+  )
+
+
+def make_measurements(setup: Setup) -> list[Measurement]:
+  """What a config wants measured of each checkpoint, in the order of a report.
+
+  Raises:
+    UserError: if data, a feature network or a file of features cannot be had, or do not fit.
+  """
+  wanted, made = setup.config.eval, list[Measurement]()
+  if wanted.enable_loss:
+    made.append(make_held_out_loss(setup))
+  if wanted.enable_bpd:
+    made.append(make_bits_per_dim(setup))
+  if wanted.enable_sampling:
+    made.append(make_sample_quality(setup))
+  return made
+
+
+def make_held_out_loss(setup: Setup) -> HeldOutLoss:
+  """The loss of training; where the true score is known, explicit score matching beside it."""
+  objectives = {'loss': setup.objective}
+  if setup.true_score_fn is not None:
+    matching = explicit_matching(setup.true_score_fn)
+    objectives['score_error'] = dataclasses.replace(setup.objective, matching=matching)
+  return HeldOutLoss(
+    model=setup.model,
+    codec=setup.codec,
+    objectives=objectives,
+    held_out=load_source(setup.config, 'test'),
+    batch_size=setup.config.eval.batch_size,
+    devices=setup.devices,
+    keys=setup.keys,
+  )
+
+
+def make_bits_per_dim(setup: Setup) -> BitsPerDim:
+  """Bits per dimension, of the images of `eval.bpd_dataset`."""
+  wanted = setup.config.eval
+  return BitsPerDim(
+    model=setup.model,
+    codec=setup.codec,
+    source=load_source(setup.config, wanted.bpd_dataset),
+    split=wanted.bpd_dataset,
+    repeats=wanted.bpd_repeats,
+    batch_size=wanted.batch_size,
+    devices=setup.devices,
+    keys=setup.keys,
+  )
+
+
+def make_drawing(setup: Setup) -> Drawing:
+  """How a config's samples are drawn."""
+  return Drawing(
+    model=setup.model,
+    sampler=setup.sampler,
+    codec=setup.codec,
+    devices=setup.devices,
+    guidance_scale=setup.config.sampling.guidance_scale,
+  )
+
+
+def make_sample_quality(setup: Setup) -> SampleQuality:
+  """Samples, compared with data if `eval.features` says by what."""
+  wanted, file = setup.config.eval, reference_file(setup)
+  return SampleQuality(
+    drawing=make_drawing(setup),
+    n=wanted.num_samples,
+    batch_size=wanted.batch_size,
+    keys=setup.keys,
+    comparison=Comparison(file.network, file.load()) if file else None,
+  )
+
+
+def reference_file(setup: Setup) -> ReferenceFile | None:
+  """The file that samples are compared with, if they are.
+
+  Raises:
+    UserError: if the weights of the network cannot be had.
+  """
+  wanted = setup.config.eval
+  network = features.load(wanted.features, wanted.inception_path)
+  if network is None:
+    return None
+  images = reference_images(setup.config)
+  named = epath.Path(wanted.stats_path).expanduser() if wanted.stats_path else None
+  return ReferenceFile(named or images.usual_path(network.name), images, network)
+
+
+def reference_images(config: FrozenConfigDict) -> Images:
+  """The images that samples are compared with."""
+  data = config.data
+  return Images(
+    dataset=data.dataset,
+    category=data.category,
+    path=data.path,
+    split=config.eval.stats_split,
+    shape=(data.image_size, data.image_size, data.num_channels),
+  )
+
+
+def make_sample_request(setup: Setup) -> SampleRequest:
+  """What a config wants drawn by `--mode sample`.
+
+  Raises:
+    UserError: if there is no such class, or the fields do not go together.
+  """
+  choice = setup.config.sampling
+  return SampleRequest(
+    n=choice.num_samples,
+    batch_size=setup.config.eval.batch_size,
+    labels=_wanted_labels(setup),
+    problem=_inverse_problem(choice) if choice.task else None,
+    trajectory=choice.trajectory,
+  )
+
+
+def _wanted_labels(setup: Setup) -> np.ndarray | None:
+  """`sampling.labels` over and over, int32 [n]; without them, all classes that the model knows."""
+  labels, classes = setup.config.sampling.labels, setup.model.num_classes
+  known = classes or setup.config.classifier.num_classes
+  if wrong := [label for label in labels if not 0 <= label < known]:
+    allowed = f'0 to {known - 1}' if known else 'none, as neither model nor classifier has classes'
+    raise UserError(f'config.sampling.labels has {wrong[0]}; allowed: {allowed}')
+  if not labels and not classes:
+    return None
+  in_turn = np.array(labels or range(classes), np.int32)
+  return np.resize(in_turn, setup.config.sampling.num_samples)
+
+
+def _inverse_problem(choice: FrozenConfigDict) -> InverseProblem:
+  make_task, make_conditioning = _TASKS[choice.task], _CONDITIONINGS[choice.conditioning]
+  return InverseProblem(make_task(choice), choice.input, make_conditioning(choice))
+
+
+def _deblur(choice: FrozenConfigDict) -> Deblur:
+  if choice.conditioning != 'posterior' or not choice.noise_std > 0:
+    raise UserError(
+      'config.sampling.task = deblur needs config.sampling.conditioning = posterior and '
+      f'noise_std > 0, a level of the noise in the image; got {choice.conditioning!r} and '
+      f'{choice.noise_std}'
+    )
+  return Deblur(choice.blur_std)
+
+
+_TASKS: dict[str, Callable[[FrozenConfigDict], Task]] = {
+  'inpaint': lambda choice: Inpaint(choice.mask),
+  'colorize': lambda choice: Colorize(),
+  'superres': lambda choice: SuperResolve(choice.factor),
+  'deblur': _deblur,
+}
+
+_CONDITIONINGS: dict[str, Callable[[FrozenConfigDict], Conditioning]] = {
+  'constraint': lambda choice: ByConstraint(),
+  'posterior': lambda choice: ByPosterior(choice.noise_std),
+}

@@ -1,0 +1,72 @@
+"""The loss of training, on held-out data; where the true score is known, the error of the score."""
+
+from collections.abc import Callable
+import dataclasses
+from functools import cached_property
+import time
+
+from etils import epath
+import jax
+from jax import Array
+
+from data import sources
+from data.codec import Codec
+from evaluation.evaluate import Measurement
+from losses import Objective
+from models.score import Params, ScoreModel
+from runtime import processes
+from runtime.devices import Devices, Keys
+from training.step import Batch, eval_step
+from workdir.progress import Bar
+from workdir.reports import Report
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutLoss(Measurement):
+  """The means of losses over held-out data, of which each example counts once.
+
+  Attributes:
+    model: the score model.
+    codec: makes x_0 of the data.
+    objectives: by the names that a report gives their losses.
+    held_out: the data.
+    batch_size: of all devices together.
+    devices: which share a batch.
+    keys: of the run.
+  """
+
+  model: ScoreModel
+  codec: Codec
+  objectives: dict[str, Objective]
+  held_out: sources.Source
+  batch_size: int
+  devices: Devices
+  keys: Keys
+
+  @cached_property
+  def sums(self) -> Callable[[Params, Batch, Array], dict[str, Array]]:
+    """(params, batch, key) -> the sums [] of the losses of the examples that its 'mask' marks."""
+
+    def loss_sums(params: Params, batch: Batch, rng: Array) -> dict[str, Array]:
+      def total(objective: Objective) -> Array:
+        each = eval_step(
+          params, batch, rng, model=self.model, codec=self.codec, objective=objective
+        )
+        return (each * batch['mask']).sum()
+
+      return {name: total(objective) for name, objective in self.objectives.items()}
+
+    return jax.jit(loss_sums, out_shardings=self.devices.replicated)
+
+  def is_in(self, report: Report) -> bool:
+    return all(name in report for name in self.objectives)
+
+  def measure(self, params: Params, step: int, folder: epath.Path) -> Report:
+    sums, size, n, began = [], self.batch_size, len(self.held_out), time.monotonic()
+    with Bar('loss', n, unit='examples') as bar:
+      for i, batch in enumerate(sources.eval_batches(self.held_out, size, **processes.share())):
+        of_batch = self.sums(params, self.devices.put(batch), self.keys.key('eval', i))
+        sums.append(jax.device_get(of_batch))
+        bar.update(min((i + 1) * size, n))
+    means = {name: sum(float(part[name]) for part in sums) / n for name in sums[0]}
+    return means | {'loss_images': n, 'loss_seconds': time.monotonic() - began}

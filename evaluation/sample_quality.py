@@ -1,0 +1,150 @@
+"""How far samples of a model are from data, by the features of a network."""
+
+from collections.abc import Callable
+import dataclasses
+from functools import partial
+import math
+import time
+
+from etils import epath
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from evaluation import metrics
+from evaluation.draw import Drawing
+from evaluation.evaluate import Measurement
+from evaluation.features import FeatureNetwork
+from evaluation.metrics import Moments
+from evaluation.reference import Reference
+from models.score import Params
+from runtime import processes
+from runtime.devices import Keys
+from workdir import artifacts, rounds
+from workdir.progress import Bar
+from workdir.reports import Report
+from workdir.rounds import Arrays
+
+SHOWN = 100  # samples, at most, in a grid of images
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """Of samples with data, by the features that a network gives of both.
+
+  Attributes:
+    network: gives them.
+    reference: those of the data.
+  """
+
+  network: FeatureNetwork
+  reference: Reference
+
+  def is_in(self, report: Report) -> bool:
+    """Whether a report tells of it."""
+    return report.get(f'reference_{self.network.name}') == self.reference.identity
+
+  def report(self, features: np.ndarray, mesh: Mesh) -> Report:
+    """All that `metrics` knows of features [N, d] of samples, in the order of the samples."""
+    network, reference, moments = self.network, self.reference, Moments.of(features)
+    kernel, kernel_std = metrics.kernel_distance(features, reference.features)
+    precision, recall = metrics.precision_recall(features, reference.features, mesh)
+    report = {
+      network.frechet: metrics.frechet_distance(
+        moments.mean, moments.cov, reference.mean, reference.cov
+      ),
+      network.kernel: kernel,
+      f'{network.kernel}_std': kernel_std,
+      f'precision{network.suffix}': precision,
+      f'recall{network.suffix}': recall,
+    }
+    if network.logits:
+      score, score_std = metrics.inception_score(network.logits(features))
+      report |= {'inception_score': score, 'inception_score_std': score_std}
+    return report | {f'reference_{network.name}': reference.identity}
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleQuality(Measurement):
+  """Draws samples and, with a comparison, takes their features, in rounds of a batch.
+
+  Attributes:
+    drawing: how samples are drawn.
+    n: how many.
+    batch_size: of all devices together.
+    keys: of the run.
+    comparison: with data, if any.
+  """
+
+  drawing: Drawing
+  n: int
+  batch_size: int
+  keys: Keys
+  comparison: Comparison | None = None
+
+  def is_in(self, report: Report) -> bool:
+    compared = self.comparison is None or self.comparison.is_in(report)
+    return report.get('samples') == self.n and compared
+
+  def measure(self, params: Params, step: int, folder: epath.Path) -> Report:
+    """Leaves `samples.png` and `samples_<round>.npz` in the folder, and features beside them.
+
+    Raises:
+      FloatingPointError: if samples are not finite, or a solver does not come to its end.
+    """
+    network = self.comparison.network if self.comparison else None
+    mesh, features = self.drawing.devices.mesh, []
+    extract = network.compile(mesh) if network else None
+    nfes, seconds, feature_seconds = [], 0.0, 0.0
+    # The last round is as large as the others, so that samples do not depend on their number.
+    size = min(self.batch_size, self.n)
+    with Bar('sample', self.n, unit='samples') as bar:
+      for i, first in enumerate(range(0, self.n, size)):
+        n = min(size, self.n - first)
+        make = partial(self._draw_round, params, step, i, size, n, partial(_show, bar, first, n))
+        arrays = rounds.kept_or_made(folder / f'samples_{i}.npz', 'samples', n, make)
+        samples = arrays['samples']
+        nfes.append(int(arrays['nfe']))
+        seconds += float(arrays['seconds'])
+        if i == 0:
+          picture = self.drawing.codec.pictures.overview(samples, most=SHOWN)
+        if network and extract:
+          path = folder / f'features_{network.name}_{i}.npz'
+          make = partial(_features_round, extract, samples)
+          arrays = rounds.kept_or_made(path, 'features', n, make, network.version)
+          features.append(arrays['features'])
+          feature_seconds += float(arrays['seconds'])
+        bar.update(first + n)
+    artifacts.write_png(folder / 'samples.png', picture)
+    report = {'samples': self.n, 'nfe': float(np.mean(nfes)), 'sample_seconds': seconds}
+    if self.comparison:
+      began = time.monotonic()
+      report |= self.comparison.report(np.concatenate(features), mesh)
+      report |= {'feature_seconds': feature_seconds, 'distance_seconds': time.monotonic() - began}
+    return report
+
+  def _draw_round(
+    self,
+    params: Params,
+    step: int,
+    i: int,
+    size: int,
+    n: int,
+    progress: Callable[[float], None],
+  ) -> Arrays:
+    """The first n of round i, in which `size` samples are drawn."""
+    rng = jax.random.fold_in(self.keys.key('sample', step), i)
+    samples, nfe, labels = self.drawing.samples_in_turn(params, rng, size, progress, i * size)
+    extra = {} if labels is None else {'labels': labels[:n]}
+    return {'samples': samples[:n], 'nfe': np.array(nfe, np.int64), **extra}
+
+
+def _features_round(extract: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> Arrays:
+  n, devices = len(images), jax.device_count()
+  rows = np.arange(math.ceil(n / devices) * devices).clip(max=n - 1)
+  return {'features': extract(processes.own_rows(images[rows]))[:n]}
+
+
+def _show(bar: Bar, done: int, n: int, fraction: float) -> None:
+  """Moves a bar to `done` and a fraction of the next n."""
+  bar.update(done + fraction * n)
