@@ -114,6 +114,7 @@ def _check_field(config: ConfigDict, name: str) -> None:
 def main(argv: Sequence[str]) -> None:
   path, variant = parse(argv)
   workdir = _WORKDIR.value or default_workdir(path, variant)
+  start.use_large_pages()
   start.prepare()
   # Now, not above: the libraries take seconds, which --help and a wrong flag should not cost.
   import jax

@@ -20,6 +20,7 @@ import numpy as np
 
 from builders.setup import build, Setup
 from data import sources
+from runtime import start
 from training import loop
 from workdir import versions
 
@@ -169,7 +170,8 @@ def machine() -> dict[str, Any]:
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-  """With the flag that every benchmark has."""
+  """With the flag that every benchmark has; its command gets the pages that a run gets."""
+  start.use_large_pages()
   made = argparse.ArgumentParser(description=doc.partition('\n')[0])
   made.add_argument('--json', metavar='PATH', help='write the numbers')
   return made

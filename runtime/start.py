@@ -23,12 +23,39 @@ CPU_LIBRARY = (
   '--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE'
 )
 
+_LARGE_PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
+
 
 def prepare() -> None:
   """Sets the environment of JAX; call it before JAX is imported."""
   if will_use_cpus():
     add_flag(CPU_LIBRARY)
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_compiled()))
+
+
+def use_large_pages() -> None:
+  """Starts this command anew, under its process id, with large pages, where computing asks for it.
+
+  XLA:CPU takes the memory of a training step from the system and gives it back, each time, and Linux
+  clears it page by page, of 4 KiB: docs/performance.md says what that costs. The C library asks for
+  pages of 2 MiB if GLIBC_TUNABLES, which it reads as a process starts, says so.
+  Call it where a command begins. Does nothing if the user has set that variable (it may be empty),
+  without glibc or CPUs to compute on, or where Linux gives such pages to all or to none.
+  """
+  if 'GLIBC_TUNABLES' in os.environ or not sys.orig_argv[1:] or not will_use_cpus():
+    return
+  library, release = platform.libc_ver()
+  if library != 'glibc' or tuple(map(int, release.split('.')[:2])) < (2, 35):
+    return
+  try:
+    pages = _LARGE_PAGES.read_text()
+  except OSError:
+    return
+  if '[madvise]' in pages:
+    os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
+    for stream in (sys.stdout, sys.stderr):
+      stream.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def will_use_cpus() -> bool:

@@ -19,6 +19,7 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:  # the workers inherit it
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
   os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
   atexit.register(shutil.rmtree, cache, ignore_errors=True)
+  os.environ.setdefault('GLIBC_TUNABLES', '')  # no command that a test calls starts itself anew
   start.prepare()
 
 

@@ -132,3 +132,38 @@ def test_jax_uses_what_was_foretold():
     [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False
   )
   assert done.stdout == 'agree\n', done.stderr
+
+
+SAY = (
+  'import os, sys; from runtime import start; print(os.getpid(), flush=True);'
+  'start._LARGE_PAGES = start.Path(sys.argv[1]); start.use_large_pages();'
+  "print(os.getpid(), os.environ.get('GLIBC_TUNABLES'), *sys.argv[2:])"
+)
+
+
+@pytest.mark.skipif(
+  start.platform.libc_ver()[0] != 'glibc', reason='large pages are asked of glibc'
+)
+@pytest.mark.parametrize(
+  'offered, user, expected',
+  [
+    ('always [madvise] never', None, 'glibc.malloc.hugetlb=1'),
+    ('always [madvise] never', '', ''),
+    ('[always] madvise never', None, 'None'),
+    ('always madvise [never]', None, 'None'),
+  ],
+)
+def test_a_command_starts_anew_for_large_pages_at_most_once(offered, user, expected, tmp_path):
+  (tmp_path / 'enabled').write_text(offered)
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+  environment.pop('GLIBC_TUNABLES', None)
+  if user is not None:
+    environment['GLIBC_TUNABLES'] = user
+  command = [sys.executable, '-c', SAY, str(tmp_path / 'enabled'), '--a=b c']
+  said = subprocess.run(
+    command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+  ).stdout.splitlines()
+  pids, last = {line.split()[0] for line in said}, said[-1]
+  assert len(pids) == 1, 'the same process'
+  assert len(said) == 3 if expected.startswith('glibc') else len(said) == 2
+  assert last.split(' ', 1)[1] == f'{expected} --a=b c'
