@@ -36,9 +36,9 @@ def prepare() -> None:
 def use_large_pages() -> None:
   """Starts this command anew, under its process id, with large pages, where computing asks for it.
 
-  XLA:CPU takes the memory of a training step from the system and gives it back, each time, and Linux
-  clears it page by page, of 4 KiB: docs/performance.md says what that costs. The C library asks for
-  pages of 2 MiB if GLIBC_TUNABLES, which it reads as a process starts, says so.
+  XLA:CPU takes the memory of a training step from the system and gives it back, each time, and
+  Linux clears it page by page, of 4 KiB: docs/performance.md says what that costs. The C library
+  asks for pages of 2 MiB if GLIBC_TUNABLES, which it reads as a process starts, says so.
   Call it where a command begins. Does nothing if the user has set that variable (it may be empty),
   without glibc or CPUs to compute on, or where Linux gives such pages to all or to none.
   """
