@@ -10,6 +10,7 @@ error, such as a lack of memory, is a line of the table. The exit code is 1 if a
 could not be compared.
 """
 
+import gc
 import json
 from pathlib import Path
 import shutil
@@ -69,6 +70,8 @@ def run(row: Row, found: Found) -> dict[str, Any]:
     return {'not here': str(reason)}
   except Exception as error:  # whatever it is, the other rows go on
     return {'error': f'{type(error).__name__}: {error}'}
+  finally:
+    gc.collect()  # what the row, or its traceback, held on the device
 
 
 class Table:

@@ -137,6 +137,11 @@ def peaks(dtype: str) -> dict[str, float]:
   }
 
 
+def flop(lowered: jax.stages.Lowered) -> float:
+  """That XLA counts in a program before it is optimised; of a loop one turn. 0 if it doesn't."""
+  return (lowered.cost_analysis() or {}).get('flops', 0.0)
+
+
 def queued(call: Callable[[], Any], seconds: float) -> float:
   """Seconds of a call of the device, of which many wait in its queue, as in training.
 

@@ -74,7 +74,7 @@ def compile_step(
   with common.no_cache():
     step = lowered.compile(options)
   compiled, memory = time.perf_counter(), step.memory_analysis()
-  flop = jax.jit(task.update).lower(state, one, rng).cost_analysis()['flops']
+  flop = common.flop(jax.jit(task.update).lower(state, one, rng))
   results = memory.output_size_in_bytes - memory.alias_size_in_bytes
   measured = {
     'batch': training.batch_size,
