@@ -145,7 +145,7 @@ def rows(sizes: Sizes) -> list[Row]:
     Row('sampler likelihood', partial(likelihood, sizes)),
     Row('inception', partial(inception, sizes)),
     Row('input', partial(input_rate, sizes)),
-    Row('resume', partial(stop_and_resume, sizes)),
+    Row('resume', partial(stop_and_resume, short_run(sizes))),
   ]  # fmt: skip
   others = [
     *(
@@ -201,20 +201,22 @@ def golden_steps(name: str, found: Found) -> Figures:
   return at_both_precisions(measure)
 
 
-def stop_and_resume(sizes: Sizes, found: Found) -> Figures:
-  """A run that SIGTERM stops, and that goes on, beside one that runs through."""
+def short_run(sizes: Sizes) -> ConfigDict:
+  """A tiny network of digits."""
   config = digits.get_config()
-  every = sizes.steps // 4  # the second waits for the first, so that it is seen in time
   config.update_from_flattened_dict(
-    {
-      'model.nf': 8,
-      'model.ch_mult': (1,),
-      'model.attn_resolutions': (),
-      'training.n_iters': sizes.steps,
-      'training.snapshot_freq': sizes.steps,
-      'training.snapshot_freq_for_preemption': every,
-      'training.snapshot_sampling': False,
-    }
+    {'model.nf': 8, 'model.ch_mult': (1,), 'model.attn_resolutions': ()}
+  )
+  config.training.n_iters = sizes.steps
+  return config
+
+
+def stop_and_resume(config: ConfigDict, found: Found) -> Figures:
+  """A run that SIGTERM stops, and that goes on, beside one that runs through."""
+  config, steps = config.copy_and_resolve_references(), config.training.n_iters
+  every = steps // 4  # the second save waits for the first, which so is seen in time
+  config.training.update(
+    snapshot_freq=steps, snapshot_freq_for_preemption=every, snapshot_sampling=False
   )
   with tempfile.TemporaryDirectory() as folder:
     whole, parts = Path(folder, 'whole'), Path(folder, 'parts')
@@ -226,7 +228,7 @@ def stop_and_resume(sizes: Sizes, found: Found) -> Figures:
   difference = max(float(np.abs(a - b).max()) for a, b in pairs)
   exact = difference == 0 or jax.default_backend() != 'cpu'  # others may sum in another order
   return {
-    'steps': sizes.steps,
+    'steps': steps,
     'stopped at': stopped_at,
     's to stop': seconds,
     'difference': difference,

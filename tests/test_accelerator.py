@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import accelerator, common, device_rows, forms, golden
 from benchmarks.device_rows import OK, QUICK, Row, WRONG
+from configs.toy import two_moons
 
 
 def call(*flags: str) -> None:
@@ -131,9 +132,12 @@ def test_both_sizes_have_the_same_rows():
 
 
 def test_a_run_that_is_stopped_goes_on_as_if_it_were_not():
-  figures = device_rows.stop_and_resume(QUICK, {})
+  """Of points, whose network is quickly compiled."""
+  config = two_moons.get_config()
+  config.training.update(n_iters=40, n_jitted_steps=1, batch_size=16, snapshot_samples=8)
+  figures = device_rows.stop_and_resume(config, {})
   assert figures['check'] == OK and figures['difference'] == 0
-  assert 0 < figures['stopped at'] < QUICK.steps
+  assert 0 < figures['stopped at'] < 40
   assert figures['s to stop'] > 0
 
 
@@ -170,3 +174,9 @@ def test_golden_errors_see_an_error():
 
   with mock.patch.object(golden, 'parameters', off):
     assert golden.network_errors(case)['score'] > 1e-3
+
+
+def test_the_documentation_tells_of_every_row():
+  page = (golden.FOLDER.parent.parent / 'docs' / 'accelerators.md').read_text()
+  for kind in {row.name.split()[0] for row in device_rows.rows(device_rows.FULL)}:
+    assert f'**`{kind}' in page, kind
