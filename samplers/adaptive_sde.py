@@ -27,6 +27,9 @@ EXPONENT = 0.9  # r: the next step is theta h error^-r
 SEGMENT = 10  # steps between two looks at how far the samples are
 MAX_STEPS = 10_000
 LEVELS = 16  # halvings of [0, T] that the Brownian paths are resolved to
+# Of a step size. A path is so rough that another last bit of a time, which the compiler and the
+# number of devices decide, would come back 256 times as large at the next step.
+MANTISSA_BITS = 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +134,8 @@ def _segment(sampler, score_fn, constraint, rng, state):
     rng = jax.random.fold_in(rng_constraint, state.steps)
     high, _ = base.constrain(constraint, rng, (high, high), end)
     t = jnp.where(accept, end, t)
-    h = jnp.minimum(SAFETY * h * error**-EXPONENT, t - eps)
+    h = jax.lax.reduce_precision(SAFETY * h * error**-EXPONENT, 8, MANTISSA_BITS)
+    h = jnp.minimum(h, t - eps)
     keep = expand(accept, x)
     x, low, w = (
       jnp.where(keep, new, old) for new, old in ((high, x), (low, state.low), (w, state.w))
