@@ -11,6 +11,8 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
+from models.barriers import stored
+
 Activation = Callable[[Array], Array]
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -76,14 +78,6 @@ class GroupNorm(nn.Module):
     slope = scale * jax.lax.rsqrt(jnp.maximum(square - center * center, 0) + self.epsilon)
     shift = bias - center * slope
     return (h * slope[:, None, None] + shift[:, None, None]).astype(x.dtype)
-
-
-def stored(x: Array) -> Array:
-  """x, computed once; XLA:CPU would fuse it into all that uses it, and so compute it for each.
-
-  So are its gradients. It takes `training.loop.compiler_options`, and has no effect without.
-  """
-  return jax.lax.optimization_barrier(x) if jax.default_backend() == 'cpu' else x
 
 
 def group_norm(x: Array, min_group_size: int = 4) -> Array:

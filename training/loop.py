@@ -148,7 +148,7 @@ def compiler_options() -> dict[str, str]:
   """XLA's for a training step.
 
   XLA:CPU takes optimisation barriers away before it fuses operations, unless it is told not to:
-  with them `model.remat` saves memory, and `layers.stored` time.
+  with them `model.remat` saves memory, and `models.barriers.stored` time.
   """
   cpu = jax.default_backend() == 'cpu'
   return {'xla_disable_hlo_passes': 'cse_barrier_expander'} if cpu else {}

@@ -1,0 +1,483 @@
+"""What the compiler makes of a program for an H100 or a TPU slice, on a machine that has neither.
+
+XLA compiles ahead of time for a described device. What it answers are facts of the program that
+would run there: the memory of a device, the kernels and the bytes that they move, the collectives.
+
+  python -m benchmarks.compile_for h100 1 configs/ve/cifar10.py --config.model.dtype=bfloat16
+  python -m benchmarks.compile_for tpu v5e:2x2 configs/ve/cifar10.py:ncsnpp_deep_continuous
+  python -m benchmarks.compile_for cpu 1 configs/vp/digits.py --what step,sampler,likelihood
+
+The target is `h100` with the number of cards, `tpu` with a topology, chip:AxB, or `cpu` with 1,
+this machine. The programs:
+
+  step        one training step of the whole batch, config.training.batch_size
+  sampler     the first segment of config.sampling for config.eval.batch_size samples, with its
+              beginning and its end; of a sampler that Python drives (ode, adaptive_sde), there is
+              no such program
+  likelihood  one evaluation of drift and divergence for config.eval.batch_size images
+
+It needs the compiler of that device: `pip install "jax[cuda13]"` or `pip install "jax[tpu]"`, of
+the version of JAX that is here. It needs no driver and no card.
+
+How to read it. The bytes are what each kernel reads and writes, added up: what caches save is not
+taken off. FLOP are those of the program before it is optimised, shared by the devices. The floors
+are bytes over the bandwidth of the memory and FLOP over the peak of a matrix product, as the vendor
+states them; no step is faster than the larger of the two. The body of a loop is counted once, as is
+each branch. It cannot tell how long cuDNN takes, whose algorithms are chosen on the card, nor the
+gaps between kernels, nor what waits for the host.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from functools import partial
+import importlib.util
+import json
+import math
+import os
+from pathlib import Path
+import re
+import sys
+import time
+from typing import Any
+from unittest import mock
+
+from absl import flags
+import jax
+from jax import Array
+from jax.experimental import topologies
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+import numpy as np
+
+from benchmarks import common
+from builders.setup import build, Setup
+import likelihood
+import main as command
+import run_lib
+from runtime.errors import unknown, UserError
+from samplers import base
+import sampling
+from training.step import finite_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A chip as its vendor describes it: bytes/s of its memory, dense FLOP/s of a matrix product."""
+
+  bandwidth: float
+  bfloat16: float
+  float32: float  # at JAX's default precision: TF32 on GPUs, one pass of bfloat16 on TPUs
+
+
+CHIPS = {
+  # https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet, H100 SXM; its
+  # figures are with sparsity, twice these.
+  'h100': Chip(3.35e12, 989e12, 495e12),
+  # https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e
+  'v4': Chip(1.228e12, 275e12, 275e12),
+  'v5e': Chip(0.819e12, 197e12, 197e12),
+  'v5p': Chip(2.765e12, 459e12, 459e12),
+  'v6e': Chip(1.64e12, 918e12, 918e12),
+}
+TARGETS = ('h100', 'tpu', 'cpu')
+_COMPILERS = {  # of a target: modules, one of which must be there, and what brings it
+  'h100': (('jax_plugins.xla_cuda13', 'jax_plugins.xla_cuda12'), 'jax[cuda13]'),
+  'tpu': (('libtpu',), 'jax[tpu]'),
+  'cpu': (('jax',), 'jax'),
+}
+
+
+def devices_of(target: str, slice_name: str) -> list[jax.Device]:
+  """The devices that a target and its slice describe.
+
+  Raises:
+    UserError: if the compiler is not installed, or there is no such slice.
+  """
+  modules, package = _COMPILERS[target]
+  if not any(_installed(module) for module in modules):
+    raise UserError(
+      f'the compiler for {target} is not installed; pip install "{package}=={jax.__version__}"'
+    )
+  if target != 'tpu' and not re.fullmatch('[1-9][0-9]*', slice_name):
+    raise UserError(f'the slice of {target} is a number of devices, such as 1; got {slice_name!r}')
+  if target == 'cpu':
+    if int(slice_name) > len(jax.devices('cpu')):
+      raise UserError(f'this machine has {len(jax.devices("cpu"))} device; got {slice_name}')
+    return jax.devices('cpu')[: int(slice_name)]
+  if target == 'tpu':
+    chip = slice_name.partition(':')[0]
+    if chip not in CHIPS:
+      raise unknown('the TPU', chip, [name for name in CHIPS if name != 'h100'])
+    os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # else it looks for its cloud
+    choices: dict[str, Any] = {'topology_name': slice_name, 'platform': 'tpu'}
+  else:
+    choices = {'topology_name': '', 'platform': 'cuda', 'topology': f'1x1x{slice_name}'}
+    choices['target_config'] = Path(__file__).with_name('h100.txtpb').read_text()
+  try:
+    return list(topologies.get_topology_desc(**choices).devices)
+  except (RuntimeError, NotImplementedError, ValueError) as error:
+    reason = str(error).partition('\n')[0][:200]
+    raise UserError(f'{target} {slice_name!r} is no topology that it knows: {reason}') from error
+
+
+def _installed(module: str) -> bool:
+  try:
+    return importlib.util.find_spec(module) is not None
+  except ModuleNotFoundError:  # of the package that it is in
+    return False
+
+
+# The programs.
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A function, and the shapes and shardings of its arguments."""
+
+  function: Callable[..., Any]
+  arguments: tuple[Any, ...]
+  donated: tuple[int, ...] = ()
+  results: Any = None  # their shardings, where they are prescribed
+
+
+def _shapes(tree: Any, where: NamedSharding) -> Any:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+
+def _key() -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+
+
+def training_step(setup: Setup, everywhere: NamedSharding, split: NamedSharding) -> Program:
+  """One step, as the training loop compiles it."""
+  task, config = run_lib.score_task(setup), setup.config
+  n, points = config.training.batch_size, bool(config.data.dim)
+  batch = {'data': jax.ShapeDtypeStruct((n, *setup.data_shape), 'float32' if points else 'uint8')}
+  if setup.model.num_classes:
+    batch['label'] = jax.ShapeDtypeStruct((n,), 'int32')
+  state = _shapes(jax.eval_shape(task.init, _key()), everywhere)
+  update = partial(finite_step, task.update) if config.training.skip_nonfinite else task.update
+  arguments = (state, _shapes(batch, split), _shapes(_key(), everywhere))
+  return Program(update, arguments, (0,), (everywhere, everywhere))
+
+
+def sampler_segment(setup: Setup, everywhere: NamedSharding, split: NamedSharding) -> Program:
+  """The sampler, stopped after the first of the segments that it is cut into."""
+
+  def first(advance: Callable, state: Any, n: int, observe: Any) -> Any:
+    return advance(state, 0, -(-n // base.SEGMENTS))
+
+  def draw(params: Any, rng: Array) -> Array:
+    score_fn = setup.model.bind(params)
+    with mock.patch.object(base, 'in_segments', first):
+      return setup.sampler(rng, score_fn, shape, sharding=split)[0]
+
+  shape = (setup.config.eval.batch_size, *setup.data_shape)
+  return Program(draw, (_params(setup, everywhere), _shapes(_key(), everywhere)), (), split)
+
+
+def likelihood_step(setup: Setup, everywhere: NamedSharding, split: NamedSharding) -> Program:
+  """Drift and divergence of the probability flow, as a solver of the likelihood asks for them."""
+  n = setup.config.eval.batch_size
+
+  def drift(params: Any, x: Array, v: Array, t: Array) -> tuple[Array, Array]:
+    flow = sampling.ProbabilityFlow(setup.model.bind(params), setup.model.sde)
+    return likelihood.VolumeChange(flow, v)((x, jnp.zeros(len(x))), t)
+
+  x = jax.ShapeDtypeStruct((n, *setup.data_shape), 'float32')
+  v = jax.ShapeDtypeStruct((1, *x.shape), 'float32')  # one probe
+  of_probes = NamedSharding(split.mesh, PartitionSpec(None, *split.spec))
+  t = jax.ShapeDtypeStruct((), 'float32', sharding=everywhere)
+  arguments = (_params(setup, everywhere), _shapes(x, split), _shapes(v, of_probes), t)
+  return Program(drift, arguments)
+
+
+def _params(setup: Setup, where: NamedSharding) -> Any:
+  init = partial(setup.model.init, shape=(1, *setup.data_shape))
+  return _shapes(jax.eval_shape(init, _key()), where)
+
+
+PROGRAMS: dict[str, Callable[[Setup, NamedSharding, NamedSharding], Program]] = {
+  'step': training_step,
+  'sampler': sampler_segment,
+  'likelihood': likelihood_step,
+}
+
+
+def compile_program(program: Program) -> tuple[Any, dict[str, Any]]:
+  """The compiled program and the numbers of it that need no reading of its text."""
+  began = time.perf_counter()
+  jitted = jax.jit(program.function, donate_argnums=program.donated, out_shardings=program.results)
+  try:
+    lowered = jitted.lower(*program.arguments)
+  except jax.errors.ConcretizationTypeError:
+    raise UserError(
+      'Python drives the sampler of this config step by step, so that there is no one program of '
+      'it; --config.sampling.method=pc has one'
+    ) from None
+  traced = time.perf_counter()
+  with common.no_cache():
+    compiled = lowered.compile()
+  memory, took = compiled.memory_analysis(), time.perf_counter() - traced
+  return compiled, {
+    'trace': traced - began,
+    'compile': took,
+    'arguments': memory.argument_size_in_bytes,
+    'temporary': memory.temp_size_in_bytes,
+  }
+
+
+def flop(program: Program) -> float:
+  """FLOP of all devices together, before the program is optimised; one turn of each loop."""
+  bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.arguments)
+  return float(jax.jit(program.function).lower(*bare).cost_analysis()['flops'])
+
+
+# Reading the compiled program.
+
+BYTES = {
+  'pred': 1, 's4': 1, 'u4': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'f16': 2, 'bf16': 2,
+  's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8, 'c128': 16,
+}  # fmt: skip
+COLLECTIVES = (
+  'all-reduce', 'all-gather', 'reduce-scatter', 'collective-permute', 'all-to-all',
+  'collective-broadcast',
+)  # fmt: skip
+_MATMUL, _REDUCTION, _COPY, _ELEMENTWISE = (
+  'convolution or product', 'reduction', 'copy', 'element-wise'
+)  # fmt: skip
+# What is no work of a device, or is counted elsewhere.
+_FREE = {
+  'parameter', 'get-tuple-element', 'tuple', 'bitcast', 'constant', 'after-all', 'partition-id',
+  'replica-id', 'opt-barrier', 'add-dependency', 'while', 'conditional', 'call',
+}  # fmt: skip
+_MOVES = {'copy', 'copy-start', 'transpose', 'convert', 'slice', 'concatenate', 'reshape', 'pad'}
+_LINE = re.compile(r'\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)')
+_CALLED = re.compile(r'(?:calls|body|condition|to_apply|\w+_computation)=%?([\w.\-]+)')
+_BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """A line of HLO."""
+
+  name: str
+  shape: str
+  op: str
+  operands: tuple[str, ...]
+  called: tuple[str, ...]  # computations
+  target: str  # of a custom call
+
+
+@dataclasses.dataclass(frozen=True)
+class Hlo:
+  """Computations of a compiled module by name, and the name of the one that is run."""
+
+  computations: dict[str, list[Instruction]]
+  entry: str
+
+
+def parse(text: str) -> Hlo:
+  """Reads what `Compiled.as_text` prints."""
+  computations: dict[str, list[Instruction]] = {}
+  entry, current = '', None
+  for line in text.splitlines():
+    if line.endswith('{') and not line.startswith((' ', 'HloModule')):
+      name = line.removeprefix('ENTRY ').split()[0].lstrip('%')
+      current = computations.setdefault(name, [])
+      entry = name if line.startswith('ENTRY ') else entry
+    elif current is not None and (found := _LINE.match(line)):
+      current.append(_instruction(*found.groups()))
+  return Hlo(computations, entry)
+
+
+def _instruction(name: str, shape: str, op: str, rest: str) -> Instruction:
+  depth, end = 1, len(rest)
+  for i, letter in enumerate(rest):
+    depth += {'(': 1, ')': -1}.get(letter, 0)
+    if not depth:
+      end = i
+      break
+  attributes = rest[end:]
+  branches = ','.join(_BRANCHES.findall(attributes)).replace('%', '')
+  called = _CALLED.findall(attributes) + [one.strip() for one in branches.split(',') if one]
+  target = re.search(r'custom_call_target="([^"]+)"', attributes)
+  operands = tuple(re.findall(r'%?([A-Za-z_][\w.\-]*)', rest[:end]))
+  return Instruction(name, shape, op, operands, tuple(called), target[1] if target else '')
+
+
+def nbytes(shape: str) -> int:
+  """Bytes of an array, or of the arrays of a tuple, as HLO writes them: f32[8,3]{1,0}."""
+  return sum(
+    BYTES.get(kind, 0) * math.prod(int(n) for n in dims.split(',') if n)
+    for kind, dims in re.findall(r'\b([a-z]+[0-9]*)\[([0-9,]*)\]', shape)
+  )
+
+
+def kernels(hlo: Hlo) -> Iterator[tuple[str, int, Instruction]]:
+  """Kind, bytes read and written, and instruction of each kernel of a turn of each loop."""
+  seen, waiting = set(), [hlo.entry]
+  while waiting:
+    name = waiting.pop()
+    if name in seen:
+      continue
+    seen.add(name)
+    shapes = {one.name: nbytes(one.shape) for one in hlo.computations[name]}
+    for one in hlo.computations[name]:
+      if one.op in ('while', 'conditional', 'call'):
+        waiting += one.called
+      if one.op in _FREE or one.op.endswith(('-done', '-update')):
+        continue
+      moved = shapes[one.name] + sum(shapes.get(operand, 0) for operand in one.operands)
+      yield kind_of(hlo, one), moved, one
+
+
+def kind_of(hlo: Hlo, one: Instruction) -> str:
+  """What an instruction is, and a fusion by what is in it."""
+  if one.op.removesuffix('-start') in COLLECTIVES:
+    return 'collective'
+  if one.op == 'custom-call':
+    target = one.target.lower()
+    library = 'conv' in target or 'gemm' in target or 'matmul' in target
+    return _MATMUL if library else f'custom call {one.target}'
+  ops = set(_ops(hlo, one))
+  if ops & {'convolution', 'dot'}:
+    return _MATMUL
+  if ops & {'reduce', 'reduce-window'}:
+    return _REDUCTION
+  if ops - _FREE <= _MOVES:
+    return _COPY
+  return one.op if one.op in ('sort', 'scatter', 'rng-bit-generator') else _ELEMENTWISE
+
+
+def _ops(hlo: Hlo, one: Instruction) -> Iterator[str]:
+  """The operations of an instruction: its own, or those that are fused in it."""
+  if one.op != 'fusion':
+    yield one.op
+    return
+  for name in one.called:
+    for inner in hlo.computations.get(name, []):
+      yield from _ops(hlo, inner)
+
+
+def collectives(hlo: Hlo) -> dict[str, int]:
+  """How many there are, by kind, in all computations."""
+  ops = [one.op.removesuffix('-start') for lines in hlo.computations.values() for one in lines]
+  return {kind: ops.count(kind) for kind in COLLECTIVES if kind in ops}
+
+
+def by_kind(hlo: Hlo) -> dict[str, tuple[int, int]]:
+  """Kernels and bytes of each kind, most bytes first."""
+  counts: dict[str, tuple[int, int]] = {}
+  for kind, moved, _ in kernels(hlo):
+    n, total = counts.get(kind, (0, 0))
+    counts[kind] = n + 1, total + moved
+  return dict(sorted(counts.items(), key=lambda item: -item[1][1]))
+
+
+# The command.
+
+
+def measure(target: str, slice_name: str, setup: Setup, what: str) -> tuple[dict[str, Any], str]:
+  """What the compiler says of one program, and the program's text."""
+  devices = devices_of(target, slice_name)
+  n = len(devices)
+  for name in ('training.batch_size', 'eval.batch_size'):
+    section, _, field = name.partition('.')
+    if setup.config[section][field] % n:
+      raise UserError(
+        f'config.{name} = {setup.config[section][field]} must be a multiple of the {n} devices'
+      )
+  mesh = Mesh(np.array(devices), ('data',))
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  split = NamedSharding(mesh, PartitionSpec('data'))
+  program = PROGRAMS[what](setup, everywhere, split)
+  compiled, result = compile_program(program)
+  text = compiled.as_text()
+  hlo = parse(text)
+  kinds = by_kind(hlo)
+  result |= {
+    'what': what,
+    'devices': n,
+    'flop': flop(program) / n,
+    'bytes': sum(moved for _, moved in kinds.values()),
+    'kernels': sum(count for count, _ in kinds.values()),
+    'kinds': kinds,
+    'collectives': collectives(hlo),
+  }
+  chip = CHIPS.get('h100' if target == 'h100' else slice_name.partition(':')[0])
+  if chip is not None:
+    peak = getattr(chip, setup.config.model.dtype)
+    result |= {'floor_bytes': result['bytes'] / chip.bandwidth, 'floor_flop': result['flop'] / peak}
+  return result, text
+
+
+def table(result: dict[str, Any]) -> str:
+  """What `measure` found, as text."""
+  n = result['devices']
+  lines = [
+    f'{result["what"]}, {n} device{"s" * (n > 1)}: traced in {result["trace"]:.0f} s, compiled in '
+    f'{result["compile"]:.0f} s',
+    f'memory of a device   {result["arguments"] / 2**30:.2f} GiB of arguments, '
+    f'{result["temporary"] / 2**30:.2f} GiB of temporaries',
+    f'work of a device     {result["flop"] / 1e9:.1f} GFLOP, {result["bytes"] / 1e9:.2f} GB moved '
+    f'by {result["kernels"]} kernels',
+  ]
+  if 'floor_bytes' in result:
+    lines.append(
+      f'floors               {1e3 * result["floor_bytes"]:.1f} ms for the bytes, '
+      f'{1e3 * result["floor_flop"]:.1f} ms for the FLOP'
+    )
+  found = ', '.join(f'{count} {kind}' for kind, count in result['collectives'].items())
+  lines.append(f'collectives          {found or "none"}\n')
+  rows = [[kind, str(count), moved / 1e9] for kind, (count, moved) in result['kinds'].items()]
+  return '\n'.join(lines) + '\n' + common.table(['kernels', 'number', 'GB'], rows)
+
+
+def config_of(path: str, overrides: Sequence[str]) -> ConfigDict:
+  """The config that main.py would run with these flags.
+
+  Raises:
+    UserError: as `main.parse`.
+  """
+  command.parse(['compile_for', f'--config={path}', '--mode=train', *overrides])
+  return flags.FLAGS.config
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  parser = common.parser(__doc__)
+  parser.formatter_class = argparse.RawDescriptionHelpFormatter
+  parser.description = __doc__
+  parser.add_argument('target', choices=TARGETS)
+  parser.add_argument('slice', help='cards of an H100 machine, such as 1; or v5e:2x2')
+  parser.add_argument('config', help='file[:variant]; fields as --config.section.field=value')
+  parser.add_argument('--what', default='step', help=f'of {",".join(PROGRAMS)}; by commas (step)')
+  parser.add_argument('--hlo', metavar='PATH', help='write the compiled program, as text')
+  args, overrides = parser.parse_known_args(argv)
+  jax.config.update('jax_platforms', 'cpu')  # nothing runs
+  results = []
+  try:
+    devices_of(args.target, args.slice)
+    setup = build(config_of(args.config, overrides))
+    wanted = args.what.split(',')
+    for what in wanted:
+      if what not in PROGRAMS:
+        raise unknown('--what', what, PROGRAMS)
+    for what in wanted:
+      result, text = measure(args.target, args.slice, setup, what)
+      results.append(result)
+      print(f'{table(result)}\n', flush=True)
+      if args.hlo:
+        Path(args.hlo if len(wanted) == 1 else f'{args.hlo}.{what}').write_text(text)
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+  if args.json:
+    whole = {'machine': common.machine(), 'results': results}
+    Path(args.json).write_text(json.dumps(whole, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,181 @@
+"""Reading compiled programs, and what the command says of wrong input."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import compile_for
+from builders.setup import build
+from configs.vp import digits
+from runtime.errors import UserError
+
+HLO = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,4]{1,0})->f32[]}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%fused_reduce (p: f32[8,4]) -> f32[] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %zero = f32[] constant(0)
+  ROOT %reduce.1 = f32[] reduce(%p, %zero), dimensions={0,1}, to_apply=%add
+}
+
+%fused_copy (q: f32[8,4]) -> bf16[8,4] {
+  %q = f32[8,4]{1,0} parameter(0)
+  ROOT %convert.1 = bf16[8,4]{1,0:T(8,128)(2,1)} convert(%q)
+}
+
+%body (state: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %state = (s32[], f32[8,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = f32[8,4]{1,0} get-tuple-element(%state), index=1
+  %sine = f32[8,4]{1,0} sine(%x)
+  ROOT %next = (s32[], f32[8,4]{1,0}) tuple(%i, %sine)
+}
+
+%condition (state.1: (s32[], f32[8,4])) -> pred[] {
+  %state.1 = (s32[], f32[8,4]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%state.1), index=0
+  %limit = s32[] constant(3)
+  ROOT %less = pred[] compare(%j, %limit), direction=LT
+}
+
+ENTRY %main (x.1: f32[8,4]) -> f32[] {
+  %x.1 = f32[8,4]{1,0} parameter(0)
+  %start = (f32[8,4]{1,0}, f32[8,4]{1,0}) all-reduce-start(%x.1), replica_groups={{0,1}}, to_apply=%add
+  %done = f32[8,4]{1,0} all-reduce-done(%start)
+  %one = s32[] constant(0)
+  %begin = (s32[], f32[8,4]{1,0}) tuple(%one, %done)
+  %loop = (s32[], f32[8,4]{1,0}) while(%begin), condition=%condition, body=%body
+  %y = f32[8,4]{1,0} get-tuple-element(%loop), index=1
+  %low = bf16[8,4]{1,0:T(8,128)(2,1)} fusion(%y), kind=kLoop, calls=%fused_copy
+  %conv = (f32[8,4]{1,0}, u8[16]{0}) custom-call(%y, /*index=1*/%low), custom_call_target="__cudnn$convForward", backend_config={"a":"(b"}
+  %z = f32[8,4]{1,0} get-tuple-element(%conv), index=0
+  ROOT %total = f32[] fusion(%z), kind=kInput, calls=%fused_reduce
+}
+"""  # noqa: E501
+
+
+def test_kernels_of_a_text() -> None:
+  hlo = compile_for.parse(HLO)
+  assert hlo.entry == 'main'
+  assert compile_for.collectives(hlo) == {'all-reduce': 1}
+  assert compile_for.by_kind(hlo) == {
+    'collective': (1, 3 * 128),  # a pair of arrays of its, and its operand
+    'convolution or product': (1, 128 + 16 + 128 + 64),
+    'element-wise': (2, 2 * 128 + 1 + 4 + 4),  # the sine of the loop, and its comparison
+    'copy': (1, 128 + 64),
+    'reduction': (1, 128 + 4),
+  }
+
+
+def test_bytes_of_shapes() -> None:
+  assert compile_for.nbytes('bf16[128,32,3]{2,1,0:T(8,128)(2,1)}') == 2 * 128 * 32 * 3
+  assert compile_for.nbytes('(f32[], /*index=1*/pred[5]{0}, s64[0])') == 4 + 5
+  assert compile_for.nbytes('token[]') == 0
+
+
+@pytest.mark.parametrize('turns', [2, 7])
+def test_a_loop_counts_once_however_many_turns(turns: int) -> None:
+  def function(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jax.lax.fori_loop(0, turns, lambda i, y: jnp.sin(y @ w), x)
+
+  x = jnp.ones((16, 16))
+  hlo = compile_for.parse(jax.jit(function).lower(x, x).compile().as_text())
+  kinds = compile_for.by_kind(hlo)
+  assert kinds['convolution or product'][0] == 1
+  assert kinds['convolution or product'][1] == 3 * 4 * 16 * 16
+
+
+def test_no_computation_that_is_run_is_lost() -> None:
+  def function(x: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.switch(i, [lambda x: x @ x, lambda x: x @ x.T, jnp.sin], x)
+
+  hlo = compile_for.parse(jax.jit(function).lower(jnp.ones((8, 8)), 1).compile().as_text())
+  assert compile_for.by_kind(hlo)['convolution or product'][0] == 2
+
+
+def _tiny() -> compile_for.Setup:
+  config = digits.get_config()
+  config.update_from_flattened_dict({
+    'model.nf': 8, 'model.ch_mult': (1,), 'model.num_res_blocks': 1, 'model.attn_resolutions': (),
+    'training.batch_size': 4, 'eval.batch_size': 4,
+  })  # fmt: skip
+  return build(config)
+
+
+def test_each_program_of_a_config() -> None:
+  setup = _tiny()
+  results = {what: compile_for.measure('cpu', '1', setup, what)[0] for what in compile_for.PROGRAMS}
+  for what, result in results.items():
+    assert result['kinds']['convolution or product'][0] > 0, what
+    assert result['bytes'] > 4 * 4 * 8 * 8 * 8 and result['temporary'] > 0, what
+    assert not result['collectives'] and 'floor_bytes' not in result, what
+  # Parameters, their average and two moments; parameters alone.
+  step, sampler = results['step']['arguments'], results['sampler']['arguments']
+  assert 3.9 * sampler < step < 4.2 * sampler
+  # A step is a forward and a backward pass: about three evaluations. So is a likelihood's drift.
+  assert 2 < results['step']['flop'] / results['likelihood']['flop'] * 1.5 < 4.5
+  assert 'GB moved' in compile_for.table(results['step'])
+
+
+@pytest.mark.parametrize('what', compile_for.PROGRAMS)
+def test_what_is_for_cpus_stays_there(what: str) -> None:
+  mesh = jax.sharding.Mesh(jax.devices()[:1], ('data',))
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  program = compile_for.PROGRAMS[what](_tiny(), everywhere, split)
+  bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.arguments)
+  traced = jax.jit(program.function).trace(*bare)
+  barrier = 'stablehlo.optimization_barrier'
+  assert barrier in traced.lower(lowering_platforms=('cpu',)).as_text()
+  for platform in ('cuda', 'tpu'):
+    assert barrier not in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_floors_are_those_of_the_chip() -> None:
+  h100, v5e = compile_for.CHIPS['h100'], compile_for.CHIPS['v5e']
+  assert h100.bandwidth / v5e.bandwidth == pytest.approx(4.09, abs=0.01)
+  assert h100.bfloat16 > h100.float32 and v5e.bfloat16 == v5e.float32
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (['cpu', '99', 'configs/vp/digits.py'], 'this machine has'),
+    (['cpu', 'all', 'configs/vp/digits.py'], "the slice of cpu is a number of devices, such as 1"),
+    (['cpu', '1', 'configs/vp/none.py'], 'is not a file'),
+    (['cpu', '1', 'configs/vp/digits.py', '--config.model.nff=3'], "did you mean 'nf'"),
+    (['cpu', '1', 'configs/vp/digits.py', '--what=steps'], "did you mean 'step'"),
+  ],
+)  # fmt: skip
+def test_errors_are_one_line(arguments, message, capsys) -> None:
+  with pytest.raises(SystemExit) as error:
+    compile_for.main(arguments)
+  assert error.value.code == 2
+  told = capsys.readouterr().err
+  assert told.startswith('error: ') and told.count('\n') == 1 and message in told
+
+
+@pytest.mark.parametrize('target, package', [('tpu', 'jax[tpu]'), ('h100', 'jax[cuda13]')])
+def test_a_compiler_that_is_missing_is_named(target, package, monkeypatch) -> None:
+  monkeypatch.setattr(compile_for, '_installed', lambda module: False)
+  with pytest.raises(UserError, match='is not installed; pip install') as error:
+    compile_for.devices_of(target, '1')
+  assert f'"{package}==' in str(error.value)
+
+
+def test_a_tpu_that_is_unknown(monkeypatch) -> None:
+  monkeypatch.setattr(compile_for, '_installed', lambda module: True)
+  with pytest.raises(UserError, match='allowed: v4, v5e, v5p, v6e'):
+    compile_for.devices_of('tpu', 'v5x:2x2')
+
+
+def test_a_sampler_that_python_drives_has_no_program() -> None:
+  config = digits.get_config()
+  config.update_from_flattened_dict({'sampling.method': 'ode', 'eval.batch_size': 4})
+  with pytest.raises(UserError, match='Python drives the sampler'):
+    compile_for.measure('cpu', '1', build(config), 'sampler')
