@@ -1,4 +1,4 @@
-"""Where data come from: images, folders, TensorFlow Datasets, points; batches of them.
+"""Where data come from: images, folders, TensorFlow Datasets, points; what networks see of them.
 
-Imports `sde_lib` (the score of points is known) and `runtime`.
+Imports `sde_lib` (the score of points is known), `workdir` (pictures) and `runtime`.
 """
