@@ -1,5 +1,6 @@
 # make demo       train, sample and evaluate a small model on handwritten digits
 # make test       the whole test suite
+# make test-newest  a part of it on the newest Python here, with the newest JAX
 # make test-faults  stops and damages runs in many more ways
 # make lint       style
 # make types      mypy
@@ -7,44 +8,60 @@
 # make tutorial   trains small models and draws the figures of docs/tutorial.md
 
 PYTHON ?= python3
-BIN := .venv/bin
+VENV := .venv
+BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 DEMO := configs/vp/digits.py
+# Networks and samplers by golden numbers, a likelihood, FID, XLA's flags, runs that are stopped.
+SOME := tests/models/test_golden_networks.py tests/test_golden_sde.py tests/test_likelihood.py \
+  tests/samplers/test_samplers.py tests/evaluation/test_metrics.py tests/runtime/test_start.py \
+  tests/training/test_loop.py tests/run_lib/test_run.py
 
-.PHONY: demo test test-faults lint types docs tutorial
+.PHONY: demo test test-newest test-some test-faults lint types docs tutorial
 
-demo: .venv/installed
+demo: $(VENV)/installed
 	$(BIN)/python main.py --config $(DEMO) --mode train
 	$(BIN)/python main.py --config $(DEMO) --mode stats
 	$(BIN)/python main.py --config $(DEMO) --mode eval
 
-test: .venv/installed-dev
+test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-faults: .venv/installed-dev
+# In .venv/newest; where there is no newer Python than that of .venv, there is nothing to do.
+test-newest:
+	@python=$$(scripts/newest_python.sh); if [ -z "$$python" ]; then \
+	  echo 'There is no Python 3.12 or 3.13 here that works: the newest JAX is not tested.'; \
+	else $(MAKE) VENV=.venv/newest PYTHON="$$python" lint test-some; fi
+
+test-some: $(VENV)/installed-dev
+	$(BIN)/python -c 'import sys, jax, numpy; print("Python", *sys.version_info[:2], "JAX", jax.__version__, "NumPy", numpy.__version__)'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(SOME)
+
+test-faults: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/run_lib/test_faults.py -m "slow or not slow" --kills 50 -rP
 
-tutorial: .venv/installed-dev
+tutorial: $(VENV)/installed-dev
 	$(BIN)/python -m tutorial
 
-lint: .venv/installed-dev
+lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/installed-dev
+types: $(VENV)/installed-dev
 	$(BIN)/mypy
 
-docs: .venv/installed-dev
+docs: $(VENV)/installed-dev
 	$(BIN)/python -m pdoc --math --docformat google --output-directory build/docs \
-	  $(filter-out main page,$(basename $(wildcard *.py))) models
+	  $(filter-out main,$(basename $(wildcard *.py))) \
+	  builders configs data evaluation models runtime samplers training workdir
 
-.venv/installed: requirements.txt
+$(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "Python 3.11 or newer is needed, and this is %d.%d; try make PYTHON=python3.12 ..." % sys.version_info[:2])'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt
 	@touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(PIP) -r requirements-dev.txt
 	@touch $@
