@@ -8,13 +8,11 @@ classifier. All of it can be stopped at any moment and started again, with the s
 
 from collections.abc import Iterator
 import contextlib
-import dataclasses
 from functools import partial
 import logging
 
 from etils import epath
 import jax
-from jax import Array
 from ml_collections import ConfigDict
 
 from builders.data import load_source
@@ -26,6 +24,7 @@ from builders.evaluation import (
   reference_file,
 )
 from builders.setup import build, check_shared, Setup
+from builders.training import classifier_task, make_classifier, make_schedule, score_task
 from configs.base import saved
 from data.noise_scales import NoiseScales
 from evaluation.evaluate import step_folder
@@ -35,10 +34,9 @@ from models.score import Params
 from runtime import processes
 from runtime.errors import cannot_write, UserError
 from training import checkpoints as checkpoints_lib
-from training import classifier, contrastive_divergence, loop, released_checkpoints
+from training import classifier, loop, released_checkpoints
 from training.checkpoints import Checkpoints
-from training.loop import Task
-from training.step import Batch, eval_step, init_state, Metrics, train_step, TrainState
+from training.step import TrainState
 from workdir import artifacts, page, reports, versions
 from workdir.progress import Bar, Stop
 from workdir.reports import Report
@@ -65,9 +63,12 @@ def train(config: ConfigDict, workdir: str) -> None:
   check_shared(setup.config, 'training.batch_size', 'training.grad_accum')
   source, held_out = (load_source(setup.config, split) for split in ('train', 'test'))
   at_snapshot = partial(_at_snapshot, setup, root)
-  with _opened(root, setup, FIXED_IN_RUN if checkpoints_lib.exist(root) else ()):
+  with open_workdir(root, setup, FIXED_IN_RUN if checkpoints_lib.exist(root) else ()):
     _note_machine(root)
-    loop.train(setup, score_task(setup), root, source, held_out, at_snapshot)
+    loop.train(
+      score_task(setup), make_schedule(setup.config), setup.devices, setup.keys,
+      root, source, held_out, at_snapshot,
+    )  # fmt: skip
     page.write(root)  # now that the last checkpoint is there
 
 
@@ -86,12 +87,18 @@ def train_classifier(config: ConfigDict, workdir: str) -> Report:
     raise UserError(f'a classifier is for images, and config.data.dim = {setup.config.data.dim}')
   check_shared(setup.config, 'classifier.batch_size')
   source, held_out = (load_source(setup.config, split, 'classifier') for split in ('train', 'test'))
-  check_unchanged(root / 'config.json', setup.config, FIXED_NOISE)
+  check_unchanged(root / 'config.json', setup.config.to_dict(), FIXED_NOISE)
   folder = classifier.folder(root)
-  with _opened(folder, setup, FIXED_IN_CLASSIFIER if checkpoints_lib.exist(folder) else ()):
-    state = loop.train(setup, classifier.task(setup), folder, source, held_out)
+  with open_workdir(folder, setup, FIXED_IN_CLASSIFIER if checkpoints_lib.exist(folder) else ()):
+    state = loop.train(
+      classifier_task(setup), make_schedule(setup.config, 'classifier'), setup.devices, setup.keys,
+      folder, source, held_out,
+    )  # fmt: skip
     report = {'step': int(state.step)}
-    report |= classifier.evaluate(setup, state.ema_params, held_out)
+    report |= classifier.evaluate(
+      make_classifier(setup), setup.codec, state.ema_params, held_out,
+      setup.config.eval.batch_size, setup.devices, setup.keys,
+    )  # fmt: skip
     artifacts.write_json(folder / 'report.json', report)
     page.write(root)
   logger.info('accuracy %.4f; report in %s', report['accuracy'], folder / 'report.json')
@@ -118,11 +125,11 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   out = root / eval_folder
   if not checkpoints_lib.exist(root) and not setup.config.eval.wait:
     raise UserError(f'{root} holds no checkpoints to evaluate; train first (--mode train)')
-  check_unchanged(root / 'config.json', setup.config, FIXED_IN_RUN)
+  check_unchanged(root / 'config.json', setup.config.to_dict(), FIXED_IN_RUN)
   measurements, all_reports = make_measurements(setup), []
-  with _opened(out, setup, FIXED_IN_EVAL), Checkpoints(root) as checkpoints:
+  with open_workdir(out, setup, FIXED_IN_EVAL), Checkpoints(root) as checkpoints:
     for step in checkpoint_range(setup.config).steps(checkpoints):
-      params = checkpoints.restore(step, _like(setup)).ema_params
+      params = checkpoints.restore(step, _abstract_state(setup)).ema_params
       folder, report = step_folder(out, step), reports.read(out, step)
       for measurement in measurements:
         if not measurement.is_in(report):
@@ -157,10 +164,12 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
   step, params = _newest(setup, root)
   request, log_prob = make_sample_request(setup), None
   if setup.config.sampling.labels and not setup.model.num_classes:
-    log_prob = setup.classifier.bind(classifier.load(setup, root))
+    task = classifier_task(setup)
+    of_classes = classifier.load(root, setup.config.to_dict(), task, setup.devices, setup.keys)
+    log_prob = make_classifier(setup).bind(of_classes)
   out = root / sample_folder
   folder = step_folder(out, step)
-  with _opened(out, setup, FIXED_IN_EVAL):
+  with open_workdir(out, setup, FIXED_IN_EVAL):
     report = draw_samples(make_drawing(setup), setup.keys, request, params, log_prob, folder)
     page.write(root)
   logger.info('%(samples)d samples, %(nfe)d evaluations each', report)
@@ -212,9 +221,9 @@ def _newest(setup: Setup, root: epath.Path) -> tuple[int, Params]:
   """Step and parameters of the newest checkpoint."""
   if not checkpoints_lib.exist(root):
     raise UserError(f'{root} holds no checkpoints; train first (--mode train)')
-  check_unchanged(root / 'config.json', setup.config, FIXED_IN_RUN)
+  check_unchanged(root / 'config.json', setup.config.to_dict(), FIXED_IN_RUN)
   with Checkpoints(root) as checkpoints:
-    state = checkpoints.restore_latest(_like(setup))
+    state = checkpoints.restore_latest(_abstract_state(setup))
   if state is None:  # an object store shows those that broke off
     raise UserError(f'{root} holds no whole checkpoint; train first (--mode train)')
   return int(state.step), state.ema_params
@@ -231,20 +240,20 @@ def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
   setup, root = build(config), epath.Path(workdir).expanduser()
   if checkpoints_lib.exist(root):
     raise UserError(f'{root} holds checkpoints already; choose another --workdir')
-  like = _like(setup)  # says so if the config does not make a network
+  abstract = _abstract_state(setup)  # says so if the config does not make a network
   state = released_checkpoints.load(
     checkpoint, setup.model, (1, *setup.data_shape), setup.tx, setup.config.model.ema_rate
   )
-  state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, like))
-  with _opened(root, setup, ()), Checkpoints(root) as checkpoints:
+  state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
+  with open_workdir(root, setup, ()), Checkpoints(root) as checkpoints:
     checkpoints.save(state, keep=True)
   logger.info('imported %s, of step %d, to %s', checkpoint, int(state.step), root / 'checkpoints')
 
 
 @contextlib.contextmanager
-def _opened(folder: epath.Path, setup: Setup, fixed: tuple[str, ...]) -> Iterator[None]:
+def open_workdir(folder: epath.Path, setup: Setup, fixed: tuple[str, ...]) -> Iterator[None]:
   """Has a folder to itself; its config agrees in the `fixed` fields, and is written to it."""
-  check_unchanged(folder / 'config.json', setup.config, fixed)
+  check_unchanged(folder / 'config.json', setup.config.to_dict(), fixed)
   with contextlib.ExitStack() as stack:
     try:
       folder.mkdir(parents=True, exist_ok=True)
@@ -266,44 +275,8 @@ def _note_machine(root: epath.Path) -> None:
   artifacts.write_json(path, here)
 
 
-def score_task(setup: Setup) -> Task:
-  """The training of the score model of a config."""
-  model, training = setup.model, setup.config.training
-
-  def evaluate(params: Params, batch: Batch, rng: Array) -> Metrics:
-    each = eval_step(params, batch, rng, model=model, codec=setup.codec, objective=setup.objective)
-    return {'loss': each.mean()}
-
-  choices = {
-    'model': model,
-    'codec': setup.codec,
-    'objective': setup.objective,
-    'tx': setup.tx,
-    'ema_rate': setup.config.model.ema_rate,
-    'ema_warmup': setup.config.model.ema_warmup,
-  }
-  shape = (1, *setup.data_shape)
-  task = Task(
-    section='model',
-    init=lambda rng: init_state(rng, model, setup.tx, shape),
-    update=partial(train_step, grad_accum=training.grad_accum, **choices),
-    evaluate=evaluate,
-    purposes=('init', 'train', 'eval'),
-    batch_size=training.batch_size,
-    n_iters=training.n_iters,
-  )
-  if training.objective != 'cd':
-    return task
-  divergence = setup.divergence
-  return dataclasses.replace(
-    task,
-    init=lambda rng: contrastive_divergence.init_state(rng, model, setup.tx, shape, divergence),
-    update=partial(contrastive_divergence.train_step, divergence=divergence, **choices),
-  )
-
-
-def _like(setup: Setup) -> TrainState:
-  return loop.like(setup, score_task(setup))
+def _abstract_state(setup: Setup) -> TrainState:
+  return loop.abstract_state(score_task(setup), setup.devices, setup.keys)
 
 
 def _at_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop) -> None:

@@ -307,7 +307,7 @@ def step(sizes: Sizes, network: str, dtype: str, n: int, found: Found) -> Figure
 
   def call() -> Any:
     nonlocal state
-    state, metrics = run(state, batch, rng)
+    state, metrics = run(state, None, batch, rng)
     return metrics
 
   seconds = common.queued(call, sizes.seconds) / n

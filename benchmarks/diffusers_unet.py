@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from benchmarks import common
 from builders.setup import Setup
-import run_lib
+from builders.training import score_task
 from sde_lib import ScoreFn
 from training import loop
 
@@ -112,7 +112,7 @@ class Torch:
 
 def here(setup: Setup, batch: int) -> dict[str, Callable[[], Any]]:
   """The work of `Torch` in this code."""
-  task, rng = run_lib.score_task(setup), setup.keys.key('train')
+  task, rng = score_task(setup), setup.keys.key('train')
   state = jax.jit(task.init, compiler_options=loop.once_options())(setup.keys.key('init'))
   score_fn = setup.model.bind(jax.tree.map(jnp.copy, state.params))  # the state is donated
   images = setup.devices.put({'data': common.images(setup, batch)})
@@ -125,7 +125,7 @@ def here(setup: Setup, batch: int) -> dict[str, Callable[[], Any]]:
 
   def train_step() -> None:
     nonlocal state
-    state, _ = jax.block_until_ready(update(state, images, rng))
+    state, _ = jax.block_until_ready(update(state, None, images, rng))
 
   return {
     'training step': train_step,

@@ -19,8 +19,8 @@ import jax
 
 from benchmarks import common, training
 from builders.setup import Setup
+from builders.training import make_schedule, score_task
 from data import sources
-import run_lib
 from training import loop
 
 ROUNDS = 5  # of steps
@@ -53,17 +53,19 @@ def steps(setup: Setup, source: sources.ImageSource, n: int) -> dict[str, float]
   In turns, as speed varies from minute to minute: rounds of some calls, which wait in the queue of
   the device. The median round counts.
   """
-  task, rng, calls = run_lib.score_task(setup), setup.keys.key('train'), max(1, n // ROUNDS)
+  task, rng, calls = score_task(setup), setup.keys.key('train'), max(1, n // ROUNDS)
   run, batch, _ = training.compile_step(setup, True, loop.compiler_options())
   state = training.initial(setup)
-  updates = loop.updates(setup, task, source, training.initial(setup))
-  state, _ = jax.block_until_ready(run(state, batch, rng))
+  updates = loop.updates(
+    task, make_schedule(setup.config), setup.devices, setup.keys, source, training.initial(setup)
+  )
+  state, _ = jax.block_until_ready(run(state, None, batch, rng))
   jax.block_until_ready(next(updates))  # compiled, and batches are on their way
   held, trained = [], []
   for _ in range(ROUNDS):
     began = time.perf_counter()
     for _ in range(calls):
-      state, measured = run(state, batch, rng)
+      state, measured = run(state, None, batch, rng)
     jax.block_until_ready(measured)
     between = time.perf_counter()
     for _ in range(calls):

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from builders.setup import build, explicit_matching, Setup
+from builders.training import make_schedule, score_task
 from configs.points import VARIANTS
 from data import points
 from models.score import Params
-import run_lib
 from training import loop
 from training.step import eval_step
 
@@ -39,10 +39,12 @@ def config_of(name: str, variant: str, steps: int):
 
 def train(setup: Setup) -> Params:
   """The moving average of the parameters after training in memory."""
-  task, data = run_lib.score_task(setup), setup.config.data
+  task, data = score_task(setup), setup.config.data
   source = points.load(data.dataset, 'train', data.dim)
   state = jax.jit(task.init)(setup.keys.key('init'))
-  *_, (state, _, _) = loop.updates(setup, task, source, state)
+  *_, (state, _, _) = loop.updates(
+    task, make_schedule(setup.config), setup.devices, setup.keys, source, state
+  )
   return state.ema_params
 
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks import common
 from builders.setup import Setup
+from builders.training import make_schedule, score_task
 from data import sources
-import run_lib
 from training import loop
 
 DTYPES = ('float32', 'bfloat16')
@@ -30,16 +30,18 @@ HELD_OUT = 16  # batches of held-out images
 
 def curve(setup: Setup, source: sources.Source, held_out: sources.Source) -> dict[str, Any]:
   """Mean training losses and held-out losses over stretches of a run, and seconds of a step."""
-  task, size = run_lib.score_task(setup), setup.config.training.batch_size
+  task, size = score_task(setup), setup.config.training.batch_size
   evaluate = jax.jit(task.evaluate)
   batches = sources.train_batches(held_out, size, seed=0)
   fixed = [(setup.devices.put(next(batches)), setup.keys.key('eval', i)) for i in range(HELD_OUT)]
   batches.close()
   start = jax.jit(task.init, compiler_options=loop.once_options())(setup.keys.key('init'))
-  every, losses, times = task.n_iters // STRETCHES, [], []
+  every, losses, times = setup.config.training.n_iters // STRETCHES, [], []
   found = {'step': [], 'training': [], 'held out': []}
   began = time.perf_counter()
-  for state, step, measured in loop.updates(setup, task, source, start):
+  for state, step, measured in loop.updates(
+    task, make_schedule(setup.config), setup.devices, setup.keys, source, start
+  ):
     losses.append(float(measured['loss']))
     times.append(time.perf_counter() - began)
     if step % every == 0:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from benchmarks import common
-import run_lib
+from builders.training import score_task
 from training import loop
 
 _DTYPE_BYTES = {'f32': 4, 'bf16': 2, 's32': 4, 'u32': 4}
@@ -31,14 +31,16 @@ def plan(name: str, batch: int) -> dict[str, Any]:
   # Other batches must be shared by the devices too.
   fixed |= {'training.snapshot_samples': batch, 'eval.batch_size': 64}
   setup = common.network(name, fixed)
-  task, rng = run_lib.score_task(setup), setup.keys.key('train')
+  task, rng = score_task(setup), setup.keys.key('train')
   images = setup.devices.put({'data': common.images(setup, batch)})
   state = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setup.devices.replicated),
     jax.eval_shape(task.init, rng),
   )
   shardings = (setup.devices.replicated, setup.devices.replicated)
-  step = jax.jit(task.update, donate_argnums=0, out_shardings=shardings).lower(state, images, rng)
+  step = jax.jit(task.update, donate_argnums=0, out_shardings=shardings).lower(
+    state, None, images, rng
+  )
   with common.no_cache():
     compiled = step.compile(loop.compiler_options())
   memory = compiled.memory_analysis()

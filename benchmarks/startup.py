@@ -12,12 +12,13 @@ import sys
 import tempfile
 import time
 
+from builders.training import score_task
+
 _BEGAN = time.time()  # before JAX and the rest are imported
 
 import jax  # noqa: E402
 
 from benchmarks import common  # noqa: E402
-import run_lib  # noqa: E402
 from training import loop  # noqa: E402
 
 STAGES = ('interpreter', 'import', 'build', 'initialisation', 'trace', 'compile', 'first step')
@@ -33,17 +34,19 @@ def first_step(network: str, batch: int, launched: float) -> dict[str, float]:
 
   done('import')
   setup = common.network(network, {'training.batch_size': batch})
-  task, images = run_lib.score_task(setup), setup.devices.put({'data': common.images(setup, batch)})
+  task, images = score_task(setup), setup.devices.put({'data': common.images(setup, batch)})
   jax.block_until_ready(images)
   done('build')
   init = jax.jit(task.init, compiler_options=loop.once_options())
   state = jax.block_until_ready(init(setup.keys.key('init')))
   done('initialisation')
-  update = jax.jit(task.update, donate_argnums=0).lower(state, images, setup.keys.key('train'))
+  update = jax.jit(task.update, donate_argnums=0).lower(
+    state, None, images, setup.keys.key('train')
+  )
   done('trace')
   update = update.compile(loop.compiler_options())
   done('compile')
-  jax.block_until_ready(update(state, images, setup.keys.key('train')))
+  jax.block_until_ready(update(state, None, images, setup.keys.key('train')))
   done('first step')
   return seconds
 

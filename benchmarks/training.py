@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks import common, released
 from builders.setup import Setup
-import run_lib
+from builders.training import score_task
 from training import loop
 from training.step import TrainState
 
@@ -52,10 +52,10 @@ def compile_step(
   """A call of the training step, which takes `n_jitted_steps` of them, as it is in training.
 
   Returns:
-    The program, (state, batch, key) -> (state, metrics); its batch; and seconds, bytes, and the
-    FLOP of one step.
+    The program, (state, frozen, batch, key) -> (state, metrics); its batch; and seconds, bytes,
+    and the FLOP of one step.
   """
-  training, task, rng = setup.config.training, run_lib.score_task(setup), setup.keys.key('train')
+  training, task, rng = setup.config.training, score_task(setup), setup.keys.key('train')
   n, update = training.n_jitted_steps, task.update
   batch = setup.devices.put({'data': common.images(setup, training.batch_size)})
   state = jax.tree.map(
@@ -69,12 +69,12 @@ def compile_step(
     batch = jax.tree.map(lambda x: jax.device_put(np.stack([x] * n), stacked), batch)
   began = time.perf_counter()
   choices = {'out_shardings': setup.devices.replicated, 'donate_argnums': 0 if donate else ()}
-  lowered = jax.jit(update, **choices).lower(state, batch, rng)
+  lowered = jax.jit(update, **choices).lower(state, None, batch, rng)
   traced = time.perf_counter()
   with common.no_cache():
     step = lowered.compile(options)
   compiled, memory = time.perf_counter(), step.memory_analysis()
-  flop = common.flop(jax.jit(task.update).lower(state, one, rng))
+  flop = common.flop(jax.jit(task.update).lower(state, None, one, rng))
   results = memory.output_size_in_bytes - memory.alias_size_in_bytes
   measured = {
     'batch': training.batch_size,
@@ -89,7 +89,7 @@ def compile_step(
 
 def initial(setup: Setup) -> TrainState:
   """The state before the first step."""
-  init = run_lib.score_task(setup).init
+  init = score_task(setup).init
   make = jax.jit(init, out_shardings=setup.devices.replicated, compiler_options=loop.once_options())
   return make(setup.keys.key('init'))
 
@@ -103,7 +103,7 @@ def measure(setup: Setup, steps: int, donate: bool, options: dict[str, str]) -> 
   state, rng = initial(setup), setup.keys.key('train')
   for _ in range(steps + 1):  # the first is not counted
     began = time.perf_counter()
-    state, _ = jax.block_until_ready(step(state, batch, rng))
+    state, _ = jax.block_until_ready(step(state, None, batch, rng))
     times.append((time.perf_counter() - began) / setup.config.training.n_jitted_steps)
   return measured | {'step': statistics.median(times[1:])} | peaks
 

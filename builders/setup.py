@@ -20,10 +20,8 @@ from evaluation import features
 import losses
 from losses import Matching, Objective
 from models import ncsn, ncsnpp, score
-from models.classifier import Classifier
 from models.layers import ACTIVATIONS
 from models.score import ScoreModel
-from models.wideresnet import WideResnet
 from runtime.devices import all_devices, Devices, Keys
 from runtime.errors import unknown, UserError
 from samplers import ode
@@ -31,7 +29,6 @@ from samplers.base import Sampler
 from samplers.time_grids import GRIDS
 import sampling
 from sde_lib import ScoreFn, SDE, subVPSDE, VESDE, VPSDE
-from training.contrastive_divergence import ContrastiveDivergence
 from training.optim import adam
 
 FEWEST = 10  # samples that can be compared with data: an Inception score has ten parts
@@ -47,9 +44,7 @@ class Setup:
     model: the score model, with its SDE.
     true_score_fn: what the model learns, for points whose density is known; otherwise None.
     objective: the training loss.
-    divergence: how energies are trained, if by contrastive divergence.
     tx: the optimiser.
-    classifier: p_t(y | x) of noisy images, and how that is trained: `classifier_tx`.
     sampler: draws samples.
     devices: that the run is spread over.
     keys: the random keys of the run.
@@ -60,10 +55,7 @@ class Setup:
   model: ScoreModel
   true_score_fn: Diffused | None
   objective: Objective
-  divergence: ContrastiveDivergence
   tx: optax.GradientTransformation
-  classifier: Classifier
-  classifier_tx: optax.GradientTransformation
   sampler: Sampler
   devices: Devices
   keys: Keys
@@ -82,7 +74,7 @@ def build(config: ConfigDict) -> Setup:
   """
   config = FrozenConfigDict(config)
   _check(config)
-  training, optim, classifier, ebm = config.training, config.optim, config.classifier, config.ebm
+  training, optim = config.training, config.optim
   try:
     sde = _SDES[training.sde](config.model, training.eps)
     model = _score_model(config, sde)
@@ -103,12 +95,7 @@ def build(config: ConfigDict) -> Setup:
       reduce_mean=training.reduce_mean,
       likelihood_weighting=training.likelihood_weighting,
     ),
-    divergence=ContrastiveDivergence(
-      ebm.n_steps, ebm.step_size, ebm.buffer_size, ebm.restart, ebm.regularization
-    ),
-    tx=_optimizer(optim, optim.lr, optim.weight_decay, optim.warmup),
-    classifier=_classifier(config, sde),
-    classifier_tx=_optimizer(optim, classifier.lr, classifier.weight_decay, classifier.warmup),
+    tx=make_optimizer(optim, optim.lr, optim.weight_decay, optim.warmup),
     sampler=sampler,
     devices=devices,
     keys=Keys(config.seed, devices),
@@ -275,20 +262,10 @@ def explicit_matching(true_score_fn: ScoreFn) -> Matching:
   return lambda score_fn, x, t, rng: losses.explicit_score_matching(true_score_fn, score_fn, x, t)
 
 
-def _classifier(config: FrozenConfigDict, sde: SDE) -> Classifier:
-  classifier = config.classifier
-  net = WideResnet(
-    classifier.num_classes,
-    classifier.blocks_per_group,
-    classifier.channel_multiplier,
-    config.model.dtype,
-  )
-  return Classifier(net, sde)
-
-
-def _optimizer(
+def make_optimizer(
   optim: FrozenConfigDict, lr: float, weight_decay: float, warmup: int
 ) -> optax.GradientTransformation:
+  """The optimiser of a config, with the fields that networks have of their own."""
   return _OPTIMIZERS[optim.optimizer](
     lr=lr,
     beta1=optim.beta1,

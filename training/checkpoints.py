@@ -8,6 +8,7 @@ a checksum.
 
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 import gc
 import itertools
 import logging
@@ -22,7 +23,7 @@ import orbax.checkpoint as ocp
 
 from runtime import processes
 from runtime.errors import Failure, UserError
-from training.step import TrainState
+from training.step import AnyState, TrainState
 from workdir.artifacts import is_remote
 
 logger = logging.getLogger('score_sde')
@@ -41,6 +42,27 @@ def checksum(state: Any) -> np.ndarray:
     array: Any = np.ascontiguousarray(leaf)  # a buffer: to the stubs only from Python 3.12 on
     crc = zlib.crc32(array, crc)
   return np.asarray(crc, np.uint32)
+
+
+def on_disk(state: TrainState) -> dict[str, Any]:
+  """A state under the names of its parts in a checkpoint.
+
+  The first average is `ema_params`, as it was while there was one alone, others `ema_params_<i>`.
+  """
+  parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+  averages = parts.pop('averages')
+  return parts | {_average_name(i): average for i, average in enumerate(averages)}
+
+
+def _from_disk(parts: dict[str, Any], like: AnyState) -> AnyState:
+  """The state whose parts `on_disk` names; it has as many averages as `like`."""
+  averages = tuple(parts[_average_name(i)] for i in range(len(like.averages)))
+  others = {field.name for field in dataclasses.fields(like)} - {'averages'}
+  return dataclasses.replace(like, averages=averages, **{name: parts[name] for name in others})
+
+
+def _average_name(i: int) -> str:
+  return f'ema_params_{i}' if i else 'ema_params'
 
 
 class Checkpoints:
@@ -76,7 +98,7 @@ class Checkpoints:
       self._set_aside()
     if step in manager.all_steps():
       return
-    item = {'state': state, 'checksum': checksum(state)}
+    item = {'state': on_disk(state), 'checksum': checksum(state)}
     with _told(manager):
       begun = manager.save(step, args=ocp.args.StandardSave(item))
     if not begun:  # Orbax goes forward only
@@ -167,7 +189,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> Tra
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
   whole = {
-    'state': like,
+    'state': on_disk(like),
     'checksum': jax.ShapeDtypeStruct((), np.uint32, sharding=like.step.sharding),
   }
   where = manager.directory / str(step)
@@ -183,9 +205,10 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> Tra
           f'checkpoint {where} cannot be read ({reason}); see to that and repeat the command'
         ) from error
       raise UserError(f'checkpoint {where} is damaged or does not fit: {reason}') from None
-  if int(item['checksum']) != int(checksum(item['state'])):
+  state = _from_disk(item['state'], like)
+  if int(item['checksum']) != int(checksum(state)):
     raise UserError(f'checkpoint {where} is damaged: its checksum does not match')
-  return item['state']
+  return state
 
 
 @contextlib.contextmanager

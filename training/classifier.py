@@ -4,7 +4,7 @@ It learns p_t(y | x) of images at all times: the cross-entropy of the class y of
 x(t) = alpha x(0) + sigma z, with t uniform over [eps, T].
 """
 
-from functools import partial
+from collections.abc import Mapping
 import logging
 from typing import Any
 
@@ -15,19 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from builders.setup import Setup
 from data import sources
 from data.codec import Codec
 import losses
 from models.classifier import Classifier, ClassLogProb
 from models.score import Params
 from runtime import processes
+from runtime.devices import Devices, Keys
 from runtime.errors import UserError
 from sde_lib import expand
 from training import checkpoints as checkpoints_lib
 from training.checkpoints import Checkpoints
-from training.loop import like, Task
-from training.step import apply_gradients, Batch, init_state, Metrics, TrainState
+from training.loop import abstract_state, Task
+from training.step import apply_gradients, Batch, Metrics, TrainState
 from workdir.progress import Bar
 from workdir.same_config import check_unchanged, FIXED_IN_CLASSIFIER
 
@@ -99,41 +99,17 @@ def eval_step(
   return cross_entropy(classifier.bind(params), x0, t, z, batch['label'])
 
 
-def task(setup: Setup) -> Task:
-  """The training of the classifier of a config."""
-  choice, classifier, codec = setup.config.classifier, setup.classifier, setup.codec
-  tx, sde = setup.classifier_tx, setup.classifier.sde
-
-  def evaluate(params: Params, batch: Batch, rng: Array) -> Metrics:
-    each = eval_step(params, batch, rng, (sde.eps, sde.T), classifier=classifier, codec=codec)
-    return dict(zip(('loss', 'accuracy'), (v.mean() for v in each), strict=True))
-
-  return Task(
-    section='classifier',
-    init=lambda rng: init_state(rng, classifier, tx, (1, *setup.data_shape)),
-    update=partial(
-      train_step,
-      classifier=classifier,
-      codec=codec,
-      tx=tx,
-      ema_rate=setup.config.model.ema_rate,
-    ),
-    evaluate=evaluate,
-    purposes=('classifier_init', 'classifier_train', 'classifier_eval'),
-    batch_size=choice.batch_size,
-    n_iters=choice.n_iters,
-  )
-
-
 def folder(root: epath.Path) -> epath.Path:
   """Where the classifier of a workdir lies."""
   return root / 'classifier'
 
 
-def load(setup: Setup, root: epath.Path) -> Params:
+def load(
+  root: epath.Path, config: Mapping[str, Any], task: Task, devices: Devices, keys: Keys
+) -> Params:
   """The moving average of the classifier's parameters, of the newest checkpoint in a workdir.
 
-  `setup.classifier.bind` makes log p_t(y | x) of them.
+  `Classifier.bind` makes log p_t(y | x) of them.
 
   Raises:
     UserError: if there is none, or it was trained with another config.
@@ -141,32 +117,40 @@ def load(setup: Setup, root: epath.Path) -> Params:
   where = folder(root)
   if not checkpoints_lib.exist(where):
     raise UserError(f'{root} holds no classifier; train it first (--mode train_classifier)')
-  check_unchanged(where / 'config.json', setup.config, FIXED_IN_CLASSIFIER)
+  check_unchanged(where / 'config.json', config, FIXED_IN_CLASSIFIER)
   with Checkpoints(where) as checkpoints:
-    state = checkpoints.restore_latest(like(setup, task(setup)))
+    state = checkpoints.restore_latest(abstract_state(task, devices, keys))
   if state is None:  # an object store shows those that broke off
     raise UserError(f'{root} holds no whole classifier; train it first (--mode train_classifier)')
   return state.ema_params
 
 
-def evaluate(setup: Setup, params: Params, held_out: sources.Source) -> dict[str, Any]:
+def evaluate(
+  classifier: Classifier,
+  codec: Codec,
+  params: Params,
+  held_out: sources.Source,
+  batch_size: int,
+  devices: Devices,
+  keys: Keys,
+) -> dict[str, Any]:
   """Loss and accuracy on every held-out image, at each of `LEVELS` levels of noise and in all."""
-  size, sde, n = setup.config.eval.batch_size, setup.classifier.sde, len(held_out)
+  sde, n = classifier.sde, len(held_out)
   edges = np.linspace(sde.eps, sde.T, LEVELS + 1)
 
   def sums(params: Params, batch: Batch, rng: Array, span: tuple[Array, Array]) -> Array:
-    each = eval_step(params, batch, rng, span, classifier=setup.classifier, codec=setup.codec)
+    each = eval_step(params, batch, rng, span, classifier=classifier, codec=codec)
     return jnp.stack([(v * batch['mask']).sum() for v in each])
 
-  sums = jax.jit(sums, out_shardings=setup.devices.replicated)
+  sums = jax.jit(sums, out_shardings=devices.replicated)
   totals = np.zeros((LEVELS, 2))
   with Bar('accuracy', n, unit='images') as bar:
-    for i, rows in enumerate(sources.eval_batches(held_out, size, **processes.share())):
-      batch = setup.devices.put(rows)
+    for i, rows in enumerate(sources.eval_batches(held_out, batch_size, **processes.share())):
+      batch = devices.put(rows)
       for level in range(LEVELS):
-        rng = jax.random.fold_in(setup.keys.key('classifier_report', i), level)
+        rng = jax.random.fold_in(keys.key('classifier_report', i), level)
         totals[level] += sums(params, batch, rng, (edges[level], edges[level + 1]))
-      bar.update(min((i + 1) * size, n))
+      bar.update(min((i + 1) * batch_size, n))
   means, edges, levels = totals / n, edges.tolist(), []
   for (loss, accuracy), low, high in zip(means.tolist(), edges[:-1], edges[1:], strict=True):
     levels.append({'t': [low, high], 'loss': loss, 'accuracy': accuracy})

@@ -69,7 +69,7 @@ def init_state(
   state = training_step.init_state(rng, model, tx, shape)
   rng_replay = jax.random.fold_in(rng, 1)
   replay = model.sde.prior_sampling(rng_replay, (divergence.buffer_size, *shape[1:]))
-  return EBMState(state.step, state.params, state.ema_params, state.opt_state, replay)
+  return EBMState(state.step, state.params, state.averages, state.opt_state, replay)
 
 
 def train_step(

@@ -10,13 +10,12 @@ from typing import Any
 from etils import epath
 import jax
 from jax import Array
-from ml_collections import FrozenConfigDict
 import numpy as np
 
-from builders.setup import Setup
 from data import sources
 from models.score import Params
 from runtime import processes
+from runtime.devices import Devices, Keys
 from runtime.errors import UserError
 from training.checkpoints import Checkpoints
 from training.step import Batch, finite_step, Metrics, TrainState
@@ -25,21 +24,23 @@ from workdir.progress import Stop, TrainLog
 
 logger = logging.getLogger('score_sde')
 
-Update = Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]  # (state, batch, key)
+# (state, frozen, batch, key) -> the state one step later, and metrics [] of that step
+Update = Callable[[TrainState, Any, Batch, Array], tuple[TrainState, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What is trained, and for how long.
+  """What is trained.
 
   Attributes:
     section: of the config, that describes the network.
     init: key -> the state before the first step.
-    update: to the state one step later, and metrics [] of that step.
+    update: (state, frozen, batch, key) -> the state one step later, and metrics [] of that step.
     evaluate: (moving average of the parameters, held-out batch, key) -> metrics [].
     purposes: of the keys that these three get.
     batch_size: of training and of evaluation.
-    n_iters: steps.
+    frozen: parameters that `update` reads and never changes, a teacher's, on the devices. They are
+      an argument of the compiled step, neither donated nor part of a checkpoint.
   """
 
   section: str
@@ -48,12 +49,48 @@ class Task:
   evaluate: Callable[[Params, Batch, Array], Metrics]
   purposes: tuple[str, str, str]
   batch_size: int
+  frozen: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """For how long training goes on, and how often it does what is not a step; all in steps.
+
+  Attributes:
+    n_iters: of the whole training.
+    n_jitted_steps: in one program, where nothing else is due in between.
+    log_freq, eval_freq: between two lines of metrics, and two evaluations.
+    snapshot_freq: between two checkpoints that are kept.
+    snapshot_freq_for_preemption: between two of which the last two are.
+    skip_nonfinite: leave out steps whose loss or gradient is not finite; otherwise training ends.
+    wandb: the project of Weights & Biases that metrics are sent to, if any.
+  """
+
   n_iters: int
+  n_jitted_steps: int
+  log_freq: int
+  eval_freq: int
+  snapshot_freq: int
+  snapshot_freq_for_preemption: int
+  skip_nonfinite: bool = False
+  wandb: str = ''
+
+  def steps_to_event(self, step: int) -> int:
+    """How many steps are left until something else is due."""
+    frequencies = (
+      self.log_freq,
+      self.eval_freq,
+      self.snapshot_freq,
+      self.snapshot_freq_for_preemption,
+    )
+    return min(self.n_iters - step, *(every - step % every for every in frequencies))
 
 
 def train(
-  setup: Setup,
   task: Task,
+  schedule: Schedule,
+  devices: Devices,
+  keys: Keys,
   root: epath.Path,
   source: sources.Source,
   held_out: sources.Source,
@@ -61,9 +98,8 @@ def train(
 ) -> TrainState:
   """Trains to the end, from the newest checkpoint in `root` if there is one.
 
-  How often there is a log, an evaluation, a snapshot stands in `config.training`. `at_snapshot` is
-  called once a snapshot is saved, and again on resuming there: the run may have been stopped in
-  the middle of it.
+  `at_snapshot` is called once a snapshot is saved, and again on resuming there: the run may have
+  been stopped in the middle of it.
 
   Returns:
     The state after the last step.
@@ -74,27 +110,29 @@ def train(
     Failure: if a checkpoint cannot be written.
     SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written; the code is 128 + signal.
   """
-  training = setup.config.training
+  n_iters = schedule.n_iters
   with Stop() as stop, Checkpoints(root) as checkpoints:
-    start = state = _restore_or_init(setup, task, root, checkpoints)
+    start = state = restore_or_init(task, devices, keys, root, checkpoints)
     step = int(state.step)
-    if step and (step % training.snapshot_freq == 0 or step >= task.n_iters):
+    if step and (step % schedule.snapshot_freq == 0 or step >= n_iters):
       at_snapshot(state, stop)
-    evaluate = jax.jit(task.evaluate, out_shardings=setup.devices.replicated)
-    held_out_batches = _held_out_batches(setup, task, held_out, step // training.eval_freq)
-    log_choices = {'n_iters': task.n_iters, 'log_freq': training.log_freq}
+    evaluate = jax.jit(task.evaluate, out_shardings=devices.replicated)
+    held_out_batches = _held_out_batches(
+      task, devices, keys, held_out, start=step // schedule.eval_freq
+    )
+    log_choices = {'n_iters': n_iters, 'log_freq': schedule.log_freq}
     log_choices |= {'step': step, 'batch_size': task.batch_size}
     with (
-      MetricsFile(root, step, training.wandb) as metrics,
+      MetricsFile(root, step, schedule.wandb) as metrics,
       TrainLog(metrics, **log_choices) as log,
     ):
-      for state, step, measured in updates(setup, task, source, start):
+      for state, step, measured in updates(task, schedule, devices, keys, source, start):
         log.add(step, measured)
-        if step % training.eval_freq == 0:
+        if step % schedule.eval_freq == 0:
           log.add_eval(step, evaluate(state.ema_params, *next(held_out_batches)))
-        snapshot = step % training.snapshot_freq == 0 or step == task.n_iters
-        leave = step < task.n_iters and stop.agreed(step, training.log_freq)
-        if snapshot or leave or step % training.snapshot_freq_for_preemption == 0:
+        snapshot = step % schedule.snapshot_freq == 0 or step == n_iters
+        leave = step < n_iters and stop.agreed(step, schedule.log_freq)
+        if snapshot or leave or step % schedule.snapshot_freq_for_preemption == 0:
           log.settle(step)
           metrics.flush()
           checkpoints.save(state, keep=snapshot)
@@ -103,40 +141,44 @@ def train(
           at_snapshot(state, stop)
         if leave:
           break
-  if step < task.n_iters:
+  if step < n_iters:
     logger.info('stopped at step %d, saved; the same command goes on from there', step)
     raise SystemExit(128 + stop.signal)
   logger.info('trained to step %d; checkpoints are in %s', step, root / 'checkpoints')
   return state
 
 
-def like(setup: Setup, task: Task) -> TrainState:
+def abstract_state(task: Task, devices: Devices, keys: Keys) -> TrainState:
   """The shapes, dtypes and shardings of the training state.
 
   Raises:
     UserError: if the config does not make a network.
   """
   try:
-    state = jax.eval_shape(task.init, setup.keys.key(task.purposes[0]))
+    state = jax.eval_shape(task.init, keys.key(task.purposes[0]))
   except (TypeError, ValueError) as error:
     reason = str(error).strip().partition('\n')[0]
     raise UserError(f'config.{task.section} does not make a network: {reason}') from error
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setup.devices.replicated), state
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    state,
+    devices.state_shardings(state),
   )
 
 
-def _restore_or_init(
-  setup: Setup, task: Task, root: epath.Path, checkpoints: Checkpoints
+def restore_or_init(
+  task: Task, devices: Devices, keys: Keys, root: epath.Path, checkpoints: Checkpoints
 ) -> TrainState:
-  state = checkpoints.restore_latest(like(setup, task))
+  """The state of the newest checkpoint, or the one before the first step if there is none."""
+  abstract = abstract_state(task, devices, keys)
+  state = checkpoints.restore_latest(abstract)
   if state is not None:
     logger.info('resuming %s at step %d', root, int(state.step))
     return state
   logger.info('training in %s', root)
-  options = once_options()
-  init = jax.jit(task.init, out_shardings=setup.devices.replicated, compiler_options=options)
-  return init(setup.keys.key(task.purposes[0]))
+  shardings = devices.state_shardings(abstract)
+  init = jax.jit(task.init, out_shardings=shardings, compiler_options=once_options())
+  return init(keys.key(task.purposes[0]))
 
 
 def once_options() -> dict[str, int]:
@@ -154,58 +196,57 @@ def compiler_options() -> dict[str, str]:
   return {'xla_disable_hlo_passes': 'cse_barrier_expander'} if cpu else {}
 
 
+def compile_steps(
+  task: Task, schedule: Schedule, devices: Devices, state: TrainState
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """The programs of one step and of several: (state, frozen, batch or batches, key) -> the next.
+
+  The state is donated; what is frozen is not.
+  """
+  shardings = devices.state_shardings(state)
+  choices: dict[str, Any] = {'out_shardings': (shardings, devices.replicated), 'donate_argnums': 0}
+  choices['compiler_options'] = compiler_options()
+  update = partial(finite_step, task.update) if schedule.skip_nonfinite else task.update
+  return jax.jit(update, **choices), jax.jit(partial(several_steps, update), **choices)
+
+
 def updates(
-  setup: Setup, task: Task, source: sources.Source, state: TrainState
+  task: Task,
+  schedule: Schedule,
+  devices: Devices,
+  keys: Keys,
+  source: sources.Source,
+  state: TrainState,
 ) -> Iterator[tuple[TrainState, int, Metrics]]:
   """Trains to the end; yields state, step and metrics after every call of the device."""
-  step, rng = int(state.step), setup.keys.key(task.purposes[1])
-  n = setup.config.training.n_jitted_steps
-  choices: dict[str, Any] = {'out_shardings': (setup.devices.replicated,) * 2, 'donate_argnums': 0}
-  choices['compiler_options'] = compiler_options()
-  skip = setup.config.training.skip_nonfinite
-  update = partial(finite_step, task.update) if skip else task.update
-  one_step = jax.jit(update, **choices)
-  many_steps = jax.jit(partial(several_steps, update), **choices)
+  step, rng, n = int(state.step), keys.key(task.purposes[1]), schedule.n_jitted_steps
+  one_step, many_steps = compile_steps(task, schedule, devices, state)
   with contextlib.closing(
-    sources.train_batches(
-      source, task.batch_size, seed=setup.config.seed, start=step, **processes.share()
-    )
+    sources.train_batches(source, task.batch_size, seed=keys.seed, start=step, **processes.share())
   ) as batches:
-    while step < task.n_iters:
-      if n > 1 and steps_to_event(step, task.n_iters, setup.config.training) >= n:
+    while step < schedule.n_iters:
+      if n > 1 and schedule.steps_to_event(step) >= n:
         many = jax.tree.map(lambda *rows: np.stack(rows), *(next(batches) for _ in range(n)))
-        state, measured = many_steps(state, setup.devices.put_several(many), rng)
+        state, measured = many_steps(state, task.frozen, devices.put_several(many), rng)
         step += n
       else:
-        state, measured = one_step(state, setup.devices.put(next(batches)), rng)
+        state, measured = one_step(state, task.frozen, devices.put(next(batches)), rng)
         step += 1
       yield state, step, measured
 
 
 def several_steps(
-  update: Update, state: TrainState, batches: Batch, rng: Array
+  update: Update, state: TrainState, frozen: Any, batches: Batch, rng: Array
 ) -> tuple[TrainState, Metrics]:
   """The steps on batches [n, B, ...] in one program, and metrics [n] of them."""
-  return jax.lax.scan(lambda s, batch: update(s, batch, rng), state, batches)
-
-
-def steps_to_event(step: int, n_iters: int, training: FrozenConfigDict) -> int:
-  """How many steps are left until something else is due."""
-  frequencies = (
-    training.log_freq,
-    training.eval_freq,
-    training.snapshot_freq,
-    training.snapshot_freq_for_preemption,
-  )
-  return min(n_iters - step, *(every - step % every for every in frequencies))
+  return jax.lax.scan(lambda s, batch: update(s, frozen, batch, rng), state, batches)
 
 
 def _held_out_batches(
-  setup: Setup, task: Task, held_out: sources.Source, start: int
+  task: Task, devices: Devices, keys: Keys, held_out: sources.Source, *, start: int
 ) -> Iterator[tuple[Batch, Array]]:
   """Batches of held-out images on the devices, without end, each with a key."""
-  seed = setup.config.seed
-  choices = {'seed': seed, 'start': start, **processes.share()}
+  choices = {'seed': keys.seed, 'start': start, **processes.share()}
   with contextlib.closing(sources.train_batches(held_out, task.batch_size, **choices)) as batches:
     for i, batch in enumerate(batches, start):
-      yield setup.devices.put(batch), setup.keys.key(task.purposes[2], i)
+      yield devices.put(batch), keys.key(task.purposes[2], i)

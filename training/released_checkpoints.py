@@ -298,7 +298,7 @@ def _state(found: Released, names: Shapes, tx: optax.GradientTransformation) -> 
   # What counts for the warm-up is the step, what corrects Adam's bias is its own count.
   opt_state = optax.tree_utils.tree_set(opt_state, _is_adams, count=jnp.int32(found.adam_step))
   ema_params = fit(found.ema_params, names, 'moving averages')
-  return TrainState(jnp.int32(found.step), params, ema_params, opt_state)
+  return TrainState(jnp.int32(found.step), params, (ema_params,), opt_state)
 
 
 def _is_adams(path: tuple[Any, ...], value: Any) -> bool:

@@ -27,8 +27,13 @@ class TrainState:
 
   step: Array  # optimiser steps taken, int32 []
   params: Params
-  ema_params: Params
+  averages: tuple[Params, ...]  # moving averages of the parameters, at least one
   opt_state: Any
+
+  @property
+  def ema_params(self) -> Params:
+    """The first average: what is evaluated and sampled."""
+    return self.averages[0]
 
 
 AnyState = TypeVar('AnyState', bound=TrainState)
@@ -42,8 +47,8 @@ def init_state(
 ) -> TrainState:
   """The state before the first step, for data of `shape` [B, ...]."""
   params = model.init(rng, shape)
-  ema_params = jax.tree.map(jnp.copy, params)  # its own buffers: the state's are donated
-  return TrainState(jnp.zeros((), jnp.int32), params, ema_params, tx.init(params))
+  average = jax.tree.map(jnp.copy, params)  # its own buffers: the state's are donated
+  return TrainState(jnp.zeros((), jnp.int32), params, (average,), tx.init(params))
 
 
 def train_step(
@@ -155,17 +160,16 @@ def apply_gradients(
   params = optax.apply_updates(state.params, updates)
   n = state.step + 1
   rate = jnp.minimum(ema_rate, (1 + n) / (10 + n)) if ema_warmup else ema_rate
-  ema_params = optax.incremental_update(params, state.ema_params, 1 - rate)
+  averages = tuple(optax.incremental_update(params, a, 1 - rate) for a in state.averages)
   metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads), **measured}
-  state = dataclasses.replace(
-    state, step=n, params=params, ema_params=ema_params, opt_state=opt_state
-  )
+  state = dataclasses.replace(state, step=n, params=params, averages=averages, opt_state=opt_state)
   return state, metrics
 
 
 def finite_step(
-  update: Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]],
+  update: Callable[[TrainState, Any, Batch, Array], tuple[TrainState, Metrics]],
   state: TrainState,
+  frozen: Any,
   batch: Batch,
   rng: Array,
 ) -> tuple[TrainState, Metrics]:
@@ -173,7 +177,7 @@ def finite_step(
 
   There the state stays what it is, but for the number of steps; 'skipped' is then 1, otherwise 0.
   """
-  following, measured = update(state, batch, rng)
+  following, measured = update(state, frozen, batch, rng)
   finite = jnp.isfinite(measured['loss']) & jnp.isfinite(measured['grad_norm'])
   unmoved = dataclasses.replace(state, step=following.step)
   kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), following, unmoved)

@@ -7,11 +7,11 @@ import numpy as np
 
 from builders.evaluation import make_held_out_loss
 from builders.setup import build
+from builders.training import make_schedule, score_task
 from configs.toy import ring
 from data import sources
 from data.noise_scales import largest_distance, num_scales, recommend, variance_ratio
 from data.points import distribution, load
-import run_lib
 from samplers.langevin import LangevinSampler
 from sampling import AnnealedLangevin, NoPredictor, PCSampler
 from sde_lib import VESDE
@@ -94,13 +94,15 @@ def ratios(ax: Axes) -> list[str]:
 def averaging(ax: Axes) -> list[str]:
   """Technique 5: the error of the learnt score with and without a moving average."""
   setup = build(ring.get_config('ncsn'))
-  task, source = run_lib.score_task(setup), load('ring', 'train', 2)
+  task, source = score_task(setup), load('ring', 'train', 2)
   held_out = load('ring', 'test', 2)
   batch = held_out.batch(np.arange(5000)) | {'mask': np.ones(5000, bool)}
   sums, key = make_held_out_loss(setup).sums, setup.keys.key('eval')
   rows = []
   start = jax.jit(task.init)(setup.keys.key('init'))
-  for state, step, _ in loop.updates(setup, task, source, start):
+  for state, step, _ in loop.updates(
+    task, make_schedule(setup.config), setup.devices, setup.keys, source, start
+  ):
     both = [sums(params, batch, key)['score_error'] for params in (state.params, state.ema_params)]
     rows.append((step, *(float(total) / 5000 for total in both)))
   steps, plain, averaged = np.array(rows).T

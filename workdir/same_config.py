@@ -1,11 +1,10 @@
 """Which fields of a config must stay as they are where a folder of a run is used again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import json
 from typing import Any
 
 from etils import epath
-from ml_collections import FrozenConfigDict
 
 from configs.base import saved
 from runtime.errors import UserError
@@ -35,7 +34,7 @@ FIXED_IN_CLASSIFIER = (
 _FREE = ('model.dropout', 'model.ema_rate', 'model.ema_warmup', 'model.dtype', 'model.remat')
 
 
-def check_unchanged(path: epath.Path, config: FrozenConfigDict, fixed: tuple[str, ...]) -> None:
+def check_unchanged(path: epath.Path, config: Mapping[str, Any], fixed: tuple[str, ...]) -> None:
   """Compares a config with the one saved at `path`, if any, in the fields or sections `fixed`.
 
   Raises:
@@ -44,8 +43,8 @@ def check_unchanged(path: epath.Path, config: FrozenConfigDict, fixed: tuple[str
   if not path.exists():
     return
   # Through JSON, so that tuples are lists on both sides.
-  before = saved(artifacts.read_json(path), path)
-  old, new = (json.loads(json.dumps(side.to_dict())) for side in (before, config))
+  before = saved(artifacts.read_json(path), path).to_dict()
+  old, new = (json.loads(json.dumps(side)) for side in (before, config))
   old, new = dict(flatten(old)), dict(flatten(new))
   changes = [
     f'config.{name}: {old.get(name)!r} there, {new.get(name)!r} now'

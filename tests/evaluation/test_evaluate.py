@@ -11,7 +11,6 @@ import time
 
 from etils import epath
 import jax
-from ml_collections import FrozenConfigDict
 import numpy as np
 from PIL import Image
 import pytest
@@ -314,7 +313,7 @@ def test_what_may_change_in_a_run_and_in_an_evaluation(tmp_path, name, value, in
   config.update_from_flattened_dict({name: value})
   for fixed, refused in ((FIXED_IN_RUN, in_run), (FIXED_IN_EVAL, in_eval)):
     with pytest.raises(UserError, match=name) if refused else contextlib.nullcontext():
-      check_unchanged(path, FrozenConfigDict(config), fixed)
+      check_unchanged(path, config.to_dict(), fixed)
 
 
 def test_samples_that_are_not_finite_are_told():

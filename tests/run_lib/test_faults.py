@@ -187,7 +187,7 @@ def test_whatever_happens_to_a_checkpoint_an_older_one_is_taken(undisturbed, tmp
   """To each of its files in turn; what is restored has the arrays that were saved."""
   whole, _ = undisturbed
   setup, _ = run_lib.load(str(whole))
-  like = run_lib._like(setup)
+  like = run_lib._abstract_state(setup)
   with Checkpoints(whole) as checkpoints:
     assert checkpoints.steps() == [6, 12]
     good = checkpoints.restore(12, like)

@@ -161,7 +161,7 @@ def test_training_learns_each_class_and_all_together():
   choices = {'model': model, 'codec': codec, 'objective': Objective()}
   tx = adam(lr=0.01, beta1=0.9, eps=1e-8, weight_decay=0, warmup=0, grad_clip=-1)
   params = {'points': jnp.zeros(3)}
-  state = TrainState(jnp.int32(0), params, params, tx.init(params))
+  state = TrainState(jnp.int32(0), params, (params,), tx.init(params))
   labels = jnp.arange(64) % 2
   images = (
     jnp.full((64, 2, 2, 1), 51, jnp.uint8) + (102 * labels).astype(jnp.uint8)[:, None, None, None]

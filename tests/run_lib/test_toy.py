@@ -51,7 +51,7 @@ def final(workdir) -> TrainState:
   """The newest state of a run."""
   setup, _ = run_lib.load(workdir)
   with Checkpoints(epath.Path(workdir)) as checkpoints:
-    state = checkpoints.restore_latest(run_lib._like(setup))
+    state = checkpoints.restore_latest(run_lib._abstract_state(setup))
   return state
 
 

@@ -17,7 +17,7 @@ from training.step import TrainState
 def state_at(step: int) -> TrainState:
   """A state of two numbers, which tell the step."""
   params = {'w': jnp.full(2, float(step))}
-  return TrainState(jnp.int32(step), params, params, ())
+  return TrainState(jnp.int32(step), params, (params,), ())
 
 
 def save(root: Path, *steps: int, keep: bool = False) -> None:

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
-import builders.setup
 from builders.setup import build
+import builders.training
 from configs import base, own
 from data import sources
 from data.points import Mixture
@@ -119,9 +119,9 @@ def test_every_held_out_image_counts_once_at_each_level():
   config = own.digits(base.vp('ddpmpp'))
   config.eval.batch_size = 128
   setup = build(config)
-  setup = dataclasses.replace(setup, classifier=dataclasses.replace(setup.classifier, net=Guess()))
+  guessing = Classifier(Guess(), setup.model.sde)
   held_out = sources.load('digits', 'test', image_size=8, num_channels=1)
-  report = evaluate(setup, {}, held_out)
+  report = evaluate(guessing, setup.codec, {}, held_out, 128, setup.devices, setup.keys)
   share = 27 / 297  # zeros among the last 297 digits
   loss = share * np.log(2) + (1 - share) * np.log(18)
   assert report['images'] == 297 and len(report['levels']) == LEVELS
@@ -155,7 +155,7 @@ class Linear(nn.Module):
 
 def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
   """It leaves checkpoints, metrics and a report, and what sampling loads."""
-  monkeypatch.setattr(builders.setup, 'WideResnet', Linear)
+  monkeypatch.setattr(builders.training, 'WideResnet', Linear)
   whole, parts = tmp_path / 'whole', tmp_path / 'parts'
   report = run_lib.train_classifier(tiny_config(), str(whole))
   with monkeypatch.context() as patch:
@@ -164,7 +164,8 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypat
       run_lib.train_classifier(tiny_config(), str(parts))
   assert run_lib.train_classifier(tiny_config(), str(parts)) == report
   setup = build(tiny_config())
-  params = [load(setup, epath.Path(root)) for root in (whole, parts)]
+  chosen = tiny_config().to_dict(), builders.training.classifier_task(setup)
+  params = [load(epath.Path(r), *chosen, setup.devices, setup.keys) for r in (whole, parts)]
   jax.tree.map(np.testing.assert_array_equal, *params)
 
   folder = whole / 'classifier'
@@ -174,17 +175,19 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypat
     assert [line['step'] for line in lines if name in line] == [2, 4, 6]
   assert json.loads((folder / 'report.json').read_text()) == report
   x, t, y = jnp.zeros((2, 8, 8, 1)), jnp.array([0.1, 0.9]), jnp.array([3, 4])
-  log_prob = setup.classifier.bind(params[0])(x, t, y)
+  log_prob = builders.training.make_classifier(setup).bind(params[0])(x, t, y)
   assert log_prob.shape == (2,) and log_prob.dtype == jnp.float32 and (log_prob < 0).all()
 
   with pytest.raises(UserError, match='channel_multiplier: 1 there, 2 now'):
-    other = build(tiny_config(**{'classifier.channel_multiplier': 2}))
-    load(other, epath.Path(whole))
+    other = tiny_config(**{'classifier.channel_multiplier': 2}).to_dict()
+    load(epath.Path(whole), other, chosen[1], setup.devices, setup.keys)
 
 
 def test_a_classifier_that_is_not_there_is_told(tmp_path):
+  setup = build(tiny_config())
+  task = builders.training.classifier_task(setup)
   with pytest.raises(UserError, match=r'train it first \(--mode train_classifier\)'):
-    load(build(tiny_config()), epath.Path(tmp_path))
+    load(epath.Path(tmp_path), tiny_config().to_dict(), task, setup.devices, setup.keys)
 
 
 def test_a_classifier_for_other_noise_than_the_models_is_refused(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 
 from builders.evaluation import make_drawing
 from builders.setup import build, Setup
+from builders.training import make_schedule, score_task
 from configs import base, own
 from data import sources
 import losses
@@ -81,9 +82,21 @@ def test_steps_in_one_call_are_single_steps():
   """A scan over three training steps, and the steps one by one."""
   one, three = (tiny_setup(training__n_jitted_steps=n) for n in (1, 3))
   source = sources.load('digits', 'train', image_size=8, num_channels=1)
-  task = run_lib.score_task(one)
+  task = score_task(one)
   init = jax.jit(lambda: task.init(one.keys.key('init')))
-  ends = [list(loop.updates(setup, task, source, init())) for setup in (one, three)]
+  ends = [
+    list(
+      loop.updates(
+        task,
+        make_schedule(setup.config),
+        setup.devices,
+        setup.keys,
+        source,
+        init(),
+      )
+    )
+    for setup in (one, three)
+  ]
   assert [step for _, step, _ in ends[1]] == [3, 6]
   assert ends[0][-1][0].step == ends[1][-1][0].step == 6
   ours = np.concatenate([measured['loss'] for _, _, measured in ends[1]])
@@ -101,7 +114,7 @@ def test_calls_never_run_past_what_is_due():
   setup = tiny_setup(training__n_iters=20, training__eval_freq=10)
   step, seen = 0, []
   while step < 20:
-    step += 4 if loop.steps_to_event(step, 20, setup.config.training) >= 4 else 1
+    step += 4 if make_schedule(setup.config).steps_to_event(step) >= 4 else 1
     seen.append(step)
   assert {3, 6, 9, 10, 12, 15, 18, 20} <= set(seen)
 
@@ -111,10 +124,10 @@ def test_blocks_that_are_computed_again_need_less_memory():
   bytes_of = []
   for remat in (False, True):
     setup = tiny_setup(model__remat=remat, model__num_res_blocks=4, training__batch_size=64)
-    task, rng = run_lib.score_task(setup), setup.keys.key('train')
+    task, rng = score_task(setup), setup.keys.key('train')
     images = {'data': jax.ShapeDtypeStruct((64, 8, 8, 1), jnp.uint8)}
     step = jax.jit(task.update, compiler_options=loop.compiler_options())
-    compiled = step.lower(jax.eval_shape(task.init, rng), images, rng).compile()
+    compiled = step.lower(jax.eval_shape(task.init, rng), None, images, rng).compile()
     bytes_of.append(compiled.memory_analysis().temp_size_in_bytes)
   assert bytes_of[1] < 0.7 * bytes_of[0]
 
@@ -136,11 +149,11 @@ def test_bfloat16_is_float32_to_its_precision(sde):
 
 def one_step(**fields) -> tuple[TrainState, Metrics]:
   setup = tiny_setup(base.ve, 'ncsnpp', training__batch_size=8, optim__warmup=0, **fields)
-  task = run_lib.score_task(setup)
+  task = score_task(setup)
   images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
   batch = setup.devices.put({'data': images})
   return jax.jit(task.update)(
-    jax.jit(task.init)(setup.keys.key('init')), batch, setup.keys.key('train')
+    jax.jit(task.init)(setup.keys.key('init')), None, batch, setup.keys.key('train')
   )
 
 
@@ -193,4 +206,4 @@ def test_pixels_become_whole_numbers(how, expected, centered):
 
 def test_a_network_that_cannot_be_is_told():
   with pytest.raises(UserError, match=r'config.model does not make a network: .*groups'):
-    run_lib._like(tiny_setup(model__nf=90))  # 22 groups do not share 90 channels
+    run_lib._abstract_state(tiny_setup(model__nf=90))  # 22 groups do not share 90 channels

@@ -71,7 +71,7 @@ def test_an_imported_checkpoint_is_evaluated_and_trained_on(tmp_path, photos, ca
   run_lib.import_released(config, workdir, tmp_path / 'checkpoint_1')
   assert 'of step 8' in caplog.text
   with run_lib.Checkpoints(workdir) as checkpoints:
-    state = checkpoints.restore(8, run_lib._like(setup))
+    state = checkpoints.restore(8, run_lib._abstract_state(setup))
   jax.tree.map(
     lambda a, b: np.testing.assert_array_equal(a.reshape(-1), b), state.ema_params, average
   )
