@@ -53,9 +53,9 @@ import numpy as np
 
 from benchmarks import common
 from builders.setup import build, Setup
+from builders.training import score_task
 import likelihood
 import main as command
-import run_lib
 from runtime.errors import unknown, UserError
 from samplers import base
 import sampling
@@ -152,14 +152,14 @@ def _key() -> jax.ShapeDtypeStruct:
 
 def training_step(setup: Setup, everywhere: NamedSharding, split: NamedSharding) -> Program:
   """One step, as the training loop compiles it."""
-  task, config = run_lib.score_task(setup), setup.config
+  task, config = score_task(setup), setup.config
   n, points = config.training.batch_size, bool(config.data.dim)
   batch = {'data': jax.ShapeDtypeStruct((n, *setup.data_shape), 'float32' if points else 'uint8')}
   if setup.model.num_classes:
     batch['label'] = jax.ShapeDtypeStruct((n,), 'int32')
   state = _shapes(jax.eval_shape(task.init, _key()), everywhere)
   update = partial(finite_step, task.update) if config.training.skip_nonfinite else task.update
-  arguments = (state, _shapes(batch, split), _shapes(_key(), everywhere))
+  arguments = (state, None, _shapes(batch, split), _shapes(_key(), everywhere))
   return Program(update, arguments, (0,), (everywhere, everywhere))
 
 

@@ -19,9 +19,8 @@ FLOORS = (
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 BESIDE = {'benchmarks', 'tutorial', 'tests'}  # which measure and show the house, and may see it all
-# Rooms that take typed values, no config. `workdir` compares the configs of two runs, and `configs`
-# makes them.
-WITHOUT_CONFIG = set.union(*FLOORS[:4]) - {'workdir', 'configs'}
+# Rooms that take typed values, no config; `configs` makes them.
+WITHOUT_CONFIG = set.union(*FLOORS[:4]) - {'configs'}
 
 
 def imported(code: str) -> set[str]:
@@ -46,13 +45,7 @@ def files(place: str) -> list[Path]:
   return [path for path in found if path.name != '__main__.py']
 
 
-def without(*places: str) -> list:
-  """The floors' names; those of which it is not true yet are marked."""
-  not_yet = pytest.mark.xfail(reason='training still takes the whole set-up')
-  return [pytest.param(name, marks=not_yet if name in places else ()) for name in FLOOR]
-
-
-@pytest.mark.parametrize('place', without('training'))
+@pytest.mark.parametrize('place', FLOOR)
 def test_imports_run_one_way(place):
   assert files(place)
   for path in files(place):
@@ -61,7 +54,7 @@ def test_imports_run_one_way(place):
     assert not imported(code) & BESIDE, path
 
 
-@pytest.mark.parametrize('place', without('training'))
+@pytest.mark.parametrize('place', FLOOR)
 def test_rooms_below_builders_take_typed_values(place):
   for path in files(place) if place in WITHOUT_CONFIG else ():
     assert 'ml_collections' not in imported(path.read_text()), path
