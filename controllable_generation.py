@@ -75,7 +75,7 @@ class GaussianBlur:
 
   def __call__(self, x: Array) -> Array:
     rows, columns = self._weights(x.shape[1]), self._weights(x.shape[2])
-    return jnp.einsum('ij,kl,bjlc->bikc', rows, columns, x)
+    return jnp.einsum('ij,kl,bjlc->bikc', rows, columns, x, precision='highest')
 
   def _weights(self, n: int) -> Array:
     distances = jnp.arange(n)[:, None] - jnp.arange(n)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from runtime.errors import UserError
+from runtime.precision import full_precision
 from samplers import base, ode, time_grids
 from samplers.base import Constraint, Observer, Update
 from samplers.langevin import langevin_step
@@ -318,6 +319,7 @@ class ProbabilityFlow:
 
 
 @partial(jax.jit, static_argnums=0)
+@full_precision  # as the solution that it follows
 def _remove_noise(sde, score_fn, x):
   f, _ = sde.reverse(score_fn).discretize(x, jnp.full(x.shape[:1], sde.eps))
   return x - f

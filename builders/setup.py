@@ -24,6 +24,7 @@ from models.layers import ACTIVATIONS
 from models.score import ScoreModel
 from runtime.devices import all_devices, Devices, Keys
 from runtime.errors import unknown, UserError
+from runtime.precision import PRECISIONS
 from samplers import ode
 from samplers.base import Sampler
 from samplers.time_grids import GRIDS
@@ -123,6 +124,7 @@ _CHOICES: dict[str, Collection[str]] = {
   'model.progressive_combine': ncsnpp.COMBINE_METHODS,
   'model.interpolation': ncsn.INTERPOLATIONS,
   'model.dtype': ('float32', 'bfloat16'),
+  'model.precision': PRECISIONS,
   'model.output': ('', *score.OUTPUTS, score.ENERGY),
   'training.objective': ('dsm', 'esm', *losses.MATCHINGS, 'cd'),
   'optim.optimizer': _OPTIMIZERS,
@@ -241,7 +243,16 @@ def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
     output = 'noise'
   output = config.model.output or output
   net, num_classes = make(config.model), config.model.num_classes
-  return ScoreModel(net, sde, conditioning, output, continuous, config.data.centered, num_classes)
+  return ScoreModel(
+    net,
+    sde,
+    conditioning,
+    output,
+    continuous,
+    config.data.centered,
+    num_classes,
+    config.model.precision,
+  )
 
 
 def _true_score_fn(config: FrozenConfigDict, sde: SDE) -> Diffused | None:

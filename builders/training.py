@@ -85,7 +85,7 @@ def make_classifier(setup: Setup) -> Classifier:
     choice.channel_multiplier,
     setup.config.model.dtype,
   )
-  return Classifier(net, setup.model.sde)
+  return Classifier(net, setup.model.sde, setup.model.precision)
 
 
 def classifier_task(setup: Setup) -> Task:

@@ -84,6 +84,9 @@ def _default() -> ConfigDict:
   model.output = ''  # score, scaled_score, noise, denoised or energy; empty for the SDE's own
   model.num_classes = 0  # of the labels that the network takes; 0 for none
   model.dtype = 'float32'  # of the network's arithmetic: float32 or bfloat16
+  # Of float32 products on GPUs (TF32, TF32, float32) and TPUs (1, 3 or 6 products of bfloat16), in
+  # training and in samplers with steps of their own: default, high or highest.
+  model.precision = 'default'
 
   config.training = training = ConfigDict()
   training.sde = 'vesde'

@@ -122,14 +122,15 @@ class Gaussian(Distribution):
 
   def sample(self, rng: Array, n: int) -> Array:
     z = jax.random.normal(rng, (n, len(self.variances)))
-    away = z * jnp.sqrt(self.variances) @ self.directions.T
+    away = jnp.matmul(z * jnp.sqrt(self.variances), self.directions.T, precision='highest')
     return self.mu + away.reshape(n, *self.mu.shape)
 
   def log_density(self, x: Array, alpha: Array | float = 1.0, std: Array | float = 0.0) -> Array:
     alpha, std = (jnp.broadcast_to(v, x.shape[:1])[:, None] for v in (alpha, std))
     away = x - expand(alpha[:, 0], x) * self.mu
     variances = alpha**2 * self.variances + std**2  # [B, D]
-    squares = jnp.square(away.reshape(len(x), -1) @ self.directions)
+    along = jnp.matmul(away.reshape(len(x), -1), self.directions, precision='highest')
+    squares = jnp.square(along)
     return -0.5 * (squares / variances + jnp.log(2 * jnp.pi * variances)).sum(-1)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from evaluation import inception, inception_weights
 from runtime import processes
+from runtime.precision import full_precision
 
 PIXELS = 16  # rows and columns, at most, that the feature network 'pixels' keeps
 _IMAGES = 64  # on each device at once: what Inception needs for them is a gigabyte
@@ -51,7 +52,7 @@ class FeatureNetwork:
     """
     by_rows = NamedSharding(mesh, PartitionSpec('data'))
     params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
-    apply = jax.jit(self.apply, out_shardings=by_rows)
+    apply = jax.jit(full_precision(self.apply), out_shardings=by_rows)
     return partial(_in_parts, partial(apply, params), by_rows)
 
 

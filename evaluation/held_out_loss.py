@@ -16,6 +16,7 @@ from losses import Objective
 from models.score import Params, ScoreModel
 from runtime import processes
 from runtime.devices import Devices, Keys
+from runtime.precision import full_precision
 from training.step import Batch, eval_step
 from workdir.progress import Bar
 from workdir.reports import Report
@@ -47,6 +48,7 @@ class HeldOutLoss(Measurement):
   def sums(self) -> Callable[[Params, Batch, Array], dict[str, Array]]:
     """(params, batch, key) -> the sums [] of the losses of the examples that its 'mask' marks."""
 
+    @full_precision
     def loss_sums(params: Params, batch: Batch, rng: Array) -> dict[str, Array]:
       def total(objective: Objective) -> Array:
         each = eval_step(

@@ -10,6 +10,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from models.score import Params
+from runtime.precision import products_at
 from sde_lib import SDE
 
 
@@ -23,10 +24,12 @@ class Classifier:
   Attributes:
     net: the network; its output are logits [B, K].
     sde: the SDE that perturbs the images.
+    precision: of the network's products, one of `runtime.precision.PRECISIONS`.
   """
 
   net: nn.Module
   sde: SDE
+  precision: str = 'default'
 
   def init(self, rng: Array, shape: tuple[int, ...]) -> Params:
     """Draws parameters for data of `shape` [B, ...]."""
@@ -54,5 +57,6 @@ class ClassLogProb:
   def of_all(self, x: Array, t: Array) -> Array:
     """log p_t(y | x) of every class y: [B, K]."""
     net, sde = self.classifier.net, self.classifier.sde
-    logits: Any = net.apply({'params': self.params}, x, -sde.log_snr(t), False)
+    with products_at(self.classifier.precision):
+      logits: Any = net.apply({'params': self.params}, x, -sde.log_snr(t), False)
     return jax.nn.log_softmax(logits)

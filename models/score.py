@@ -14,6 +14,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
+from runtime.precision import products_at
 from sde_lib import expand, SDE
 
 Params = Any  # a tree of arrays
@@ -79,6 +80,7 @@ class ScoreModel:
       from the chain.
     centered: data lie in [-1, 1] already, not in [0, 1].
     num_classes: of the labels that the network takes; 0 if it takes none.
+    precision: of the network's products, one of `runtime.precision.PRECISIONS`.
   """
 
   net: nn.Module
@@ -88,6 +90,7 @@ class ScoreModel:
   continuous: bool
   centered: bool
   num_classes: int = 0
+  precision: str = 'default'
 
   def init(self, rng: Array, shape: tuple[int, ...]) -> Params:
     """Draws parameters for data of `shape` [B, ...]."""
@@ -157,12 +160,13 @@ class ModelScore:
 
   def _network(self, x: Array, t: Array) -> Array:
     model, rng = self.model, self.dropout_rng
-    output: Any = model.net.apply(
-      {'params': self.params},
-      self._scale(x),
-      model.conditioning(model.sde, t),
-      rng is not None,
-      *([self.labels] if model.num_classes else []),
-      rngs=None if rng is None else {'dropout': rng},
-    )
+    with products_at(model.precision):
+      output: Any = model.net.apply(
+        {'params': self.params},
+        self._scale(x),
+        model.conditioning(model.sde, t),
+        rng is not None,
+        *([self.labels] if model.num_classes else []),
+        rngs=None if rng is None else {'dropout': rng},
+      )
     return output

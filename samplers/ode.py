@@ -15,6 +15,8 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
+from runtime.precision import full_precision
+
 State = Any  # x, an array or a tree of arrays
 Drift = Callable[[State, Array], State]  # (x, t []) -> dx/dt, like x; a pytree of its arrays
 Observer = Callable[[float, State], object]  # told the fraction that is done, and x there
@@ -189,6 +191,7 @@ def _slope_at(
 
 
 @jax.jit
+@full_precision  # or rounded products look like errors of the step
 def _slope(drift: Drift, x: State, slopes: list[State], weights: Array, t: Array) -> State:
   return drift(_move(x, slopes, weights), t)
 

@@ -17,9 +17,9 @@ FIXED_IN_RUN = (
   'data.image_size', 'data.num_channels', 'data.centered', 'data.dim', 'ebm.buffer_size',
 )  # fmt: skip
 FIXED_IN_EVAL = (
-  *FIXED_IN_RUN, 'model.dtype', 'training.reduce_mean', 'training.likelihood_weighting',
-  'training.eps', 'data.dataset', 'data.category', 'data.path', 'data.uniform_dequantization',
-  'sampling', 'eval.batch_size', 'seed',
+  *FIXED_IN_RUN, 'model.dtype', 'model.precision', 'training.reduce_mean',
+  'training.likelihood_weighting', 'training.eps', 'data.dataset', 'data.category', 'data.path',
+  'data.uniform_dequantization', 'sampling', 'eval.batch_size', 'seed',
 )  # fmt: skip
 # How images are perturbed; what a classifier of such images depends on.
 FIXED_NOISE = (
@@ -31,7 +31,10 @@ FIXED_IN_CLASSIFIER = (
   'classifier.channel_multiplier',
 )  # fmt: skip
 # Of a fixed section, unless they are named themselves.
-_FREE = ('model.dropout', 'model.ema_rate', 'model.ema_warmup', 'model.dtype', 'model.remat')
+_FREE = (
+  'model.dropout', 'model.ema_rate', 'model.ema_warmup', 'model.dtype', 'model.remat',
+  'model.precision',
+)  # fmt: skip
 
 
 def check_unchanged(path: epath.Path, config: Mapping[str, Any], fixed: tuple[str, ...]) -> None:
