@@ -16,12 +16,15 @@ from builders.setup import build, Setup
 from builders.training import make_schedule, score_task
 from configs import base, own
 from data import sources
+from data.points import load as load_points
 import losses
 from losses import Objective
 import run_lib
+from runtime.devices import all_devices, Keys
 from runtime.errors import UserError
 from sde_lib import subVPSDE, VESDE, VPSDE
 from training import loop
+from training.checkpoints import Checkpoints
 from training.step import Metrics, TrainState
 
 
@@ -207,3 +210,47 @@ def test_pixels_become_whole_numbers(how, expected, centered):
 def test_a_network_that_cannot_be_is_told():
   with pytest.raises(UserError, match=r'config.model does not make a network: .*groups'):
     run_lib._abstract_state(tiny_setup(model__nf=90))  # 22 groups do not share 90 channels
+
+
+def test_what_is_frozen_is_read_and_never_kept(tmp_path):
+  """A teacher is not donated nor saved, and may be another without a new program."""
+
+  def init(rng):
+    w = jax.random.normal(rng, (2,))
+    return TrainState(jnp.int32(0), {'w': w}, ({'w': w + 0},), ())
+
+  def update(state, frozen, batch, rng):
+    traced.append(1)
+    w = state.params['w'] - 0.5 * (state.params['w'] - frozen['w'])
+    loss = jnp.square(w - frozen['w']).sum() + 0 * batch['data'].sum()
+    state = state.replace(step=state.step + 1, params={'w': w}, averages=({'w': w + 0},))
+    return state, {'loss': loss, 'grad_norm': loss}
+
+  traced, devices = [], all_devices()
+  teacher = jax.device_put({'w': jnp.array([3.0, -1.0])}, devices.replicated)
+  task = loop.Task(
+    section='model', init=init, update=update, evaluate=lambda params, batch, rng: {},
+    purposes=('init', 'train', 'eval'), batch_size=4, frozen=teacher,
+  )  # fmt: skip
+  schedule = loop.Schedule(20, 5, 10, 1000, 20, 20)
+  source = load_points('two_moons', 'train', 2)
+  given = task, schedule, devices, Keys(0, devices), epath.Path(tmp_path), source, source
+  state = loop.train(*given)
+  np.testing.assert_allclose(state.params['w'], teacher['w'], atol=1e-4)  # which is still there
+  abstract = loop.abstract_state(task, devices, Keys(0, devices))
+  with Checkpoints(tmp_path) as checkpoints:
+    saved = checkpoints.restore(20, abstract)
+  sizes = [x.size for x in jax.tree.leaves(saved)]
+  assert sorted(sizes) == [1, 2, 2]
+
+  one_step, _ = loop.compile_steps(task, schedule, devices, abstract)
+  batch, key = devices.put({'data': np.zeros((4, 2), np.float32)}), Keys(0, devices).key('train')
+  traced.clear()
+  for sign in (1, -1):
+    other = jax.tree.map(lambda w, sign=sign: sign * w, teacher)
+    start = jax.jit(init)(key)
+    new, _ = one_step(start, other, batch, key)
+    assert not other['w'].is_deleted() and start.params['w'].is_deleted()
+    half_way = 0.5 * (jax.jit(init)(key).params['w'] + other['w'])
+    np.testing.assert_allclose(new.params['w'], half_way, rtol=1e-6)
+  assert len(traced) == 1
