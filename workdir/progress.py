@@ -5,6 +5,7 @@ Progress is a bar on a terminal and plain lines in a log, on process 0 only.
 
 from collections import deque
 import logging
+import math
 import signal
 import sys
 import time
@@ -23,6 +24,7 @@ logger = logging.getLogger('score_sde')
 LINE_SECONDS = 20.0  # between two lines in a log
 BAR_FORMAT = '{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}{postfix}]'
 MOST_SKIPPED = 100  # steps in a row that may have no finite loss or gradient
+NOTICE_SECONDS = 5.0  # about, between two questions of several processes whether to stop
 AHEAD = 2  # calls of the training step that may wait for the device
 
 
@@ -80,6 +82,9 @@ class Stop:
 
   def __init__(self) -> None:
     self.signal = 0
+    self._ask_at = 0  # the step of the next question to the other processes
+    self._asked: tuple[int, float] | None = None  # step and time of the last one
+    self._pace = (1, math.inf)  # steps and seconds between the last two; unknown at first
 
   def __enter__(self) -> 'Stop':
     self._former = {s: signal.signal(s, self._notice) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -96,13 +101,34 @@ class Stop:
     logger.info('%s: saving a checkpoint, then leaving', signal.Signals(number).name)
 
   def agreed(self, step: int, every: int) -> bool:
-    """Whether to stop at this step; several processes ask each other, every `every` steps."""
+    """Whether to stop at this step.
+
+    Several processes ask each other about every `NOTICE_SECONDS`, and at least every `every` steps.
+    A question waits for the device; so the time between two of them is that of their steps. How
+    many steps the next is away is process 0's to say, with each answer.
+    """
     if jax.process_count() == 1:
       return self.signal > 0
-    if step % every:
+    if step < self._ask_at:
       return False
-    self.signal = int(multihost_utils.process_allgather(np.int32(self.signal)).max())
+    mine = np.array([self.signal, steps_to_question(*self._pace, every)], np.int32)
+    answers = multihost_utils.process_allgather(mine).reshape(-1, 2)
+    now = time.monotonic()
+    if self._asked:
+      self._pace = (step - self._asked[0], now - self._asked[1])
+    self._asked, self._ask_at = (step, now), step + int(answers[0, 1])
+    self.signal = int(answers[:, 0].max())
     return self.signal > 0
+
+
+def steps_to_question(steps: int, seconds: float, every: int) -> int:
+  """How many steps until processes ask again, where the last `steps` took so many `seconds`.
+
+  As many as take `NOTICE_SECONDS`; but at most `every`, and at most twice as many as the last time,
+  as a few quick steps promise little.
+  """
+  in_time = int(min(NOTICE_SECONDS * steps / max(seconds, 1e-9), every))
+  return max(1, min(in_time, 2 * steps))
 
 
 class TrainLog:

@@ -1,0 +1,106 @@
+"""How soon several processes notice that they are to stop."""
+
+import math
+import os
+from pathlib import Path
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from workdir import progress
+from workdir.progress import steps_to_question, Stop
+
+ROOT = Path(__file__).parent.parent.parent
+# Steps of 50 ms, a thousand of which are 50 s; the first takes much longer, as if it compiled.
+_SLOW_STEPS = """
+import sys, time
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from workdir import progress
+progress.NOTICE_SECONDS = 1.0
+with progress.Stop() as stop:
+  for step in range(1, 1000):
+    time.sleep(1.0 if step == 1 else 0.05)
+    print(step, flush=True)
+    if stop.agreed(step, 1000):
+      break
+print('stopped by', stop.signal, 'at', step)
+"""
+
+
+def test_two_processes_notice_a_signal_to_one_within_seconds_and_at_the_same_step():
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  runs = [
+    subprocess.Popen(
+      [sys.executable, '-c', _SLOW_STEPS, address, str(i)],
+      cwd=ROOT, env=os.environ | {'PYTHONPATH': str(ROOT)},
+      stdout=subprocess.PIPE, text=True,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  try:
+    while runs[1].stdout.readline().strip() != '45':  # by then it asks about once a second
+      assert runs[1].poll() is None
+    runs[1].send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    said = [run.communicate(timeout=60)[0].splitlines()[-1] for run in runs]
+    assert time.monotonic() - sent < 10  # of the 48 s that were left; a busy machine is slow to end
+  finally:
+    for run in runs:
+      run.kill()
+  assert said[0] == said[1]
+  words = said[0].split()
+  assert int(words[2]) == signal.SIGTERM
+  assert 45 <= int(words[-1]) <= 45 + 25
+
+
+def _longest_wait(seconds_of, n: int, every: int) -> tuple[float, int]:
+  """The longest time between two questions over n steps, after the first few, and their number."""
+  step, asked, pace, longest, questions = 1, None, (1, math.inf), 0.0, 0
+  while step < n:
+    ahead = steps_to_question(*pace, every)
+    if asked is not None:
+      pace = (step - asked, sum(map(seconds_of, range(asked + 1, step + 1))))
+      longest = max(longest, pace[1] if asked > 2 else 0.0)
+    asked, step, questions = step, step + ahead, questions + 1
+  return longest, questions
+
+
+@pytest.mark.parametrize('seconds', [0.003, 0.3, 1.7, 4.0])
+def test_steps_of_any_length_are_asked_after_within_seconds(seconds):
+  """Also after a first step that compiles for minutes."""
+  longest, questions = _longest_wait(lambda i: 200.0 if i <= 2 else seconds, 2000, every=500)
+  assert longest <= progress.NOTICE_SECONDS + 1e-6
+  assert questions <= 2000 * seconds / 2 + 20  # seldom: short steps are not slowed
+
+
+def test_steps_longer_than_the_bound_are_all_asked_after():
+  assert _longest_wait(lambda i: 60.0, 50, every=500)[0] == 60.0
+
+
+def test_steps_that_get_ten_times_slower_are_asked_after_within_seconds_again():
+  seconds = {True: 0.1, False: 1.0}
+  longest, _ = _longest_wait(lambda i: seconds[i < 300], 1000, every=500)
+  assert longest <= 10 * progress.NOTICE_SECONDS + 1e-6  # once, before it can be known
+  tail, _ = _longest_wait(lambda i: 1.0 if i > 3 else 0.1, 1000, every=500)
+  assert tail <= 2 * progress.NOTICE_SECONDS
+
+
+def test_never_less_often_than_asked_for_and_never_not_at_all():
+  assert steps_to_question(64, 1e-6, every=50) == 50
+  assert steps_to_question(64, 0.0, every=500) == 128
+  assert steps_to_question(5, 1e9, every=50) == 1
+
+
+def test_one_process_notices_at_once(monkeypatch):
+  monkeypatch.setattr(progress, 'steps_to_question', None)  # is not asked
+  with Stop() as stop:
+    assert not stop.agreed(7, 1000)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.agreed(8, 1000) and stop.signal == signal.SIGTERM
