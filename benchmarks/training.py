@@ -6,11 +6,12 @@ the peak is that of the convolution measured on the same machine just before. Me
 for the program: arguments, results and temporaries.
 
   python -m benchmarks.training [--networks NAME ...] [--batch N] [--steps N]
-      [--changes SECTION.FIELD=VALUE ...] [--released] [--compile-only] [--json PATH]
+      [--changes SECTION.FIELD=VALUE ...] [--released [no-scan]] [--compile-only] [--json PATH]
 
 Every network is measured as it is, once with each of --changes, and, with --released, as the
 released code has it: with its FIR resampling, Flax's GroupNorm, and five steps in a `lax.scan`
-of one program, which JAX compiles by its own rules and flags.
+of one program, which JAX compiles by its own rules and flags. XLA:CPU runs that scan slowly, so
+there is a row without it too, of one step; `--released no-scan` measures that alone.
 """
 
 import ast
@@ -130,12 +131,15 @@ def main() -> None:
   parser.add_argument('--batch', type=int, default=16, help='images (16)')
   parser.add_argument('--steps', type=int, default=5, help='calls, after one that warms up (5)')
   parser.add_argument('--changes', nargs='+', type=change, default=[], metavar='FIELD=VALUE,...')
-  parser.add_argument('--released', action='store_true', help='also as the released code has it')
+  parser.add_argument('--released', nargs='?', const='both', choices=('both', 'no-scan'),
+                      help='also as the released code has it; or so, but its scan')  # fmt: skip
   parser.add_argument('--compile-only', action='store_true', help='take no step, and show what '
                       'memory is needed without donation too')  # fmt: skip
   args = parser.parse_args()
   variants = [(changes, False) for changes in [{}, *args.changes]]
   if args.released:
+    variants.append(({'training.n_jitted_steps': 1}, True))
+  if args.released == 'both':
     variants.append(({'training.n_jitted_steps': 5}, True))
   results = []
   for name in args.networks:
