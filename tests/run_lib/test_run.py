@@ -170,7 +170,7 @@ def test_a_misspelt_flag_or_field_is_refused(tmp_path, arguments, said):
   [
     ('configs/vp/digits.py:large', 'has no variants'),
     ('configs/vp/digit.py', 'is not a file'),
-    ('configs/../errors.py', 'is not a config file'),
+    ('configs/../runtime/errors.py', 'is not a config file'),
   ],
 )
 def test_a_wrong_config_file_is_refused(tmp_path, config, said):
