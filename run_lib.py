@@ -129,7 +129,7 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   measurements, all_reports = make_measurements(setup), []
   with open_workdir(out, setup, FIXED_IN_EVAL), Checkpoints(root) as checkpoints:
     for step in checkpoint_range(setup.config).steps(checkpoints):
-      params = checkpoints.restore(step, _abstract_state(setup)).ema_params
+      params = checkpoints.restore_averages(step, _abstract_state(setup))[0]
       folder, report = step_folder(out, step), reports.read(out, step)
       for measurement in measurements:
         if not measurement.is_in(report):
@@ -223,10 +223,11 @@ def _newest(setup: Setup, root: epath.Path) -> tuple[int, Params]:
     raise UserError(f'{root} holds no checkpoints; train first (--mode train)')
   check_unchanged(root / 'config.json', setup.config.to_dict(), FIXED_IN_RUN)
   with Checkpoints(root) as checkpoints:
-    state = checkpoints.restore_latest(_abstract_state(setup))
-  if state is None:  # an object store shows those that broke off
+    newest = checkpoints.restore_latest_averages(_abstract_state(setup))
+  if newest is None:  # an object store shows those that broke off
     raise UserError(f'{root} holds no whole checkpoint; train first (--mode train)')
-  return int(state.step), state.ema_params
+  step, (params, *_) = newest
+  return step, params
 
 
 def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:

@@ -6,27 +6,32 @@ taken for a good one: Orbax renames a directory once it is whole, and every stat
 a checksum.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import gc
 import itertools
 import logging
 import sys
-from typing import Any
+from typing import Any, TypeVar
 import zlib
 
 from etils import epath
 import jax
+from jax import Array
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from models.score import Params
 from runtime import processes
 from runtime.errors import Failure, UserError
 from training.step import AnyState, TrainState
 from workdir.artifacts import is_remote
 
 logger = logging.getLogger('score_sde')
+
+Restored = TypeVar('Restored')
 
 # What says that a checkpoint is out of reach, not that it is damaged: of Python, of TensorStore.
 _UNREADABLE = (PermissionError, ConnectionError, TimeoutError)
@@ -35,11 +40,42 @@ _UNREADABLE_STATUS = (
 )  # fmt: skip
 
 
-def checksum(state: Any) -> np.ndarray:
-  """CRC-32 over the bytes of all arrays, uint32 []."""
+def checksums(parts: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """Of each part of a state, a tree of arrays, a number that tells of any changed bit, uint32 [].
+
+  It is the sum modulo 2^32 of all words, each mixed with its place. A sum may be taken in any
+  order: so the devices take it where the words lie, however these are spread over them.
+  """
+  sums = {
+    name: [_mixed_sum(leaf, np.uint32(i)) for i, leaf in enumerate(jax.tree.leaves(part))]
+    for name, part in parts.items()
+  }
+  return {
+    name: np.asarray(sum(map(int, of_leaves)) % 2**32, np.uint32)
+    for name, of_leaves in jax.device_get(sums).items()
+  }
+
+
+@jax.jit
+def _mixed_sum(leaf: Array, number: Array) -> Array:
+  """The sum over an array, the leaf of this number, of its words mixed with their places."""
+  words = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+  bits = jax.lax.bitcast_convert_type(leaf, words).astype(jnp.uint32)
+  place = number * np.uint32(0x9E3779B1)
+  for axis, size in enumerate(bits.shape):  # the place in the flat array, where the word is
+    place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+  mixed = bits ^ (place * np.uint32(0x85EBCA6B) + np.uint32(1))
+  for factor in (0x85EBCA6B, 0xC2B2AE35):  # MurmurHash3's, https://github.com/aappleby/smhasher
+    mixed = (mixed ^ (mixed >> 15)) * np.uint32(factor)
+  return (mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32)
+
+
+def earlier_checksum(state: Any) -> np.ndarray:
+  """CRC-32 over the bytes of all arrays, uint32 []: of checkpoints that have one for all parts."""
   crc = 0
   for leaf in jax.tree.leaves(state):
-    array: Any = np.ascontiguousarray(leaf)  # a buffer: to the stubs only from Python 3.12 on
+    whole = isinstance(leaf, Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+    array: Any = np.ascontiguousarray(processes.gather(leaf) if whole else leaf)
     crc = zlib.crc32(array, crc)
   return np.asarray(crc, np.uint32)
 
@@ -98,7 +134,8 @@ class Checkpoints:
       self._set_aside()
     if step in manager.all_steps():
       return
-    item = {'state': on_disk(state), 'checksum': checksum(state)}
+    parts = on_disk(state)
+    item = {'state': parts, 'checksums': checksums(parts)}
     with _told(manager):
       begun = manager.save(step, args=ocp.args.StandardSave(item))
     if not begun:  # Orbax goes forward only
@@ -132,7 +169,7 @@ class Checkpoints:
     self._kept.reload()
     return sorted(self._kept.all_steps())
 
-  def restore(self, step: int, like: TrainState) -> TrainState:
+  def restore(self, step: int, like: AnyState) -> AnyState:
     """The snapshot of a step, with the shapes, dtypes and shardings of `like`.
 
     Raises:
@@ -141,22 +178,37 @@ class Checkpoints:
     """
     return _restore(self._kept, step, like)
 
-  def restore_latest(self, like: TrainState) -> TrainState | None:
+  def restore_averages(self, step: int, like: TrainState) -> tuple[Params, ...]:
+    """The averages of the snapshot of a step alone; nothing else is read. Raises as `restore`."""
+    return _restore_averages(self._kept, step, like)
+
+  def restore_latest(self, like: AnyState) -> AnyState | None:
     """The newest good checkpoint of either kind, or None if there is none at all.
 
     Raises:
       UserError: if there are checkpoints and not one can be restored.
       Failure: if one cannot be read at present.
     """
+    newest = self._newest(lambda manager, step: _restore(manager, step, like))
+    return newest[1] if newest else None
+
+  def restore_latest_averages(self, like: TrainState) -> tuple[int, tuple[Params, ...]] | None:
+    """Step and averages of the newest good one, or None; reads and raises as the two above."""
+    return self._newest(lambda manager, step: _restore_averages(manager, step, like))
+
+  def _newest(
+    self, read: Callable[[ocp.CheckpointManager, int], Restored]
+  ) -> tuple[int, Restored] | None:
+    """Step of the newest checkpoint that can be read, and what is read of it."""
     newest = [(step, m) for m in (self._kept, self._meta) for step in m.all_steps()]
     for step, manager in sorted(newest, key=lambda entry: entry[0], reverse=True):
-      state = None
+      restored = None
       try:
-        state = _restore(manager, step, like)
+        restored = read(manager, step)
       except UserError as error:
         logger.warning('%s; trying the one before it', error)
-      if processes.all_of(state is not None):
-        return state
+      if processes.all_of(restored is not None) and restored is not None:
+        return step, restored
       self._damaged.append(manager.directory / str(step))
     if newest:
       raise UserError(
@@ -184,18 +236,46 @@ def _manager(directory: epath.Path, max_to_keep: int | None) -> ocp.CheckpointMa
   return ocp.CheckpointManager(directory, options=options)
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
+def _restore(manager: ocp.CheckpointManager, step: int, like: AnyState) -> AnyState:
+  parts = on_disk(like)
+  return _from_disk(_restore_parts(manager, step, like, list(parts)), like)
+
+
+def _restore_averages(
+  manager: ocp.CheckpointManager, step: int, like: TrainState
+) -> tuple[Params, ...]:
+  names = [_average_name(i) for i in range(len(like.averages))]
+  parts = _restore_parts(manager, step, like, names)
+  return tuple(parts[name] for name in names)
+
+
+def _restore_parts(
+  manager: ocp.CheckpointManager, step: int, like: TrainState, names: list[str]
+) -> dict[str, Any]:
+  """The parts of these names, once their checksums match.
+
+  Where a checkpoint has one checksum for all parts, as earlier ones have, all are read.
+  """
+
   def struct(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
-  whole = {
-    'state': on_disk(like),
-    'checksum': jax.ShapeDtypeStruct((), np.uint32, sharding=like.step.sharding),
-  }
-  where = manager.directory / str(step)
+  whole, where = on_disk(like), manager.directory / str(step)
+  number = jax.ShapeDtypeStruct((), np.uint32, sharding=like.step.sharding)
   with _without_noise():
     try:
-      item = manager.restore(step, args=ocp.args.StandardRestore(jax.tree.map(struct, whole)))
+      there = ocp.StandardCheckpointer().metadata(where / 'default').item_metadata
+      by_part = 'checksums' in there
+      wanted = {name: whole[name] for name in (names if by_part else whole)}
+      expected: Any = {'checksums': dict.fromkeys(wanted, number)} if by_part else {}
+      expected = expected or {'checksum': number}
+      item = jax.tree.map(struct, {'state': wanted, **expected})
+      if len(wanted) == len(whole):
+        item = manager.restore(step, args=ocp.args.StandardRestore(item))
+      else:
+        how = ocp.checkpoint_utils.construct_restore_args(item)
+        args = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
+        item = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(where / 'default', args=args)
     except jax.errors.JaxRuntimeError:  # memory is short, or another process is lost
       raise
     except Exception as error:  # Orbax and TensorStore raise many kinds
@@ -205,10 +285,14 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> Tra
           f'checkpoint {where} cannot be read ({reason}); see to that and repeat the command'
         ) from error
       raise UserError(f'checkpoint {where} is damaged or does not fit: {reason}') from None
-  state = _from_disk(item['state'], like)
-  if int(item['checksum']) != int(checksum(state)):
+  parts = item['state']
+  if by_part:
+    matches = all(int(item['checksums'][k]) == int(v) for k, v in checksums(parts).items())
+  else:
+    matches = int(item['checksum']) == int(earlier_checksum(_from_disk(parts, like)))
+  if not matches:
     raise UserError(f'checkpoint {where} is damaged: its checksum does not match')
-  return state
+  return parts
 
 
 @contextlib.contextmanager

@@ -119,10 +119,10 @@ def load(
     raise UserError(f'{root} holds no classifier; train it first (--mode train_classifier)')
   check_unchanged(where / 'config.json', config, FIXED_IN_CLASSIFIER)
   with Checkpoints(where) as checkpoints:
-    state = checkpoints.restore_latest(abstract_state(task, devices, keys))
-  if state is None:  # an object store shows those that broke off
+    newest = checkpoints.restore_latest_averages(abstract_state(task, devices, keys))
+  if newest is None:  # an object store shows those that broke off
     raise UserError(f'{root} holds no whole classifier; train it first (--mode train_classifier)')
-  return state.ema_params
+  return newest[1][0]
 
 
 def evaluate(

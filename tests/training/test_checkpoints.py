@@ -1,6 +1,9 @@
 """Checkpoints without a run: which is taken, what becomes of damaged ones, what is no damage."""
 
+import os
 from pathlib import Path
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,8 @@ from training import checkpoints as checkpoints_lib
 from training.checkpoints import Checkpoints
 from training.optim import adam
 from training.step import TrainState
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def state_at(step: int) -> TrainState:
@@ -94,3 +99,97 @@ def test_the_optimiser_can_be_changed_in_mid_run():
     updates, _ = tx.update({'w': jnp.full(2, 7.0)}, tx.init(params), params)
     size = 0.0 if choice['warmup'] else 1e-3
     np.testing.assert_allclose(updates['w'], -size, rtol=1e-5)
+
+
+def test_averages_are_restored_alone_and_verified(tmp_path):
+  params = {'w': jnp.arange(6.0).reshape(2, 3)}
+  averages = {'w': params['w'] + 1}, {'w': params['w'].astype(jnp.bfloat16)}
+  state = TrainState(jnp.int32(3), params, averages, (jnp.ones(4),))
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(state, keep=True)
+  with Checkpoints(tmp_path) as checkpoints:
+    step, restored = checkpoints.restore_latest_averages(state)
+    jax.tree.map(np.testing.assert_array_equal, restored, averages)
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(3, state), state)
+  assert step == 3
+
+  moved = dict(checkpoints_lib.checksums({'ema_params': {'w': averages[0]['w'].at[0, 1].add(1)}}))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(checkpoints_lib, 'checksums', lambda parts: dict.fromkeys(parts, *moved.values()))
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match='does not match'):
+      checkpoints.restore_averages(3, state)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8])
+def test_a_checksum_sees_every_bit_and_every_place(dtype):
+  x = jnp.arange(24).reshape(2, 3, 4).astype(dtype)
+  sums = [x, x.at[1, 2, 3].add(1), x[::-1], x.swapaxes(1, 2), x.at[0, 0, 0].set(7)]
+  sums = [int(checkpoints_lib.checksums({'x': [v]})['x']) for v in sums]
+  sums += [int(checkpoints_lib.checksums({'x': v})['x']) for v in ([x, x], [0 * x, x])]
+  assert len(set(sums)) == len(sums)
+
+
+SHARDED = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec
+from etils import epath
+from data.points import load
+from runtime.devices import all_devices, everywhere, Keys
+from training import checkpoints, loop
+from training.step import apply_gradients, TrainState
+import optax
+
+root, split, n_iters, devices_now = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+assert jax.device_count() == devices_now
+
+def placement(path, leaf):
+  return PartitionSpec('data') if leaf.ndim == 2 and leaf.shape[0] == 8 else PartitionSpec()
+
+tx = optax.adam(0.01)
+
+def init(rng):
+  w = {'a': jax.random.normal(rng, (2, 8)), 'b': jax.random.normal(rng, (8, 2))}
+  return TrainState(jnp.int32(0), w, (jax.tree.map(jnp.copy, w),), tx.init(w))
+
+def update(state, frozen, batch, rng):
+  def loss(w):
+    x = batch['data']
+    return jnp.square(jnp.tanh(x @ w['a']) @ w['b'] - x).mean(), {}
+  return apply_gradients(state, jax.value_and_grad(loss, has_aux=True), tx, 0.9, False)
+
+devices = all_devices(placement if split == 'split' else everywhere)
+task = loop.Task('model', init, update, lambda p, b, r: {}, ('init', 'train', 'eval'), 16)
+schedule = loop.Schedule(n_iters, 1, 5, 1000, 5, 1000)
+source = load('two_moons', 'train', 2)
+state = loop.train(task, schedule, devices, Keys(0, devices), epath.Path(root), source, source)
+b = state.params['b']
+assert len({str(shard.index) for shard in b.addressable_shards}) == (
+  devices_now if split == 'split' else 1)
+parts = checkpoints.checksums(checkpoints.on_disk(state))
+whole = jax.device_get(checkpoints.on_disk(state))
+assert {k: int(v) for k, v in parts.items()} == {
+  k: int(v) for k, v in checkpoints.checksums(whole).items()}
+np.savez(root + '/end.npz', *jax.tree.leaves(jax.device_get((state.params, state.averages))))
+"""
+
+
+def test_a_state_that_is_split_over_devices_trains_as_a_whole_one(tmp_path):
+  """On 4 devices, then, from its checkpoint, on 2; the checksum is that of the whole."""
+
+  def train(name: str, split: str, n_iters: int, devices: int) -> list[np.ndarray]:
+    flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'
+    root = tmp_path / name
+    done = subprocess.run(
+      [sys.executable, '-c', SHARDED, str(root), split, str(n_iters), str(devices)],
+      env=os.environ | {'XLA_FLAGS': flags, 'PYTHONPATH': str(ROOT)},
+      capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with np.load(root / 'end.npz') as arrays:
+      return list(arrays.values())
+
+  for n_iters, devices in ((5, 4), (10, 2)):
+    ours, theirs = (train(kind, kind, n_iters, devices) for kind in ('split', 'whole'))
+    for a, b in zip(ours, theirs, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
