@@ -264,7 +264,7 @@ def _restore_parts(
   number = jax.ShapeDtypeStruct((), np.uint32, sharding=like.step.sharding)
   with _without_noise():
     try:
-      there = ocp.StandardCheckpointer().metadata(where / 'default').item_metadata
+      there = ocp.PyTreeCheckpointHandler().metadata(where / 'default').tree
       by_part = 'checksums' in there
       wanted = {name: whole[name] for name in (names if by_part else whole)}
       expected: Any = {'checksums': dict.fromkeys(wanted, number)} if by_part else {}
