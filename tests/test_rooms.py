@@ -17,7 +17,7 @@ FLOORS = (
   {'run_lib'},
   {'main'},
 )
-FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in sorted(names)}
 BESIDE = {'benchmarks', 'tutorial', 'tests'}  # which measure and show the house, and may see it all
 # Rooms that take typed values, no config; `configs` makes them.
 WITHOUT_CONFIG = set.union(*FLOORS[:4]) - {'configs'}
