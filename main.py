@@ -48,10 +48,11 @@ _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'One of the processes of 
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0; pods know it.')
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many there are; likewise.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this one, from 0; likewise.')
+_DETERMINISTIC = flags.DEFINE_bool('deterministic', False, 'GPUs compute the same bits each time.')
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Released checkpoint to import.')
 _FLAGS = (
   _CONFIG, _MODE, _WORKDIR, _EVAL_FOLDER, _SAMPLE_FOLDER, _CHECKPOINT,
-  _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID,
+  _DETERMINISTIC, _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID,
 )  # fmt: skip
 
 
@@ -115,7 +116,7 @@ def main(argv: Sequence[str]) -> None:
   path, variant = parse(argv)
   workdir = _WORKDIR.value or default_workdir(path, variant)
   start.use_large_pages()
-  start.prepare()
+  start.prepare(_DETERMINISTIC.value)
   # Now, not above: the libraries take seconds, which --help and a wrong flag should not cost.
   import jax
 

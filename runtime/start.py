@@ -17,19 +17,35 @@ import subprocess
 import sys
 import tempfile
 
+from runtime.errors import UserError
+
 # XLA:CPU may hand operations to the library YNNPACK. Convolutions are slower there, their gradients
 # by the weights three to four times; matrix products and reductions are faster.
 CPU_LIBRARY = (
   '--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE'
 )
 
+# Takes only kernels that give the same bits each time, and does not choose kernels by measuring.
+DETERMINISTIC = '--xla_gpu_deterministic_ops=true'
+
 _LARGE_PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
 
-def prepare() -> None:
-  """Sets the environment of JAX; call it before JAX is imported."""
+def prepare(deterministic: bool = False) -> None:
+  """Sets the environment of JAX; call it before JAX is imported.
+
+  Args:
+    deterministic: have GPUs compute the same bits each time; CPUs do so anyway.
+
+  Raises:
+    UserError: if that is asked for, and this XLA cannot.
+  """
   if will_use_cpus():
     add_flag(CPU_LIBRARY)
+  elif deterministic and will_use_gpus():
+    add_flag(DETERMINISTIC)
+    if DETERMINISTIC.partition('=')[0] not in os.environ.get('XLA_FLAGS', ''):
+      raise UserError(f'--deterministic: this XLA does not know {DETERMINISTIC}; leave it out')
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_compiled()))
 
 
@@ -73,6 +89,15 @@ def will_use_cpus() -> bool:
   if plugins and any(pkgutil.iter_modules(plugins.submodule_search_locations)):
     return False
   return not importlib.metadata.entry_points(group='jax_plugins')
+
+
+def will_use_gpus() -> bool:
+  """Whether JAX will compute on GPUs, as far as can be told before it is imported."""
+  platforms = os.environ.get('JAX_PLATFORMS') or os.environ.get('JAX_PLATFORM_NAME')
+  if platforms:
+    return platforms.split(',')[0].strip().lower() in ('cuda', 'rocm', 'gpu')
+  tpu = os.environ.get('TPU_LIBRARY_PATH') or importlib.util.find_spec('libtpu')
+  return not tpu and not will_use_cpus()
 
 
 def add_flag(flag: str) -> None:

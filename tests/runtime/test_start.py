@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from runtime import start
+from runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -167,3 +168,46 @@ def test_a_command_starts_anew_for_large_pages_at_most_once(offered, user, expec
   assert len(pids) == 1, 'the same process'
   assert len(said) == 3 if expected.startswith('glibc') else len(said) == 2
   assert last.split(' ', 1)[1] == f'{expected} --a=b c'
+
+
+@pytest.mark.parametrize('platforms', ['cuda,cpu', 'gpu', 'CUDA'])
+def test_gpus_are_deterministic_if_asked_to_be(platforms, everything_known, monkeypatch):
+  monkeypatch.setenv('JAX_PLATFORMS', platforms)
+  assert flags() == ''
+  start.prepare(deterministic=True)
+  assert os.environ['XLA_FLAGS'] == start.DETERMINISTIC
+
+
+def test_gpus_that_are_found_are_deterministic_and_tpus_need_no_flag(
+  everything_known, tmp_path, monkeypatch
+):
+  install('jax_plugins', tmp_path / 'site', monkeypatch)
+  start.prepare(deterministic=True)
+  assert os.environ['XLA_FLAGS'] == start.DETERMINISTIC
+  monkeypatch.delenv('XLA_FLAGS')
+  monkeypatch.setenv('TPU_LIBRARY_PATH', 'libtpu.so')
+  start.prepare(deterministic=True)
+  assert 'XLA_FLAGS' not in os.environ
+
+
+def test_cpus_need_no_flag_to_be_deterministic(everything_known):
+  start.prepare(deterministic=True)
+  assert os.environ['XLA_FLAGS'] == start.CPU_LIBRARY
+
+
+def test_an_xla_that_cannot_be_deterministic_says_so(monkeypatch):
+  monkeypatch.setenv('JAX_PLATFORMS', 'cuda')
+  monkeypatch.setattr(start, 'knows', lambda flag: False)
+  with pytest.raises(UserError, match='--deterministic'):
+    start.prepare(deterministic=True)
+
+
+def test_the_users_choice_of_determinism_stays(everything_known, monkeypatch):
+  monkeypatch.setenv('JAX_PLATFORMS', 'cuda')
+  monkeypatch.setenv('XLA_FLAGS', '--xla_gpu_deterministic_ops=false')
+  start.prepare(deterministic=True)
+  assert os.environ['XLA_FLAGS'] == '--xla_gpu_deterministic_ops=false'
+
+
+def test_this_xla_knows_the_flag():
+  assert start.knows(start.DETERMINISTIC)
