@@ -8,15 +8,15 @@ import lowered
 import pytest
 
 from likelihood import Likelihood
+from models.barriers import stored
 
 METHODS = ('pc', 'dpm_solver++', 'adaptive_sde', 'ode')
-# Barriers that are for all devices: JAX's own, of a layer that is computed again for gradients.
-BARRIER = 'optimization_barrier'
 
 
 def check(text: str) -> None:
   """Fails if a program holds what only CPUs, or not all devices, can compute."""
   assert not re.search(r'tensor<[^>]*f64>', text)
+  assert 'optimization_barrier' not in text  # of `models.barriers`; `model.remat` is off
   calls = set(re.findall(r'custom_call @(\w+)', text))
   assert not {name for name in calls if re.search('cpu|lapack|eigen|onednn|ynn', name, re.I)}
   assert calls <= {'Sharding', 'cu_threefry2x32_ffi', 'SPMDFullToShardShape'}
@@ -48,6 +48,8 @@ def test_a_likelihood_has_nothing_of_the_cpu(platform):
 
 
 def test_what_is_of_the_cpu_is_found():
+  with pytest.raises(AssertionError):
+    check(lowered.lower(stored, 'cpu', jnp.eye(3)))
   with pytest.raises(AssertionError):
     check(lowered.lower(jnp.linalg.eigh, 'cpu', jnp.eye(3)))
   with jax.enable_x64(True), pytest.raises(AssertionError):

@@ -17,7 +17,7 @@ from evaluation import features, inception, metrics
 from likelihood import encode, Likelihood
 from models import layers, resample
 from runtime.errors import UserError
-from runtime.precision import full_precision, PRECISIONS, products_at
+from runtime.precision import full_precision, products_at
 from sde_lib import VPSDE
 
 X = jnp.zeros((2, 8, 8, 1))
@@ -38,7 +38,7 @@ def setup():
 
 
 @pytest.mark.parametrize(
-  ('precision', 'platform'), zip(PRECISIONS, ('cuda', 'tpu', 'cuda'), strict=True)
+  ('precision', 'platform'), [('default', 'cuda'), ('high', 'tpu'), ('highest', 'cuda')]
 )
 def test_a_training_step_has_the_precision_of_the_model(precision, platform):
   all_at(precision, lowered.training_step(lowered.tiny(model__precision=precision), platform))
@@ -110,7 +110,7 @@ def test_what_reports_and_theory_compute_is_at_full_precision(platform, around):
     'neighbours': (partial(metrics._kth_distance, 3), rows, rows),
     'balls': (metrics._inside, rows, rows, jnp.zeros(8)),
     'distances': (noise_scales._largest_square, rows, rows),
-    'score': (lambda x, t: score(x, t), rows, jnp.ones(8)),
+    'score': (score.__call__, rows, jnp.ones(8)),
     'points': (lambda key: gaussian.sample(key, 5), KEY),
     'blur': (lambda x: jax.vjp(blur, x)[1](x), X),
     'pixels': (full_precision(features.load('pixels').apply), (), jnp.zeros((2, 32, 32, 3))),
