@@ -98,7 +98,7 @@ FULL = Sizes(
 QUICK = Sizes(
   network={
     'model.nf': 8,
-    'model.ch_mult': (1, 1),
+    'model.ch_mult': (1,),
     'model.num_res_blocks': 1,
     'model.attn_resolutions': (),  # but for the one in the middle
     'data.image_size': 16,

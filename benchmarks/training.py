@@ -75,7 +75,7 @@ def compile_step(
   with common.no_cache():
     step = lowered.compile(options)
   compiled, memory = time.perf_counter(), step.memory_analysis()
-  flop = common.flop(jax.jit(task.update).lower(state, None, one, rng))
+  flop = common.flop(lowered if n == 1 else jax.jit(task.update).lower(state, None, one, rng))
   results = memory.output_size_in_bytes - memory.alias_size_in_bytes
   measured = {
     'batch': training.batch_size,
