@@ -19,7 +19,7 @@ from samplers import ode
 from samplers.base import as_pytree
 from samplers.ode import Observer
 from sampling import ProbabilityFlow
-from sde_lib import expand, ScoreFn, SDE
+from sde_lib import check_eps, expand, ScoreFn, SDE
 
 _DRAW = {'rademacher': jax.random.rademacher, 'gaussian': jax.random.normal}
 PROBES = (*_DRAW, 'exact')
@@ -30,7 +30,7 @@ class Likelihood:
   """log p(x_0), from the instantaneous change of variables (Eq. 39, Chen et al. 2018).
 
   log p_0(x(0)) = log p_T(x(T)) + int_0^T div f(x(t), t) dt along dx/dt = f(x, t), the probability
-  flow, begun at sde.eps. The divergence is the Skilling-Hutchinson estimate (Eq. 40), the mean of
+  flow, begun at eps. The divergence is the Skilling-Hutchinson estimate (Eq. 40), the mean of
   v^T (df/dx) v over probes v with E[v v^T] = I, which stay what they are along the way; or the
   exact trace, one pullback for each dimension.
 
@@ -41,15 +41,18 @@ class Likelihood:
 
   Attributes:
     sde: the forward SDE.
+    eps: the time that the data are taken to be at; 1e-5 in the released code.
     rtol, atol: relative and absolute tolerance of the solver.
     probe: one of `PROBES`.
     n_probes: how many probes are averaged; not read for the exact trace.
 
   Raises:
     UserError: for a probe that there is not.
+    ValueError: unless 0 <= eps < T.
   """
 
   sde: SDE
+  eps: float = 1e-5
   rtol: float = 1e-5
   atol: float = 1e-5
   probe: str = 'rademacher'
@@ -58,6 +61,7 @@ class Likelihood:
   def __post_init__(self) -> None:
     if self.probe not in PROBES:
       raise unknown('probe', self.probe, PROBES)
+    check_eps(self.sde, self.eps)
 
   def __call__(
     self, rng: Array, score_fn: ScoreFn, x0: Array, observe: Observer | None = None
@@ -77,7 +81,7 @@ class Likelihood:
     flow = ProbabilityFlow(as_pytree(score_fn), self.sde)
     state, probes = _begin(rng, x0, self.probe, self.n_probes)
     (z, change), nfe = ode.integrate(
-      VolumeChange(flow, probes), state, self.sde.eps, self.sde.T,
+      VolumeChange(flow, probes), state, self.eps, self.sde.T,
       rtol=self.rtol, atol=self.atol, observe=observe,
     )  # fmt: skip
     return self.sde.prior_logp(z) + change, z, nfe
@@ -127,19 +131,32 @@ def bits_per_dim(logp: Array, dim: int, level_width: float) -> Array:
 
 
 def encode(
-  sde: SDE, score_fn: ScoreFn, x0: Array, rtol: float = 1e-5, atol: float = 1e-5
+  sde: SDE,
+  score_fn: ScoreFn,
+  x0: Array,
+  eps: float = 1e-5,
+  rtol: float = 1e-5,
+  atol: float = 1e-5,
 ) -> tuple[Array, int]:
-  """The latent x(T) of data x0 [B, ...], unique to them (Sec. 4.3), and the score evaluations."""
+  """The latent x(T) of data x0 [B, ...], taken to be x(eps), and the score evaluations.
+
+  It is unique to them (Sec. 4.3).
+  """
   flow = ProbabilityFlow(as_pytree(score_fn), sde)
-  return ode.integrate(flow, x0, sde.eps, sde.T, rtol=rtol, atol=atol)
+  return ode.integrate(flow, x0, eps, sde.T, rtol=rtol, atol=atol)
 
 
 def decode(
-  sde: SDE, score_fn: ScoreFn, z: Array, rtol: float = 1e-5, atol: float = 1e-5
+  sde: SDE,
+  score_fn: ScoreFn,
+  z: Array,
+  eps: float = 1e-5,
+  rtol: float = 1e-5,
+  atol: float = 1e-5,
 ) -> tuple[Array, int]:
   """The data x(eps) of latents z [B, ...], and the number of score evaluations."""
   flow = ProbabilityFlow(as_pytree(score_fn), sde)
-  return ode.integrate(flow, z, sde.T, sde.eps, rtol=rtol, atol=atol)
+  return ode.integrate(flow, z, sde.T, eps, rtol=rtol, atol=atol)
 
 
 def interpolate(z0: Array, z1: Array, weight: Array) -> Array:

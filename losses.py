@@ -8,46 +8,98 @@ minimise. Its forerunners, explicit, implicit and sliced score matching, ask for
 
 from collections.abc import Callable
 import dataclasses
+from typing import Protocol
 
 import jax
 from jax import Array
 import jax.numpy as jnp
 
-from sde_lib import expand, ScoreFn, SDE
+from sde_lib import Chain, expand, ScoreFn, SDE
 
 # (score_fn, x [B, ...], t [B], key) -> loss [B], whose expectation over x ~ p_t is least at the
 # score of p_t.
 Matching = Callable[[ScoreFn, Array, Array, Array], Array]
 
 
+# The times that training draws.
+
+
+class TimeLaw(Protocol):
+  """A distribution of training times."""
+
+  def __call__(self, rng: Array, n: int) -> Array:
+    """Draws n times [n]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformTimes:
+  """Uniform over [eps, T]: all times of an SDE."""
+
+  eps: float = 1e-5
+  T: float = 1.0
+
+  def __post_init__(self) -> None:
+    if not 0 <= self.eps < self.T:
+      raise ValueError(f'training times need 0 <= eps < T = {self.T}; got eps = {self.eps}')
+
+  def __call__(self, rng: Array, n: int) -> Array:
+    return jax.random.uniform(rng, (n,), minval=self.eps, maxval=self.T)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainTimes:
+  """Uniform over the N times of a chain."""
+
+  chain: Chain
+
+  def __call__(self, rng: Array, n: int) -> Array:
+    return self.chain.time(jax.random.randint(rng, (n,), 0, self.chain.N))
+
+
+@dataclasses.dataclass(frozen=True)
+class OneTime:
+  """Always the same time: one level of noise."""
+
+  t: float
+
+  def __call__(self, rng: Array, n: int) -> Array:
+    del rng
+    return jnp.full(n, self.t)
+
+
+# How a time counts: (sde, t [B], sigma [B]) -> [B], the factor of sigma times the error of the
+# score, which is of unit scale at every level of noise.
+Weight = Callable[[SDE, Array, Array], Array]
+
+
+def by_variance(sde: SDE, t: Array, sigma: Array) -> Array:
+  """The squared error of the score counts sigma(t)^2: for samples (Sec. 3.3)."""
+  del sde, t
+  return jnp.ones_like(sigma)
+
+
+def by_likelihood(sde: SDE, t: Array, sigma: Array) -> Array:
+  """It counts g(t)^2, for likelihood (https://arxiv.org/abs/2101.09258)."""
+  return sde.diffusion_coef(t) / sigma
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """What is minimised, and over which data.
+  """What is minimised.
 
   Attributes:
+    kernels: of an SDE, or of its chain: what perturbs the data.
+    times: the law that training times are drawn from.
+    weight: how a time counts.
     matching: what is asked of the score at x_t, or None for denoising score matching.
-    single_scale: train at time eps alone: one level of noise.
-    continuous: train at all times in [eps, T], or only at those of the chain.
     reduce_mean: the mean over dimensions, or half the sum, the released code's scale.
-    likelihood_weighting: weigh times by g(t)^2, for likelihood, not by std^2, for samples.
   """
 
+  kernels: SDE | Chain
+  times: TimeLaw = UniformTimes()
+  weight: Weight = by_variance
   matching: Matching | None = None
-  single_scale: bool = False
-  continuous: bool = True
   reduce_mean: bool = False
-  likelihood_weighting: bool = False
-
-
-def sample_times(
-  rng: Array, sde: SDE, n: int, continuous: bool, single_scale: bool = False
-) -> Array:
-  """n training times [n], uniform over [eps, T] or over the chain's times, or all of them eps."""
-  if single_scale:
-    return jnp.full(n, sde.eps)
-  if continuous:
-    return jax.random.uniform(rng, (n,), minval=sde.eps, maxval=sde.T)
-  return sde.time(jax.random.randint(rng, (n,), 0, sde.N))
 
 
 # What may be asked of a score at x [B, ...] and times t [B]; each is a loss [B].
@@ -115,46 +167,42 @@ def _square(x: Array) -> Array:
 
 
 def score_matching_loss(
-  sde: SDE, score_fn: ScoreFn, x0: Array, t: Array, z: Array, rng: Array, objective: Objective
+  objective: Objective, score_fn: ScoreFn, x0: Array, t: Array, z: Array, rng: Array
 ) -> Array:
   """The loss of each example [B] at given times and noise, of any kind.
 
-  What is asked of the score at x_t = alpha x_0 + std z is weighed by std^2, as in `dsm_loss`, which
-  so is this loss of `explicit_score_matching`, but for a constant at each time.
+  What is asked of the score at x_t = alpha x_0 + sigma z is weighed by sigma^2, as in `dsm_loss`,
+  which so is this loss of `explicit_score_matching`, but for a constant at each time.
 
   Args:
+    objective, score_fn, x0, t, z: as in `dsm_loss`.
     rng: the key of random directions.
-    sde, score_fn, x0, t, z, objective: as in `dsm_loss`.
   """
   if objective.matching is None:
-    return dsm_loss(sde, score_fn, x0, t, z, objective)
-  alpha, std = sde.kernel(t, objective.continuous)
-  x = expand(alpha, x0) * x0 + expand(std, x0) * z
-  weight = sde.diffusion_coef(t) if objective.likelihood_weighting else std
+    return dsm_loss(objective, score_fn, x0, t, z)
+  alpha, sigma = objective.kernels.kernel(t)
+  x = expand(alpha, x0) * x0 + expand(sigma, x0) * z
+  weight = sigma * objective.weight(objective.kernels.forward, t, sigma)
   loss = weight**2 * objective.matching(score_fn, x, t, rng)
   return 2 / x0[0].size * loss if objective.reduce_mean else loss
 
 
-def dsm_loss(
-  sde: SDE, score_fn: ScoreFn, x0: Array, t: Array, z: Array, objective: Objective
-) -> Array:
+def dsm_loss(objective: Objective, score_fn: ScoreFn, x0: Array, t: Array, z: Array) -> Array:
   """The denoising score matching loss of each example [B] at given times and noise (Eq. 7).
 
-  ||std s(x_t, t) + z||^2 with x_t = alpha x_0 + std z, that is the squared error of the score
-  times std^2; with likelihood weighting it is multiplied by g(t)^2 / std^2
-  (https://arxiv.org/abs/2101.09258).
+  w^2 ||sigma s(x_t, t) + z||^2 with x_t = alpha x_0 + sigma z: the squared error of the score, but
+  for a constant, times sigma^2 and the square of the weight w.
 
   Args:
-    sde: the forward SDE.
+    objective: which kernels, weight and reduction over dimensions.
     score_fn: the score that is trained.
     x0: data [B, ...].
     t: times [B].
     z: standard normal noise, like x0.
-    objective: which kernel, weighting and reduction over dimensions.
   """
-  alpha, std = (expand(v, x0) for v in sde.kernel(t, objective.continuous))
-  residual = std * score_fn(alpha * x0 + std * z, t) + z
-  if objective.likelihood_weighting:
-    residual *= expand(sde.diffusion_coef(t), x0) / std
+  alpha, sigma = objective.kernels.kernel(t)
+  x = expand(alpha, x0) * x0 + expand(sigma, x0) * z
+  weight = objective.weight(objective.kernels.forward, t, sigma)
+  residual = expand(weight, x0) * (expand(sigma, x0) * score_fn(x, t) + z)
   squares = jnp.square(residual).reshape(x0.shape[0], -1)
   return squares.mean(-1) if objective.reduce_mean else 0.5 * squares.sum(-1)

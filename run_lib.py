@@ -24,7 +24,13 @@ from builders.evaluation import (
   reference_file,
 )
 from builders.setup import build, check_shared, Setup
-from builders.training import classifier_task, make_classifier, make_schedule, score_task
+from builders.training import (
+  classifier_task,
+  classifier_times,
+  make_classifier,
+  make_schedule,
+  score_task,
+)
 from configs.base import saved
 from data.noise_scales import NoiseScales
 from evaluation.evaluate import step_folder
@@ -96,7 +102,7 @@ def train_classifier(config: ConfigDict, workdir: str) -> Report:
     )  # fmt: skip
     report = {'step': int(state.step)}
     report |= classifier.evaluate(
-      make_classifier(setup), setup.codec, state.ema_params, held_out,
+      make_classifier(setup), setup.codec, state.ema_params, held_out, classifier_times(setup),
       setup.config.eval.batch_size, setup.devices, setup.keys,
     )  # fmt: skip
     artifacts.write_json(folder / 'report.json', report)

@@ -14,36 +14,35 @@ import flax
 import jax
 from jax import Array
 import jax.numpy as jnp
-import numpy as np
 
 from runtime.errors import UserError
 from runtime.precision import full_precision
 from samplers import base, ode, time_grids
 from samplers.base import Constraint, Observer, Update
 from samplers.langevin import langevin_step
-from samplers.time_grids import Grid
-from sde_lib import expand, ReverseSDE, ScoreFn, SDE
+from samplers.steps import ChainStep, GridStep, Step
+from samplers.time_grids import TimeGrid
+from sde_lib import Chain, check_eps, expand, ReverseSDE, ScoreFn, SDE
 
 
 class Predictor(Protocol):
-  """Moves x from time t to t - dt."""
+  """Moves x from one time of a grid to the next."""
 
   nfe: int  # score evaluations of one update
-  own_steps: bool  # takes the steps of the SDE's chain, whatever dt is
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, t: Array, dt: Array) -> Update:
-    """One step of the reverse process for x [B, ...] at times t [B]."""
+  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, step: Step) -> Update:
+    """One step of the reverse process for x [B, ...], from times step.t [B]."""
 
 
 class Corrector(Protocol):
-  """Moves x towards p_t, at a fixed time t."""
+  """Moves x towards p_t, at the time t where a step begins."""
 
   @property
   def nfe(self) -> int:
     """Score evaluations of one update."""
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, t: Array) -> Update:
-    """Some steps of MCMC for x [B, ...] at times t [B]."""
+  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, step: Step) -> Update:
+    """Some steps of MCMC for x [B, ...] at times step.t [B]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +50,12 @@ class EulerMaruyama:
   """x' = x - drift dt + diffusion sqrt(dt) z, with the reverse SDE's drift and diffusion."""
 
   nfe = 1
-  own_steps = False
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, t: Array, dt: Array) -> Update:
-    drift, diffusion = rsde.sde(x, t)
-    x_mean = x - drift * dt
+  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, step: Step) -> Update:
+    drift, diffusion = rsde.sde(x, step.t)
+    x_mean = x - drift * expand(step.dt, x)
     z = jax.random.normal(rng, x.shape)
-    return x_mean + expand(diffusion, x) * jnp.sqrt(dt) * z, x_mean
+    return x_mean + expand(diffusion, x) * expand(jnp.sqrt(step.dt), x) * z, x_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,25 +63,21 @@ class ReverseDiffusion:
   """x' = x - f(x) + G z: the reverse process, discretised as the forward one is (Appendix E)."""
 
   nfe = 1
-  own_steps = True
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, t: Array, dt: Array) -> Update:
-    del dt
-    f, G = rsde.discretize(x, t)
+  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, step: Step) -> Update:
+    f, G = rsde.of_forward(x, step.t, *step.discretize(x))
     x_mean = x - f
     return x_mean + expand(G, x) * jax.random.normal(rng, x.shape), x_mean
 
 
 @dataclasses.dataclass(frozen=True)
 class AncestralSampling:
-  """The ancestral step of the chain: DDPM's (Eq. 4), and its counterparts (Appendix F)."""
+  """Draws from p(x_s | x_t, x_0): DDPM's ancestral step (Eq. 4) and its kin (Appendix F)."""
 
   nfe = 1
-  own_steps = True
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, t: Array, dt: Array) -> Update:
-    del dt
-    x_mean, std = rsde.forward.ancestral(x, t, rsde.score_fn(x, t))
+  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, step: Step) -> Update:
+    x_mean, std = step.ancestral(x, rsde.score_fn(x, step.t))
     return x_mean + expand(std, x) * jax.random.normal(rng, x.shape), x_mean
 
 
@@ -92,10 +86,9 @@ class NoPredictor:
   """Leaves x where it is: samplers of correctors alone, such as annealed Langevin dynamics."""
 
   nfe = 0
-  own_steps = False
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, t: Array, dt: Array) -> Update:
-    del rng, rsde, t, dt
+  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, step: Step) -> Update:
+    del rng, rsde, step
     return x, x
 
 
@@ -113,13 +106,13 @@ class Langevin:
   def nfe(self) -> int:
     return self.n_steps
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, t: Array) -> Update:
-    alpha = rsde.forward.langevin_alpha(t)
+  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, step: Step) -> Update:
+    alpha = step.langevin_alpha
 
     def step_size(score: Array, z: Array) -> Array:
       return 2 * alpha * (self.snr * _mean_norm(z) / _mean_norm(score)) ** 2
 
-    return _langevin_steps(rng, rsde.score_fn, x, t, step_size, self.n_steps)
+    return _langevin_steps(rng, rsde.score_fn, x, step.t, step_size, self.n_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +129,9 @@ class AnnealedLangevin:
   def nfe(self) -> int:
     return self.n_steps
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, t: Array) -> Update:
-    size = 2 * rsde.forward.langevin_alpha(t) * (self.snr * rsde.forward.sigma(t)) ** 2
-    return _langevin_steps(rng, rsde.score_fn, x, t, lambda score, z: size, self.n_steps)
+  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, step: Step) -> Update:
+    size = 2 * step.langevin_alpha * (self.snr * rsde.forward.sigma(step.t)) ** 2
+    return _langevin_steps(rng, rsde.score_fn, x, step.t, lambda score, z: size, self.n_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +140,8 @@ class NoCorrector:
 
   nfe = 0
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, t: Array) -> Update:
-    del rng, rsde, t
+  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, step: Step) -> Update:
+    del rng, rsde, step
     return x, x
 
 
@@ -190,32 +183,46 @@ def _langevin_steps(
 
 @dataclasses.dataclass(frozen=True)
 class PCSampler:
-  """The predictor-corrector sampler (Algorithm 1): sde.N steps from time T to sde.eps.
+  """The predictor-corrector sampler (Algorithm 1) over the n times of a grid, from T to eps.
 
-  As in the released code, at every time the corrector comes first, and then the predictor.
+  As in the released code, at every time the corrector comes first, and then the predictor. The
+  last step, from eps, ends in clean data by Tweedie's formula, x_0 = (x + sigma^2 s(x)) / alpha.
+
+  On the grid of N equal steps that a model was trained with, published samples were drawn by the
+  steps of its chain, the last one too: that is what `chain` is for.
 
   Attributes:
-    sde: the forward SDE; its N is the number of steps, its eps the last time.
+    sde: the forward SDE.
     predictor: moves from one time to the next.
     corrector: improves x at each time.
+    grid: the times.
     probability_flow: let the predictor follow the probability flow ODE.
-    noise_removal: return the mean of the last predictor step instead of its sample; a sampler
-      without a predictor takes one step of Tweedie's formula.
-    grid: the times; uniform for predictors that take the steps of the chain.
+    noise_removal: take the last step; with a chain, return the mean of its last step instead of a
+      sample, or take Tweedie's if there is no predictor.
+    chain: whose released steps are taken; None for the steps of any grid.
+
+  Raises:
+    ValueError: for times that are not the chain's, or steps that it cannot take.
   """
 
   sde: SDE
   predictor: Predictor
   corrector: Corrector
+  grid: TimeGrid
   probability_flow: bool = False
   noise_removal: bool = True
-  grid: Grid = time_grids.uniform
+  chain: Chain | None = None
 
   def __post_init__(self) -> None:
-    if self.predictor.own_steps and self.grid is not time_grids.uniform:
+    check_eps(self.sde, self.grid.eps)
+    if self.chain is None:
+      return
+    self.chain.check()
+    own = self.chain.sde == self.sde and self.grid.n == self.chain.N
+    if not own or self.grid.spacing is not time_grids.uniform:
       raise ValueError(
-        f'{type(self.predictor).__name__} takes the steps of the chain, which are uniform in t; '
-        'other time grids are for the predictor euler_maruyama'
+        f'the chain of {self.chain.N} steps of {self.chain.sde} has as many times, uniform in t; '
+        f'got {self.grid} of {self.sde}'
       )
 
   def __call__(
@@ -228,58 +235,84 @@ class PCSampler:
     constraint: Constraint | None = None,
     observe: Observer | None = None,
   ) -> tuple[Array, int]:
-    n = self.sde.N
     score_fn, constraint = base.as_pytree(score_fn), base.as_pytree(constraint)
     rng_prior, rng_steps = jax.random.split(rng)
     x = base.draw_prior(self.sde, rng_prior, shape, sharding)
-    times = self.grid(self.sde, n)
-    dts = -np.diff(times)
-    dts = np.append(dts, dts[-1])  # the last step, from eps, leads to clean data
+    times = self.grid.times(self.sde)
+    steps: Step
+    if self.chain:
+      steps, n = ChainStep.of_chain(self.chain, times), self.grid.n
+    else:
+      steps, n = GridStep.of_grid(self.sde, times), self.grid.n - 1
 
     def advance(state: Update, start: int, stop: int) -> Update:
-      return _pc_segment(self, score_fn, constraint, rng_steps, times, dts, state, start, stop)
+      return _pc_segment(self, score_fn, constraint, rng_steps, steps, state, start, stop)
 
     x, x_mean = base.in_segments(advance, (x, x), n, observe)
     nfe = n * (self.predictor.nfe + self.corrector.nfe)
-    if self.noise_removal and self.predictor.nfe:
+    if not self.chain:
+      x = _correct_at_eps(self, score_fn, constraint, rng_steps, steps, x)
+      nfe += self.corrector.nfe
+    if self.noise_removal and self.chain and self.predictor.nfe:
       x = x_mean
     elif self.noise_removal:
-      last = jax.random.fold_in(rng_steps, n)
-      x, nfe = base.tweedie(self.sde, score_fn, constraint, last, x), nfe + 1
+      last = jax.random.fold_in(rng_steps, self.grid.n)
+      x, nfe = base.tweedie(self.sde, self.grid.eps, score_fn, constraint, last, x), nfe + 1
     base.show_samples(observe, x)
     return x, nfe
 
 
 @partial(jax.jit, static_argnums=0)
-def _pc_segment(sampler, score_fn, constraint, rng, times, dts, state, start, stop):
+def _pc_segment(sampler, score_fn, constraint, rng, steps, state, start, stop):
   rsde = sampler.sde.reverse(score_fn, sampler.probability_flow)
 
-  def step(i: Array, state: Update) -> Update:
+  def take(i: Array, state: Update) -> Update:
     x, _ = state
     rngs = jax.random.split(jax.random.fold_in(rng, i), 4)
-    t = jnp.full(x.shape[:1], times[i])
-    update = sampler.corrector.update_fn(rngs[0], rsde, x, t)
-    x, _ = base.constrain(constraint, rngs[2], update, t)
-    update = sampler.predictor.update_fn(rngs[1], rsde, x, t, dts[i])
-    # As in the released code, what is known is put at time t after the predictor too.
-    return base.constrain(constraint, rngs[3], update, t)
+    step = _step_of_each(steps, i, x)
+    update = sampler.corrector.update_fn(rngs[0], rsde, x, step)
+    x, _ = base.constrain(constraint, rngs[2], update, step.t)
+    update = sampler.predictor.update_fn(rngs[1], rsde, x, step)
+    return base.constrain(constraint, rngs[3], update, step.known_at)
 
-  return jax.lax.fori_loop(start, stop, step, state)
+  return jax.lax.fori_loop(start, stop, take, state)
+
+
+@partial(jax.jit, static_argnums=0)
+def _correct_at_eps(sampler, score_fn, constraint, rng, steps, x):
+  """The corrector at the last time of a grid, of which no predictor step begins."""
+  last = sampler.grid.n - 1
+  rngs = jax.random.split(jax.random.fold_in(rng, last), 4)
+  step = _step_of_each(steps, last, x)
+  update = sampler.corrector.update_fn(rngs[0], sampler.sde.reverse(score_fn), x, step)
+  return base.constrain(constraint, rngs[2], update, step.t)[0]
+
+
+def _step_of_each(steps: Step, i: Array | int, x: Array) -> Step:
+  """Step i of `steps`, whose arrays are [n], for each of x [B, ...]: its arrays are [B]."""
+  return jax.tree.map(lambda v: jnp.full(x.shape[:1], jnp.asarray(v)[i]), steps)
 
 
 @dataclasses.dataclass(frozen=True)
 class ODESampler:
-  """Solves the probability flow ODE (Eq. 13) from T to sde.eps with adaptive steps.
+  """Solves the probability flow ODE (Eq. 13) from T to eps with adaptive steps.
 
-  With `noise_removal`, one reverse diffusion step without noise at eps follows, as in the
-  released code. `solver` is a key of `ode.SOLVERS`.
+  With `noise_removal`, one step of Tweedie's formula follows; or, with a chain, the mean of its
+  last reverse diffusion step, as in the released code. `solver` is a key of `ode.SOLVERS`.
   """
 
   sde: SDE
+  eps: float
   rtol: float = 1e-5
   atol: float = 1e-5
   noise_removal: bool = True
   solver: str = 'dopri5'
+  chain: Chain | None = None
+
+  def __post_init__(self) -> None:
+    check_eps(self.sde, self.eps)
+    if self.chain:
+      self.chain.check()
 
   def __call__(
     self,
@@ -297,11 +330,13 @@ class ODESampler:
     x = base.draw_prior(sde, rng, shape, sharding)
     until_end = observe and (lambda fraction, x: fraction < 1 and observe(fraction, x))
     x, nfe = ode.integrate(
-      ProbabilityFlow(score_fn, sde), x, sde.T, sde.eps,
+      ProbabilityFlow(score_fn, sde), x, sde.T, self.eps,
       rtol=self.rtol, atol=self.atol, solver=self.solver, observe=until_end,
     )  # fmt: skip
-    if self.noise_removal:
-      x, nfe = _remove_noise(sde, score_fn, x), nfe + 1
+    if self.noise_removal and self.chain:
+      x, nfe = _mean_of_last_chain_step(self.chain, self.eps, score_fn, x), nfe + 1
+    elif self.noise_removal:
+      x, nfe = base.tweedie(sde, self.eps, score_fn, None, rng, x), nfe + 1
     base.show_samples(observe, x)
     return x, nfe
 
@@ -318,8 +353,9 @@ class ProbabilityFlow:
     return rsde.sde(x, jnp.broadcast_to(t, x.shape[:1]))[0]
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 @full_precision  # as the solution that it follows
-def _remove_noise(sde, score_fn, x):
-  f, _ = sde.reverse(score_fn).discretize(x, jnp.full(x.shape[:1], sde.eps))
+def _mean_of_last_chain_step(chain, eps, score_fn, x):
+  t, i = jnp.full(x.shape[:1], eps), jnp.zeros(x.shape[:1], jnp.int32)
+  f, _ = chain.sde.reverse(score_fn).of_forward(x, t, *chain.discretize(x, t, i))
   return x - f

@@ -1,9 +1,15 @@
-"""Forward SDEs with Gaussian transition kernels, and their time reversals.
+"""Forward SDEs with Gaussian transition kernels, their time reversals, and their chains.
 
-Each SDE is dx = f(t) x dt + g(t) dw on t in [0, T], T = 1, with the perturbation kernel
-p(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I). Its discretisation is a Markov chain over the N
-points t_i = i / (N - 1) T, i = 0 ... N - 1: SMLD for the VE SDE, DDPM for the VP SDE.
-Training and sampling stop short of t = 0, at `eps`.
+An SDE dx = f(t) x dt + g(t) dw on t in [0, T] whose perturbation kernel is
+p(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I) is known by alpha and sigma alone:
+
+  f = d log(alpha) / dt,    g^2 = d(sigma^2) / dt - 2 f sigma^2
+
+(Sarkka & Solin 2019, Sec. 6.1). So a new SDE is two functions. It knows no number of steps, and no
+smallest time: those are a sampler's, or a training's.
+
+Models may also be trained on the N noise scales of a `Chain`: SMLD for the VE SDE, DDPM for the VP
+SDE. Its steps are at the times t_i = i / (N - 1) T, i = 0 ... N - 1.
 
 Shapes: x is [B, ...], any data shape; t is [B]. Scalars per example broadcast against x by
 `expand`. Equation numbers are those of Song et al. 2021, https://arxiv.org/abs/2011.13456.
@@ -26,19 +32,15 @@ def expand(v: Array, x: Array) -> Array:
   return v.reshape(v.shape + (1,) * (x.ndim - v.ndim))
 
 
+def check_eps(sde: 'SDE', eps: float) -> None:
+  """Raises ValueError unless eps, the smallest time in use, lies in [0, T)."""
+  if not 0 <= eps < sde.T:
+    raise ValueError(f'{type(sde).__name__} needs 0 <= eps < T = {sde.T}; got eps = {eps}')
+
+
 @dataclasses.dataclass(frozen=True)
 class SDE(abc.ABC):
-  """A forward SDE; subclasses say what `alpha`, `sigma`, `drift_coef` and `diffusion_coef` are.
-
-  They also have a field `N`, with a default.
-  """
-
-  eps: float = dataclasses.field(default=0.0, kw_only=True)  # smallest time in use
-
-  @property
-  @abc.abstractmethod
-  def N(self) -> int:
-    """The number of steps of the chain."""
+  """A forward SDE; subclasses say what `alpha` and `sigma` are, and what else they know exactly."""
 
   @property
   def T(self) -> float:
@@ -47,8 +49,9 @@ class SDE(abc.ABC):
 
   @property
   def prior_std(self) -> float:
-    """Standard deviation of the prior p_T."""
-    return 1.0
+    """Standard deviation of the prior p_T: by default sigma(T)."""
+    with jax.ensure_compile_time_eval():
+      return float(self.sigma(jnp.float32(self.T)))
 
   @abc.abstractmethod
   def alpha(self, t: Array) -> Array:
@@ -58,13 +61,15 @@ class SDE(abc.ABC):
   def sigma(self, t: Array) -> Array:
     """sigma(t) [B]: standard deviation of the noise in x_t given x_0."""
 
-  @abc.abstractmethod
   def drift_coef(self, t: Array) -> Array:
-    """f(t) [B], where the drift is f(t) x."""
+    """f(t) [B], where the drift is f(t) x: by default d log(alpha) / dt by differentiation."""
+    return _derivative(lambda t: jnp.log(self.alpha(t)), t)
 
-  @abc.abstractmethod
   def diffusion_coef(self, t: Array) -> Array:
-    """g(t) [B]."""
+    """g(t) [B]: by default from d(sigma^2) / dt - 2 f sigma^2, by differentiation."""
+    growth = _derivative(lambda t: jnp.square(self.sigma(t)), t)
+    g2 = growth - 2 * self.drift_coef(t) * jnp.square(self.sigma(t))
+    return jnp.sqrt(jnp.maximum(g2, 0.0))  # a rounding may fall below
 
   def log_snr(self, t: Array) -> Array:
     """lambda(t) = log(alpha(t) / sigma(t)) [B]: half the logarithm of the signal-to-noise ratio.
@@ -89,11 +94,18 @@ class SDE(abc.ABC):
     early, late = jax.lax.fori_loop(0, 60, halve, bounds)
     return (early + late) / 2
 
-  # Continuous time.
+  @property
+  def forward(self) -> 'SDE':
+    """The SDE itself, as a `Chain` has one."""
+    return self
 
   def sde(self, x: Array, t: Array) -> tuple[Array, Array]:
     """Drift [B, ...] and diffusion [B] of the forward SDE (Eq. 5)."""
     return expand(self.drift_coef(t), x) * x, self.diffusion_coef(t)
+
+  def kernel(self, t: Array) -> tuple[Array, Array]:
+    """alpha and sigma [B] of the perturbation kernel p(x_t | x_0)."""
+    return self.alpha(t), self.sigma(t)
 
   def marginal_prob(self, x: Array, t: Array) -> tuple[Array, Array]:
     """Mean [B, ...] and standard deviation [B] of p(x_t | x_0 = x) (Appendix C)."""
@@ -112,64 +124,14 @@ class SDE(abc.ABC):
     """The time reversal of this SDE, or its probability flow ODE."""
     return ReverseSDE(self, score_fn, probability_flow)
 
-  # The chain of N steps.
+  def chain(self, N: int) -> 'Chain':
+    """Its chain of N steps, by default the one that Euler-Maruyama steps make."""
+    return Chain(self, N)
 
-  def index(self, t: Array) -> Array:
-    """The chain's step i [B], in 0 ... N - 1, that is nearest to time t; the inverse of `time`."""
-    return self._clip(jnp.round(t / self.T * (self.N - 1)))
 
-  def sampling_index(self, t: Array) -> Array:
-    """The chain's step i [B] that a sampler takes at time t in [eps, T].
-
-    The times are stretched over the chain's indices, so that a sampler with N steps from T to
-    eps visits every index once, whatever N and eps are.
-    """
-    return self._clip(jnp.round((t - self.eps) / (self.T - self.eps) * (self.N - 1)))
-
-  def time(self, i: Array) -> Array:
-    """t_i [B], the time of step i."""
-    return i / (self.N - 1) * self.T
-
-  def chain_marginal(self, i: Array) -> tuple[Array, Array]:
-    """alpha and sigma [B] of the chain's kernel p(x_i | x_0); by default the SDE's at t_i."""
-    return self.alpha(self.time(i)), self.sigma(self.time(i))
-
-  def kernel(self, t: Array, continuous: bool) -> tuple[Array, Array]:
-    """alpha and sigma [B] of the SDE's perturbation kernel at t, or of the chain's nearest it."""
-    if continuous:
-      return self.alpha(t), self.sigma(t)
-    return self.chain_marginal(self.index(t))
-
-  def discretize(self, x: Array, t: Array) -> tuple[Array, Array]:
-    """f [B, ...] and G [B] of the step x_{i+1} = x_i + f_i(x_i) + G_i z_i (Appendix E).
-
-    By default an Euler-Maruyama step of length 1 / N.
-    """
-    drift, diffusion = self.sde(x, t)
-    return drift / self.N, diffusion / math.sqrt(self.N)
-
-  def ancestral(self, x: Array, t: Array, score: Array) -> tuple[Array, Array]:
-    """Mean [B, ...] and standard deviation [B] of the ancestral step from x_i to x_{i-1}.
-
-    It is the posterior p(x_{i-1} | x_i, x_0) with x_0 estimated from the score (Appendix F).
-    """
-    i = self.sampling_index(t)
-    alpha_t, sigma_t = self.alpha(self.time(i)), self.sigma(self.time(i))
-    # The step from i = 0 ends in clean data.
-    alpha_s = jnp.where(i > 0, self.alpha(self.time(i - 1)), 1.0)
-    sigma_s = jnp.where(i > 0, self.sigma(self.time(i - 1)), 0.0)
-    ratio = alpha_t / alpha_s
-    variance = sigma_t**2 - (ratio * sigma_s) ** 2  # of p(x_t | x_s)
-    mean = (x + expand(variance, x) * score) / expand(ratio, x)
-    # At i = 0 the sub-VP chain has sigma_t = 0 already, and nothing is left to do.
-    return mean, jnp.where(i > 0, jnp.sqrt(variance) * sigma_s / sigma_t, 0.0)
-
-  def langevin_alpha(self, t: Array) -> Array:
-    """alpha_i [B] in the step size of a Langevin corrector (Algorithms 4 and 5)."""
-    return jnp.ones_like(t)
-
-  def _clip(self, i: Array) -> Array:
-    return jnp.clip(i, 0, self.N - 1).astype(jnp.int32)
+def _derivative(function: Callable[[Array], Array], t: Array) -> Array:
+  """The derivative of an elementwise function at t."""
+  return jax.jvp(function, (t,), (jnp.ones_like(t),))[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,50 +144,123 @@ class ReverseSDE:
 
   def sde(self, x: Array, t: Array) -> tuple[Array, Array]:
     """Drift [B, ...] and diffusion [B] of the reverse process; dt is negative."""
-    drift, diffusion = self.forward.sde(x, t)
-    return self._reverse(x, t, drift, diffusion)
+    return self.of_forward(x, t, *self.forward.sde(x, t))
 
-  def discretize(self, x: Array, t: Array) -> tuple[Array, Array]:
-    """f and G of the step x_i = x_{i+1} - f_{i+1}(x_{i+1}) + G_{i+1} z_{i+1} (Appendix E)."""
-    f, G = self.forward.discretize(x, t)
-    return self._reverse(x, t, f, G)
+  def of_forward(self, x: Array, t: Array, f: Array, G: Array) -> tuple[Array, Array]:
+    """Drift and diffusion of the reversal of what has the drift f [B, ...] and diffusion G [B].
+
+    They are f - G^2 s(x, t) and G, or f - G^2 s(x, t) / 2 and 0 of the probability flow. That is so
+    in continuous time, and for a step x_{i+1} = x_i + f_i(x_i) + G_i z_i (Appendix E).
+    """
+    score = (0.5 if self.probability_flow else 1.0) * self.score_fn(x, t)
+    return f - expand(G**2, x) * score, jnp.zeros_like(G) if self.probability_flow else G
 
   def denoise(self, x: Array, t: Array) -> Array:
     """E[x_0 | x_t = x], [B, ...], by Tweedie's formula (Efron 2011)."""
     alpha, sigma = (expand(v, x) for v in (self.forward.alpha(t), self.forward.sigma(t)))
     return (x + sigma**2 * self.score_fn(x, t)) / alpha
 
-  def _reverse(self, x: Array, t: Array, f: Array, G: Array) -> tuple[Array, Array]:
-    score = (0.5 if self.probability_flow else 1.0) * self.score_fn(x, t)
-    return f - expand(G**2, x) * score, jnp.zeros_like(G) if self.probability_flow else G
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+  """The chain of N steps that an SDE is discretised to, whose kernels models are trained on.
+
+  This one is made of Euler-Maruyama steps of length 1 / N; SMLD and DDPM are chains of their own.
+  """
+
+  sde: SDE
+  N: int = 1000
+
+  def __post_init__(self) -> None:
+    if self.N < 2:
+      raise ValueError(f'a chain of {type(self.sde).__name__} needs N >= 2 steps; got {self.N}')
+
+  @property
+  def forward(self) -> SDE:
+    """Its SDE."""
+    return self.sde
+
+  @property
+  def can_be_taken(self) -> bool:
+    """Whether these steps exist; if not, `check` says why."""
+    return True
+
+  def check(self) -> None:
+    """Raises ValueError if these steps do not exist."""
+
+  def index(self, t: Array) -> Array:
+    """The step i [B], in 0 ... N - 1, that is nearest to time t; the inverse of `time`."""
+    return self._clip(jnp.round(t / self.sde.T * (self.N - 1)))
+
+  def time(self, i: Array) -> Array:
+    """t_i [B], the time of step i."""
+    return i / (self.N - 1) * self.sde.T
+
+  def marginal(self, i: Array) -> tuple[Array, Array]:
+    """alpha and sigma [B] of the kernel p(x_i | x_0); by default the SDE's at t_i."""
+    return self.sde.kernel(self.time(i))
+
+  def kernel(self, t: Array) -> tuple[Array, Array]:
+    """alpha and sigma [B] of the kernel p(x_i | x_0) of the step i at time t."""
+    return self.marginal(self.index(t))
+
+  def discretize(self, x: Array, t: Array, i: Array) -> tuple[Array, Array]:
+    """f [B, ...] and G [B] of the step x_{i+1} = x_i + f_i(x_i) + G_i z_i (Appendix E).
+
+    By default an Euler-Maruyama step of length 1 / N.
+
+    Args:
+      x: [B, ...].
+      t: [B], the time of a sampler at this step; in [0, T] as the chain's own times are, or in
+        [eps, T]. SMLD and DDPM do not read it.
+      i: the step [B].
+    """
+    del i
+    drift, diffusion = self.sde.sde(x, t)
+    return drift / self.N, diffusion / math.sqrt(self.N)
+
+  def ancestral(self, x: Array, score: Array, i: Array) -> tuple[Array, Array]:
+    """Mean [B, ...] and standard deviation [B] of the ancestral step from x_i to x_{i-1}.
+
+    It is the posterior p(x_{i-1} | x_i, x_0) with x_0 estimated from the score (Appendix F). The
+    step from i = 0 ends in clean data.
+    """
+    alpha_t, sigma_t = self.sde.kernel(self.time(i))
+    alpha_s = jnp.where(i > 0, self.sde.alpha(self.time(i - 1)), 1.0)
+    sigma_s = jnp.where(i > 0, self.sde.sigma(self.time(i - 1)), 0.0)
+    ratio = alpha_t / alpha_s
+    variance = sigma_t**2 - (ratio * sigma_s) ** 2  # of p(x_t | x_s)
+    mean = (x + expand(variance, x) * score) / expand(ratio, x)
+    # At i = 0 the sub-VP chain has sigma_t = 0 already, and nothing is left to do.
+    return mean, jnp.where(i > 0, jnp.sqrt(variance) * sigma_s / sigma_t, 0.0)
+
+  def langevin_alpha(self, i: Array) -> Array:
+    """alpha_i [B] in the step size of a Langevin corrector (Algorithms 4 and 5)."""
+    return jnp.ones(jnp.shape(i))
+
+  def _clip(self, i: Array) -> Array:
+    return jnp.clip(i, 0, self.N - 1).astype(jnp.int32)
+
+
+# The variance exploding SDE, and SMLD.
 
 
 @dataclasses.dataclass(frozen=True)
 class VESDE(SDE):
-  """The variance exploding SDE (Eq. 9): sigma(t) = sigma_min (sigma_max / sigma_min)^t.
-
-  Its chain is SMLD, whose noise scales are the geometric sequence from sigma_min to sigma_max.
-  """
+  """The variance exploding SDE (Eq. 9): sigma(t) = sigma_min (sigma_max / sigma_min)^t."""
 
   sigma_min: float = 0.01
   sigma_max: float = 50.0
-  N: int = 1000
 
   def __post_init__(self) -> None:
     if not 0 < self.sigma_min < self.sigma_max:
       raise ValueError(
         f'VESDE needs 0 < sigma_min < sigma_max; got {self.sigma_min} and {self.sigma_max}'
       )
-    _check_times(self)
 
   @property
   def prior_std(self) -> float:
     return self.sigma_max
-
-  @property
-  def discrete_sigmas(self) -> Array:
-    """The chain's noise scales [N], ascending."""
-    return self.sigma(self.time(jnp.arange(self.N)))
 
   def alpha(self, t: Array) -> Array:
     return jnp.ones_like(t)
@@ -246,12 +281,30 @@ class VESDE(SDE):
   def diffusion_coef(self, t: Array) -> Array:
     return self.sigma(t) * math.sqrt(2 * math.log(self.sigma_max / self.sigma_min))
 
-  def discretize(self, x: Array, t: Array) -> tuple[Array, Array]:
+  def chain(self, N: int) -> 'SMLD':
+    return SMLD(self, N)
+
+
+@dataclasses.dataclass(frozen=True)
+class SMLD(Chain):
+  """Score matching with Langevin dynamics: noise scales in geometric sequence from sigma_min on."""
+
+  sde: VESDE
+
+  @property
+  def discrete_sigmas(self) -> Array:
+    """The noise scales [N], ascending."""
+    return self.sde.sigma(self.time(jnp.arange(self.N)))
+
+  def discretize(self, x: Array, t: Array, i: Array) -> tuple[Array, Array]:
     """SMLD's step (Eq. 8): G_i^2 = sigma_i^2 - sigma_{i-1}^2, with sigma_{-1} = 0."""
-    i = self.sampling_index(t)
-    log_ratio = math.log(self.sigma_max / self.sigma_min) / (self.N - 1)  # of neighbours
+    del t
+    log_ratio = math.log(self.sde.sigma_max / self.sde.sigma_min) / (self.N - 1)  # of neighbours
     kept = jnp.where(i > 0, -math.expm1(-2 * log_ratio), 1.0)
-    return jnp.zeros_like(x), self.sigma(self.time(i)) * jnp.sqrt(kept)
+    return jnp.zeros_like(x), self.sde.sigma(self.time(i)) * jnp.sqrt(kept)
+
+
+# The variance preserving SDEs, and DDPM.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +313,6 @@ class _LinearBeta(SDE):
 
   beta_min: float = 0.1
   beta_max: float = 20.0
-  N: int = 1000
 
   def __post_init__(self) -> None:
     if not 0 < self.beta_min <= self.beta_max:
@@ -268,7 +320,10 @@ class _LinearBeta(SDE):
         f'{type(self).__name__} needs 0 < beta_min <= beta_max; '
         f'got {self.beta_min} and {self.beta_max}'
       )
-    _check_times(self)
+
+  @property
+  def prior_std(self) -> float:
+    return 1.0
 
   def beta(self, t: Array) -> Array:
     """beta(t) [B]."""
@@ -292,32 +347,13 @@ class _LinearBeta(SDE):
   def drift_coef(self, t: Array) -> Array:
     return -0.5 * self.beta(t)
 
-  @property
-  def discrete_betas(self) -> Array:
-    """The chain's beta_i [N]: beta(t_i) / N (Appendix B).
-
-    Raises:
-      ValueError: if N <= beta_max, where 1 - beta_i would not stay positive.
-    """
-    if self.beta_max >= self.N:
-      raise ValueError(
-        f'the chain of {type(self).__name__} needs more steps than beta_max, or 1 - beta_i turns '
-        f'negative; got N = {self.N} and beta_max = {self.beta_max}'
-      )
-    return jnp.linspace(self.beta_min / self.N, self.beta_max / self.N, self.N)
-
-  def langevin_alpha(self, t: Array) -> Array:
-    return 1.0 - self.discrete_betas[self.sampling_index(t)]
+  def chain(self, N: int) -> '_LinearBetaChain':
+    return _LinearBetaChain(self, N)
 
 
 @dataclasses.dataclass(frozen=True)
 class VPSDE(_LinearBeta):
-  """The variance preserving SDE (Eq. 11): alpha^2 + sigma^2 = 1. Its chain is DDPM."""
-
-  @property
-  def alphas_cumprod(self) -> Array:
-    """The chain's alpha_i^2 [N]: product of 1 - beta_j for j <= i."""
-    return jnp.exp(jnp.cumsum(jnp.log1p(-self.discrete_betas)))
+  """The variance preserving SDE (Eq. 11): alpha^2 + sigma^2 = 1."""
 
   def sigma(self, t: Array) -> Array:
     # expm1 keeps the digits that 1 - exp(.) loses near t = 0.
@@ -333,29 +369,8 @@ class VPSDE(_LinearBeta):
   def diffusion_coef(self, t: Array) -> Array:
     return jnp.sqrt(self.beta(t))
 
-  def index(self, t: Array) -> Array:
-    """The last step of the chain that is not after time t [B].
-
-    Sampling from T to eps asks the network of DDPM between two steps; x has then the noise of
-    the earlier one, to which the released code's truncation leads too.
-    """
-    return self._clip(jnp.floor(t / self.T * (self.N - 1) + 1e-6 * self.N))  # of rounding errors
-
-  def chain_marginal(self, i: Array) -> tuple[Array, Array]:
-    log_alpha2 = jnp.cumsum(jnp.log1p(-self.discrete_betas))[i]
-    return jnp.exp(0.5 * log_alpha2), jnp.sqrt(-jnp.expm1(log_alpha2))
-
-  def discretize(self, x: Array, t: Array) -> tuple[Array, Array]:
-    """DDPM's step (Eq. 10): x_i = sqrt(1 - beta_i) x_{i-1} + sqrt(beta_i) z."""
-    beta = self.discrete_betas[self.sampling_index(t)]
-    shrink = jnp.expm1(0.5 * jnp.log1p(-beta))  # sqrt(1 - beta) - 1
-    return expand(shrink, x) * x, jnp.sqrt(beta)
-
-  def ancestral(self, x: Array, t: Array, score: Array) -> tuple[Array, Array]:
-    """DDPM's ancestral step (Eq. 4), whose variance is beta_i, not the posterior's."""
-    beta = self.discrete_betas[self.sampling_index(t)]
-    mean = (x + expand(beta, x) * score) / expand(jnp.sqrt(1.0 - beta), x)
-    return mean, jnp.sqrt(beta)
+  def chain(self, N: int) -> 'DDPM':
+    return DDPM(self, N)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,8 +391,68 @@ class subVPSDE(_LinearBeta):
     return jnp.sqrt(-self.beta(t) * jnp.expm1(4 * self.log_alpha(t)))
 
 
-def _check_times(sde: SDE) -> None:
-  if sde.N < 2:
-    raise ValueError(f'{type(sde).__name__} needs a grid of N >= 2 steps; got {sde.N}')
-  if not 0 <= sde.eps < sde.T:
-    raise ValueError(f'{type(sde).__name__} needs 0 <= eps < T = {sde.T}; got {sde.eps}')
+@dataclasses.dataclass(frozen=True)
+class _LinearBetaChain(Chain):
+  """What the chains of VP and sub-VP share: beta_i = beta(t_i) / N."""
+
+  sde: _LinearBeta
+
+  @property
+  def can_be_taken(self) -> bool:
+    return self.sde.beta_max < self.N
+
+  def check(self) -> None:
+    """Raises ValueError if N <= beta_max, where 1 - beta_i would not stay positive."""
+    if not self.can_be_taken:
+      raise ValueError(
+        f'the chain of {type(self.sde).__name__} needs more steps than beta_max, or 1 - beta_i '
+        f'turns negative; got N = {self.N} and beta_max = {self.sde.beta_max}'
+      )
+
+  @property
+  def discrete_betas(self) -> Array:
+    """beta_i [N] (Appendix B). Raises what `check` does."""
+    self.check()
+    return jnp.linspace(self.sde.beta_min / self.N, self.sde.beta_max / self.N, self.N)
+
+  def langevin_alpha(self, i: Array) -> Array:
+    return 1.0 - self.discrete_betas[i]
+
+
+@dataclasses.dataclass(frozen=True)
+class DDPM(_LinearBetaChain):
+  """Denoising diffusion probabilistic models: x_i = sqrt(1 - beta_i) x_{i-1} + sqrt(beta_i) z."""
+
+  sde: VPSDE
+
+  @property
+  def alphas_cumprod(self) -> Array:
+    """alpha_i^2 [N]: product of 1 - beta_j for j <= i."""
+    return jnp.exp(jnp.cumsum(jnp.log1p(-self.discrete_betas)))
+
+  def index(self, t: Array) -> Array:
+    """The last step of the chain that is not after time t [B].
+
+    Sampling from T to eps asks the network of DDPM between two steps; x has then the noise of
+    the earlier one, to which the released code's truncation leads too.
+    """
+    place = t / self.sde.T * (self.N - 1)
+    # The time of a step, rounded, may lie before it; that is relative, so that 0.999 stays 0.
+    return self._clip(jnp.floor(place * (1 + 2 * jnp.finfo(place.dtype).eps)))
+
+  def marginal(self, i: Array) -> tuple[Array, Array]:
+    log_alpha2 = jnp.cumsum(jnp.log1p(-self.discrete_betas))[i]
+    return jnp.exp(0.5 * log_alpha2), jnp.sqrt(-jnp.expm1(log_alpha2))
+
+  def discretize(self, x: Array, t: Array, i: Array) -> tuple[Array, Array]:
+    """DDPM's step (Eq. 10)."""
+    del t
+    beta = self.discrete_betas[i]
+    shrink = jnp.expm1(0.5 * jnp.log1p(-beta))  # sqrt(1 - beta) - 1
+    return expand(shrink, x) * x, jnp.sqrt(beta)
+
+  def ancestral(self, x: Array, score: Array, i: Array) -> tuple[Array, Array]:
+    """DDPM's ancestral step (Eq. 4), whose variance is beta_i, not the posterior's."""
+    beta = self.discrete_betas[i]
+    mean = (x + expand(beta, x) * score) / expand(jnp.sqrt(1.0 - beta), x)
+    return mean, jnp.sqrt(beta)

@@ -375,7 +375,10 @@ def likelihood(sizes: Sizes, found: Found) -> Figures:
   sde, score_fn, rng = setup.model.sde, setup.model.bind(common.init(setup)), jax.random.key(0)
   x0 = jax.random.uniform(rng, (sizes.sampled, *setup.data_shape))
   probes = draw_probes(rng, x0, 'rademacher', 1)
-  change, solve = VolumeChange(ProbabilityFlow(score_fn, sde), probes), Likelihood(sde, 1e-2, 1e-2)
+  change, solve = (
+    VolumeChange(ProbabilityFlow(score_fn, sde), probes),
+    Likelihood(sde, 1e-5, 1e-2, 1e-2),
+  )
   bare = common.queued(lambda: both(change, x0, jnp.float32(0.5)), sizes.seconds)
   runs = {'solution': lambda: solve(rng, score_fn, x0)}
   seconds, (_, _, nfe) = common.timed(runs, 3)['solution']

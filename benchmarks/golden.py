@@ -26,6 +26,7 @@ import likelihood
 import losses
 from losses import Objective
 from models.score import Params
+from samplers.steps import ChainStep
 from sampling import CORRECTORS, PREDICTORS
 from sde_lib import ScoreFn, subVPSDE, VESDE, VPSDE
 from training import released_checkpoints
@@ -134,11 +135,11 @@ def error(ours: Array, theirs: np.ndarray) -> float:
 def loss_inputs(arrays: Arrays, setup: Setup) -> tuple[Array, Array, Array]:
   """Data, times and noise of the losses of a case."""
   x0, z, t = (jnp.asarray(arrays[f'io/{name}']) for name in ('data', 'z', 't'))
-  if not setup.objective.continuous:
-    sde, labels = setup.model.sde, arrays['io/loss_labels']
+  if not setup.model.continuous:
+    chain, labels = setup.model.chain, arrays['io/loss_labels']
     # SMLD counts its noise scales from the largest, DDPM its steps from the smallest.
     smld = setup.config.training.sde == 'vesde'
-    t = sde.time(jnp.asarray(sde.N - 1 - labels if smld else labels))
+    t = chain.time(jnp.asarray(chain.N - 1 - labels if smld else labels))
   return x0, t, z
 
 
@@ -149,11 +150,11 @@ def mean_losses(arrays: Arrays, setup: Setup, params: Params) -> dict[str, tuple
   for name in arrays:
     if name.startswith('io/loss_') and name != 'io/loss_labels':
       objective = Objective(
-        continuous=setup.objective.continuous,
+        kernels=setup.model.trained_with,
+        weight=losses.by_likelihood if 'lw1' in name else losses.by_variance,
         reduce_mean='rm1' in name,
-        likelihood_weighting='lw1' in name,
       )
-      ours = losses.dsm_loss(setup.model.sde, score_fn, *inputs, objective).mean()
+      ours = losses.dsm_loss(objective, score_fn, *inputs).mean()
       found[name] = ours, arrays[name]
   return found
 
@@ -178,16 +179,15 @@ def _given_noise(noise: Array) -> Iterator[None]:
 def step_errors(name: str) -> dict[str, float]:
   """Relative errors of single steps of predictors and correctors, for one of `SDES`.
 
-  Of the sub-VP SDE there are no ancestral and no Langevin steps. The released code truncates to an
-  index of its tables, and this one rounds: times count at which both choose the same.
+  Of the sub-VP SDE there are no ancestral and no Langevin steps. The released code truncates times
+  to an index of its tables.
   """
   arrays = load(f'step_{name}_N1000')
-  sde = SDES[name](N=1000)
-  score_fn = DATA.score_fn(sde)
+  chain = SDES[name]().chain(1000)
+  score_fn = DATA.score_fn(chain.sde)
   x, t, noise = (jnp.float32(arrays[key]) for key in ('x', 't', 'noise'))
-  where = arrays['t'] * (sde.N - 1)
-  nearest = np.round((arrays['t'] - sde.eps) / (sde.T - sde.eps) * (sde.N - 1))
-  same = np.floor(where) == nearest
+  i = (t * (chain.N - 1)).astype(jnp.int32)
+  at = ChainStep(t, jnp.full_like(t, 1 / chain.N), i, chain)
   steps = {}
   for predictor in ('euler_maruyama', 'reverse_diffusion', 'ancestral_sampling'):
     steps[f'pred_{predictor}_pf0'] = partial(_predict, predictor)
@@ -197,25 +197,27 @@ def step_errors(name: str) -> dict[str, float]:
   for key, step in steps.items():
     if f'{key}_x' in arrays:
       with _given_noise(noise[0]):
-        ours = jax.jit(partial(step, sde, score_fn))(x, t)
-      theirs = (arrays[f'{key}_{result}'][same] for result in ('x', 'xmean'))
-      found[key] = max(error(a[same], b) for a, b in zip(ours, theirs, strict=True))
+        ours = jax.jit(partial(step, score_fn))(x, at)
+      theirs = (arrays[f'{key}_{result}'] for result in ('x', 'xmean'))
+      found[key] = max(error(a, b) for a, b in zip(ours, theirs, strict=True))
   return found
 
 
-def _predict(name, sde, score_fn, x, t):
-  rng, rsde = jax.random.key(0), sde.reverse(score_fn)
-  return PREDICTORS[name]().update_fn(rng, rsde, x, t, 1 / sde.N)
+def _predict(name, score_fn, x, step):
+  rng, rsde = jax.random.key(0), step.chain.sde.reverse(score_fn)
+  return PREDICTORS[name]().update_fn(rng, rsde, x, step)
 
 
-def _correct(name, snr, sde, score_fn, x, t):
-  rng, rsde = jax.random.key(0), sde.reverse(score_fn)
-  return CORRECTORS[name](snr, 1).update_fn(rng, rsde, x, t)
+def _correct(name, snr, score_fn, x, step):
+  rng, rsde = jax.random.key(0), step.chain.sde.reverse(score_fn)
+  return CORRECTORS[name](snr, 1).update_fn(rng, rsde, x, step)
 
 
 def ode_error(name: str) -> float:
   """The largest absolute error of the probability flow ODE's solutions, for one of `SOLVED`."""
   arrays = load(f'ode_{name}')
-  sde = SDES[name](eps=float(arrays['eps']))
-  x, _ = likelihood.decode(sde, DATA.score_fn(sde), jnp.asarray(arrays['z']))
+  sde = SDES[name]()
+  x, _ = likelihood.decode(
+    sde, DATA.score_fn(sde), jnp.asarray(arrays['z']), eps=float(arrays['eps'])
+  )
   return float(errors(x, arrays['x_tol1e-05_denoise0'])[0].max())

@@ -60,7 +60,7 @@ def both(change: VolumeChange, x: Array, t: Array) -> tuple[Array, Array]:
 
 
 def solve_released(
-  sde: SDE, flow: ProbabilityFlow, probe: Array, x0: Array
+  sde: SDE, eps: float, flow: ProbabilityFlow, probe: Array, x0: Array
 ) -> tuple[np.ndarray, int]:
   """log p(x0) [B], and the evaluations of the ODE, with SciPy's solver on the host."""
   size = x0.size
@@ -72,7 +72,7 @@ def solve_released(
 
   start = np.concatenate([np.ravel(x0), np.zeros(len(x0))])
   solution = integrate.solve_ivp(
-    change, (sde.eps, sde.T), start, method='RK45', rtol=TOLERANCE, atol=TOLERANCE
+    change, (eps, sde.T), start, method='RK45', rtol=TOLERANCE, atol=TOLERANCE
   )
   z = jnp.asarray(solution.y[:size, -1].reshape(x0.shape), jnp.float32)
   return np.asarray(sde.prior_logp(z)) + solution.y[size:, -1], solution.nfev
@@ -84,18 +84,18 @@ def measure(name: str, batch: int) -> dict[str, dict[str, float]]:
   rng_weights, rng_data, rng_probe = jax.random.split(jax.random.key(0), 3)
   flat, tree = ravel_pytree(common.init(setup))
   params = tree(flat + WEIGHTS * jax.random.normal(rng_weights, flat.shape))
-  sde, score_fn = setup.model.sde, setup.model.bind(params)
+  sde, eps, score_fn = setup.model.sde, setup.config.training.eps, setup.model.bind(params)
   x0 = jax.random.uniform(rng_data, (batch, *setup.data_shape))
   probes = draw_probes(rng_probe, x0, 'rademacher', 1)
   flow = ProbabilityFlow(score_fn, sde)
-  change, ours = VolumeChange(flow, probes), Likelihood(sde, TOLERANCE, TOLERANCE)
+  change, ours = VolumeChange(flow, probes), Likelihood(sde, eps, TOLERANCE, TOLERANCE)
   t = jnp.float32(0.5)
   evaluate = {
     'released': lambda: evaluate_released(flow, probes[0], x0, t),
     'here': lambda: both(change, x0, t),
   }
   solve = {
-    'released': lambda: solve_released(sde, flow, probes[0], x0),
+    'released': lambda: solve_released(sde, eps, flow, probes[0], x0),
     'here': lambda: ours(rng_probe, score_fn, x0)[::2],
   }
   with released.forms():

@@ -28,6 +28,7 @@ from evaluation.tasks import (
   SuperResolve,
   Task,
 )
+from likelihood import Likelihood
 from runtime.errors import UserError
 
 
@@ -81,6 +82,7 @@ def make_bits_per_dim(setup: Setup) -> BitsPerDim:
   wanted = setup.config.eval
   return BitsPerDim(
     model=setup.model,
+    likelihood=Likelihood(setup.model.sde, setup.config.training.eps),
     codec=setup.codec,
     source=load_source(setup.config, wanted.bpd_dataset),
     split=wanted.bpd_dataset,

@@ -1,21 +1,19 @@
 """From the section `sampling` of a config to a sampler."""
 
 from collections.abc import Callable
-import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 from ml_collections import FrozenConfigDict
 
-from models import score
+from models.preconditioning import ENERGY
 from runtime.errors import UserError
 from samplers import multistep as fast
 from samplers.adaptive_sde import AdaptiveSDESampler
 from samplers.base import GridSampler, Sampler, Solver
 from samplers.langevin import LangevinSampler
-from samplers.time_grids import GRIDS
+from samplers.time_grids import SPACINGS, TimeGrid, uniform
 import sampling
-from sde_lib import SDE
+from sde_lib import Chain, SDE
 
 # Methods that take the steps of a time grid: what makes them, and the grid that they take unless
 # the config names one.
@@ -32,54 +30,60 @@ _SOLVERS: dict[str, tuple[Callable[[Any], Solver], str]] = {
 METHODS = ('pc', 'ode', 'adaptive_sde', 'langevin', 'mala', *_SOLVERS)
 
 
-def make_sampler(config: FrozenConfigDict, sde: SDE) -> Sampler:
-  """The sampler of a config, for a model that was trained with `sde`.
+def make_sampler(config: FrozenConfigDict, chain: Chain) -> Sampler:
+  """The sampler of a config, for a model that was trained with the SDE of a chain, or with that.
 
   Raises:
     UserError: if its fields do not go together.
     ValueError: if the SDE does not suit it.
   """
-  choice = config.sampling
-  sde = dataclasses.replace(sde, eps=choice.eps)
+  choice, sde = config.sampling, chain.sde
+  n = choice.num_steps or chain.N
+  # Where the steps are those that published samples were drawn with, they are taken as they were.
+  own_chain = chain if n == chain.N and chain.can_be_taken else None
   if choice.method == 'ode':
     return sampling.ODESampler(
-      sde, choice.rtol, choice.atol, choice.noise_removal, choice.ode_solver
+      sde, choice.eps, choice.rtol, choice.atol, choice.noise_removal, choice.ode_solver, own_chain
     )
   if choice.method == 'adaptive_sde':
-    return AdaptiveSDESampler(sde, choice.sde_rtol, choice.sde_atol, choice.noise_removal)
-  n = choice.num_steps or sde.N
-  sde = dataclasses.replace(sde, N=n)  # type: ignore[call-arg]  # a field of each subclass
+    return AdaptiveSDESampler(
+      sde, choice.eps, choice.sde_rtol, choice.sde_atol, choice.noise_removal
+    )
   if choice.method in ('langevin', 'mala'):
-    return _langevin(config, sde)
+    return _langevin(config, sde, n)
   if choice.method == 'pc':
-    return _pc_sampler(config, sde)
-  make, usual_grid = _SOLVERS[choice.method]
-  grid = GRIDS[choice.grid or usual_grid](choice.rho)
+    return _pc_sampler(choice, sde, n, own_chain)
+  make, usual_spacing = _SOLVERS[choice.method]
+  grid = _grid(choice, n, usual_spacing)
   return GridSampler(sde, make(choice), grid, choice.noise_removal)
 
 
-def _pc_sampler(config: FrozenConfigDict, sde: SDE) -> sampling.PCSampler:
-  choice = config.sampling
+def _grid(choice: FrozenConfigDict, n: int, usual_spacing: str) -> TimeGrid:
+  return TimeGrid(n, choice.eps, SPACINGS[choice.grid or usual_spacing](choice.rho))
+
+
+def _pc_sampler(
+  choice: FrozenConfigDict, sde: SDE, n: int, own_chain: Chain | None
+) -> sampling.PCSampler:
   if choice.predictor == 'ancestral_sampling' and choice.probability_flow:
     raise UserError('config.sampling.probability_flow does not go with ancestral_sampling')
-  predictor = sampling.PREDICTORS[choice.predictor]()
-  if predictor.own_steps or choice.corrector != 'none':
-    sde.langevin_alpha(jnp.ones(1))  # says so if the chain has too few steps
+  grid = _grid(choice, n, 'uniform')
   return sampling.PCSampler(
     sde,
-    predictor,
+    sampling.PREDICTORS[choice.predictor](),
     sampling.CORRECTORS[choice.corrector](choice.snr, choice.n_steps_each),
+    grid,
     choice.probability_flow,
     choice.noise_removal,
-    GRIDS[choice.grid or 'uniform'](choice.rho),
+    own_chain if grid.spacing is uniform else None,
   )
 
 
-def _langevin(config: FrozenConfigDict, sde: SDE) -> LangevinSampler:
+def _langevin(config: FrozenConfigDict, sde: SDE, n: int) -> LangevinSampler:
   choice = config.sampling
-  if choice.method == 'mala' and config.model.output != score.ENERGY:
+  if choice.method == 'mala' and config.model.output != ENERGY:
     raise UserError('config.sampling.method = mala needs config.model.output = energy')
-  return LangevinSampler(sde, choice.step_size, sde.N, choice.method == 'mala')
+  return LangevinSampler(sde, choice.eps, choice.step_size, n, choice.method == 'mala')
 
 
 def _edm(choice: FrozenConfigDict, order: int) -> Solver:

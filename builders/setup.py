@@ -18,18 +18,19 @@ from data.codec import Codec
 from data.points import Diffused
 from evaluation import features
 import losses
-from losses import Matching, Objective
+from losses import ChainTimes, Matching, Objective, OneTime, TimeLaw, UniformTimes
 from models import ncsn, ncsnpp, score
 from models.layers import ACTIVATIONS
-from models.score import ScoreModel
+from models.preconditioning import ENERGY, PRECONDITIONINGS
+from models.score import Conditioning, ScoreModel
 from runtime.devices import all_devices, Devices, Keys
 from runtime.errors import unknown, UserError
 from runtime.precision import PRECISIONS
 from samplers import ode
 from samplers.base import Sampler
-from samplers.time_grids import GRIDS
+from samplers.time_grids import SPACINGS
 import sampling
-from sde_lib import ScoreFn, SDE, subVPSDE, VESDE, VPSDE
+from sde_lib import check_eps, ScoreFn, SDE, subVPSDE, VESDE, VPSDE
 from training.optim import adam
 
 FEWEST = 10  # samples that can be compared with data: an Inception score has ten parts
@@ -77,10 +78,11 @@ def build(config: ConfigDict) -> Setup:
   _check(config)
   training, optim = config.training, config.optim
   try:
-    sde = _SDES[training.sde](config.model, training.eps)
+    sde = _SDES[training.sde](config.model)
     model = _score_model(config, sde)
     true_score_fn = _true_score_fn(config, sde)
-    sampler = make_sampler(config, sde)
+    sampler = make_sampler(config, model.chain)
+    objective = _objective(config, model, true_score_fn)
   except ValueError as error:  # an SDE that can't be
     raise UserError(str(error)) from None
   devices = all_devices()
@@ -89,13 +91,7 @@ def build(config: ConfigDict) -> Setup:
     codec=make_codec(config),
     model=model,
     true_score_fn=true_score_fn,
-    objective=Objective(
-      matching=_matching(training.objective, true_score_fn),
-      single_scale=training.single_scale,
-      continuous=training.continuous,
-      reduce_mean=training.reduce_mean,
-      likelihood_weighting=training.likelihood_weighting,
-    ),
+    objective=objective,
     tx=make_optimizer(optim, optim.lr, optim.weight_decay, optim.warmup),
     sampler=sampler,
     devices=devices,
@@ -103,12 +99,10 @@ def build(config: ConfigDict) -> Setup:
   )
 
 
-_SDES: dict[str, Callable[[Any, float], SDE]] = {
-  'vesde': lambda model, eps: VESDE(model.sigma_min, model.sigma_max, model.num_scales, eps=eps),
-  'vpsde': lambda model, eps: VPSDE(model.beta_min, model.beta_max, model.num_scales, eps=eps),
-  'subvpsde': lambda model, eps: subVPSDE(
-    model.beta_min, model.beta_max, model.num_scales, eps=eps
-  ),
+_SDES: dict[str, Callable[[Any], SDE]] = {
+  'vesde': lambda model: VESDE(model.sigma_min, model.sigma_max),
+  'vpsde': lambda model: VPSDE(model.beta_min, model.beta_max),
+  'subvpsde': lambda model: subVPSDE(model.beta_min, model.beta_max),
 }
 
 _OPTIMIZERS = {'Adam': adam}
@@ -125,13 +119,13 @@ _CHOICES: dict[str, Collection[str]] = {
   'model.interpolation': ncsn.INTERPOLATIONS,
   'model.dtype': ('float32', 'bfloat16'),
   'model.precision': PRECISIONS,
-  'model.output': ('', *score.OUTPUTS, score.ENERGY),
+  'model.output': ('', *PRECONDITIONINGS),
   'training.objective': ('dsm', 'esm', *losses.MATCHINGS, 'cd'),
   'optim.optimizer': _OPTIMIZERS,
   'sampling.method': METHODS,
   'sampling.predictor': sampling.PREDICTORS,
   'sampling.corrector': sampling.CORRECTORS,
-  'sampling.grid': ('', *GRIDS),
+  'sampling.grid': ('', *SPACINGS),
   'sampling.ode_solver': ode.SOLVERS,
   'sampling.uint8': ('truncate', 'round'),
   'sampling.task': ('', 'inpaint', 'colorize', 'superres', 'deblur'),
@@ -201,7 +195,7 @@ def _check(config: FrozenConfigDict) -> None:
 
 def _check_ebm(config: FrozenConfigDict) -> None:
   """Raises UserError unless contrastive divergence goes with the rest."""
-  if not (config.model.output == score.ENERGY and config.training.single_scale):
+  if not (config.model.output == ENERGY and config.training.single_scale):
     raise UserError(
       'config.training.objective = cd needs config.model.output = energy and '
       'config.training.single_scale'
@@ -229,29 +223,61 @@ def check_shared(config: FrozenConfigDict, name: str, parts: str = '') -> None:
     )
 
 
+# What a network is told of t, and what its output means, where the config says no more: released.
+_CONDITIONINGS: dict[tuple[bool, bool, bool], Conditioning] = {
+  # (VE, Fourier features, continuous)
+  (True, True, True): score.log_sigma,
+  (True, True, False): score.log_sigma,
+  (True, False, True): score.noise_time,
+  (True, False, False): score.noise_label,
+  (False, True, True): score.log_scaled_time,
+  (False, True, False): score.log_scaled_time,
+  (False, False, True): score.scaled_time,
+  (False, False, False): score.chain_time,
+}
+
+
 def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
-  make, _ = NETWORKS[config.model.name]
-  continuous = config.training.continuous
-  fourier = config.model.get('embedding_type') == 'fourier'
-  if config.training.sde == 'vesde':
-    label = score.noise_time if continuous else score.noise_label
-    conditioning = score.log_sigma if fourier else label
-    output = 'scaled_score' if config.model.scale_by_sigma else 'score'
-  else:
-    time_step = score.scaled_time if continuous else score.chain_time
-    conditioning = score.log_scaled_time if fourier else time_step
-    output = 'noise'
-  output = config.model.output or output
-  net, num_classes = make(config.model), config.model.num_classes
+  model, training = config.model, config.training
+  make, _ = NETWORKS[model.name]
+  ve = training.sde == 'vesde'
+  fourier = model.get('embedding_type') == 'fourier'
+  chain = sde.chain(model.num_scales)
+  if not training.continuous:
+    chain.check()
+  usual_output = ('scaled_score' if model.scale_by_sigma else 'score') if ve else 'noise'
+  preconditioning, net = PRECONDITIONINGS[model.output or usual_output], make(model)
+  precision = model.precision
+  if preconditioning.in_float32:  # whatever the config says
+    net, precision = net.clone(dtype='float32'), 'highest'
   return ScoreModel(
     net,
-    sde,
-    conditioning,
-    output,
-    continuous,
+    chain,
+    _CONDITIONINGS[ve, fourier, training.continuous],
+    preconditioning,
+    training.continuous,
     config.data.centered,
-    num_classes,
-    config.model.precision,
+    model.num_classes,
+    precision,
+  )
+
+
+def _objective(
+  config: FrozenConfigDict, model: ScoreModel, true_score_fn: Diffused | None
+) -> Objective:
+  training = config.training
+  check_eps(model.sde, training.eps)
+  times: TimeLaw = ChainTimes(model.chain)
+  if training.single_scale:
+    times = OneTime(training.eps)
+  elif training.continuous:
+    times = UniformTimes(training.eps, model.sde.T)
+  return Objective(
+    kernels=model.trained_with,
+    times=times,
+    weight=losses.by_likelihood if training.likelihood_weighting else losses.by_variance,
+    matching=_matching(training.objective, true_score_fn),
+    reduce_mean=training.reduce_mean,
   )
 
 

@@ -8,6 +8,7 @@ from jax import Array
 from ml_collections import FrozenConfigDict
 
 from builders.setup import make_optimizer, Setup
+from losses import UniformTimes
 from models.classifier import Classifier
 from models.score import Params
 from models.wideresnet import WideResnet
@@ -88,19 +89,24 @@ def make_classifier(setup: Setup) -> Classifier:
   return Classifier(net, setup.model.sde, setup.model.precision)
 
 
+def classifier_times(setup: Setup) -> UniformTimes:
+  """The times of the classifier: all of the SDE's, whichever the score model is trained at."""
+  return UniformTimes(setup.config.training.eps, setup.model.sde.T)
+
+
 def classifier_task(setup: Setup) -> Task:
   """The training of the classifier of a config."""
-  choice, model, sde = setup.config.classifier, make_classifier(setup), setup.model.sde
+  choice, model, times = setup.config.classifier, make_classifier(setup), classifier_times(setup)
   tx = make_optimizer(setup.config.optim, choice.lr, choice.weight_decay, choice.warmup)
 
   def evaluate(params: Params, batch: Batch, rng: Array) -> Metrics:
-    span = (sde.eps, sde.T)
+    span = (times.eps, times.T)
     each = classifier.eval_step(params, batch, rng, span, classifier=model, codec=setup.codec)
     return dict(zip(('loss', 'accuracy'), (v.mean() for v in each), strict=True))
 
   step = partial(
     classifier.train_step,
-    classifier=model, codec=setup.codec, tx=tx, ema_rate=setup.config.model.ema_rate,
+    classifier=model, codec=setup.codec, times=times, tx=tx, ema_rate=setup.config.model.ema_rate,
   )  # fmt: skip
   return Task(
     section='classifier',

@@ -81,9 +81,9 @@ def _default() -> ConfigDict:
   model.scale_by_sigma = False
   model.ema_rate = 0.999
   model.ema_warmup = False  # let the rate grow as (1 + n) / (10 + n), for short runs
-  model.output = ''  # score, scaled_score, noise, denoised or energy; empty for the SDE's own
+  model.output = ''  # score, scaled_score, noise, denoised, v or energy; '' is the SDE's own
   model.num_classes = 0  # of the labels that the network takes; 0 for none
-  model.dtype = 'float32'  # of the network's arithmetic: float32 or bfloat16
+  model.dtype = 'float32'  # of the network: float32 or bfloat16; denoised and energy are float32
   # Of float32 products on GPUs (TF32, TF32, float32) and TPUs (1, 3 or 6 products of bfloat16), in
   # training and in samplers with steps of their own: default, high or highest.
   model.precision = 'default'

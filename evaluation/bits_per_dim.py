@@ -34,6 +34,7 @@ class BitsPerDim(Measurement):
 
   Attributes:
     model: the score model.
+    likelihood: measures log p(x_0).
     codec: makes x_0 of the images, and says how wide their levels are.
     source: the images.
     split: 'train' or 'test', of which they are.
@@ -44,6 +45,7 @@ class BitsPerDim(Measurement):
   """
 
   model: ScoreModel
+  likelihood: Likelihood
   codec: Codec
   source: sources.Source
   split: str
@@ -91,7 +93,7 @@ class BitsPerDim(Measurement):
     x0, rngs = self._dequantized(self.keys.key('bpd', repeat), first, images)
     labels = self.devices.put(batch['label']) if self.model.num_classes else None
     score_fn = self.model.bind(params, labels=labels)
-    logp, _, nfe = Likelihood(self.model.sde)(rngs, score_fn, x0)
+    logp, _, nfe = self.likelihood(rngs, score_fn, x0)
     bits = bits_per_dim(logp, self.codec.dim, self.codec.level_width)
     there = len(self.source) - first
     return {'bpd': processes.gather(bits)[:there], 'nfe': np.array(nfe, np.int64)}

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from samplers import base
 from samplers.base import Constraint, Observer
-from sde_lib import expand, ScoreFn, SDE
+from sde_lib import check_eps, expand, ScoreFn, SDE
 
 FIRST_STEP = 0.01
 SAFETY = 0.9  # theta in the paper
@@ -44,7 +44,8 @@ class AdaptiveSDESampler:
   The number of score evaluations is that of the batch, so of its slowest sample: two a step.
 
   Attributes:
-    sde: the forward SDE, solved from T to sde.eps; its N has no meaning here.
+    sde: the forward SDE.
+    eps: the smallest time, to which it is solved from T.
     rtol: relative tolerance; the paper has 0.01 to 0.5.
     atol: absolute tolerance; the paper has one of 256 levels, 1 / 256 for data in [0, 1] and
       2 / 256 for data in [-1, 1].
@@ -52,9 +53,13 @@ class AdaptiveSDESampler:
   """
 
   sde: SDE
+  eps: float
   rtol: float = 0.05
   atol: float = 1 / 256
   noise_removal: bool = True
+
+  def __post_init__(self) -> None:
+    check_eps(self.sde, self.eps)
 
   def __call__(
     self,
@@ -71,16 +76,16 @@ class AdaptiveSDESampler:
     Raises:
       FloatingPointError: if a sample takes more than `MAX_STEPS` steps, or is not finite.
     """
-    sde = self.sde
+    sde, eps = self.sde, self.eps
     score_fn, constraint = base.as_pytree(score_fn), base.as_pytree(constraint)
     rng_prior, rng_steps = jax.random.split(rng)
     x = base.draw_prior(sde, rng_prior, shape, sharding)
     state, latest = _start(self, x), sde.T
-    while latest > sde.eps:
+    while latest > eps:
       state, latest, mean = _segment(self, score_fn, constraint, rng_steps, state)
-      if observe and latest > sde.eps:
-        observe((sde.T - float(mean)) / (sde.T - sde.eps), state.x)
-      if latest > sde.eps and state.steps >= MAX_STEPS:
+      if observe and latest > eps:
+        observe((sde.T - float(mean)) / (sde.T - eps), state.x)
+      if latest > eps and state.steps >= MAX_STEPS:
         raise FloatingPointError(
           f'adaptive_sde took {MAX_STEPS} steps and is only at t = {float(latest):.3g}; raise '
           'sampling.sde_rtol and sampling.sde_atol, or look for non-finite values in the score'
@@ -88,7 +93,7 @@ class AdaptiveSDESampler:
     x, nfe = state.x, 2 * int(state.steps)
     if self.noise_removal:
       last = jax.random.fold_in(rng_steps, MAX_STEPS)
-      x, nfe = base.tweedie(sde, score_fn, constraint, last, x), nfe + 1
+      x, nfe = base.tweedie(sde, eps, score_fn, constraint, last, x), nfe + 1
     base.show_samples(observe, x)
     return x, nfe
 
@@ -113,7 +118,7 @@ def _start(sampler, x):
 
 @partial(jax.jit, static_argnums=0)
 def _segment(sampler, score_fn, constraint, rng, state):
-  eps, last = sampler.sde.eps, state.steps + SEGMENT
+  eps, last = sampler.eps, state.steps + SEGMENT
   rsde = sampler.sde.reverse(score_fn)
   rng_path, rng_constraint = jax.random.split(rng)
 

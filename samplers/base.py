@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from samplers.ode import Observer
-from samplers.time_grids import Grid, uniform
-from sde_lib import ScoreFn, SDE
+from samplers.time_grids import TimeGrid
+from sde_lib import check_eps, ScoreFn, SDE
 
 Update = tuple[Array, Array]  # the new x, and its mean before noise was added
 
@@ -82,16 +82,19 @@ class Solver(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class GridSampler:
-  """Takes sde.N - 1 steps of a solver from time T to sde.eps, over a time grid of sde.N times.
+  """Takes n - 1 steps of a solver from time T to eps, over a time grid of n times.
 
   With `noise_removal`, one step of Tweedie's formula follows, which is the first-order step of all
-  these solvers to sigma = 0; then a solver with one evaluation a step takes sde.N in all.
+  these solvers to sigma = 0; then a solver with one evaluation a step takes n in all.
   """
 
   sde: SDE
   solver: Solver
-  grid: Grid = uniform
+  grid: TimeGrid
   noise_removal: bool = True
+
+  def __post_init__(self) -> None:
+    check_eps(self.sde, self.grid.eps)
 
   def __call__(
     self,
@@ -103,8 +106,8 @@ class GridSampler:
     constraint: Constraint | None = None,
     observe: Observer | None = None,
   ) -> tuple[Array, int]:
-    score_fn, constraint, steps = as_pytree(score_fn), as_pytree(constraint), self.sde.N - 1
-    times = self.grid(self.sde, self.sde.N)
+    score_fn, constraint, steps = as_pytree(score_fn), as_pytree(constraint), self.grid.n - 1
+    times = self.grid.times(self.sde)
     coefficients = {'t': times[:-1], 's': times[1:], **self.solver.coefficients(self.sde, times)}
     rng_prior, rng_steps = jax.random.split(rng)
     x = draw_prior(self.sde, rng_prior, shape, sharding)
@@ -116,7 +119,7 @@ class GridSampler:
     nfe = steps * self.solver.nfe
     if self.noise_removal:
       last = jax.random.fold_in(rng_steps, steps)
-      x, nfe = tweedie(self.sde, score_fn, constraint, last, x), nfe + 1
+      x, nfe = tweedie(self.sde, self.grid.eps, score_fn, constraint, last, x), nfe + 1
     show_samples(observe, x)
     return x, nfe
 
@@ -190,9 +193,9 @@ def constrain(constraint: Constraint | None, rng: Array, update: Update, t: Arra
   return update if constraint is None else constraint(rng, update, t)
 
 
-@partial(jax.jit, static_argnums=0)
-def tweedie(sde, score_fn, constraint, rng, x):
-  """E[x_0 | x_eps = x] [B, ...], the last step of most samplers; one score evaluation."""
-  t = jnp.full(x.shape[:1], sde.eps)
+@partial(jax.jit, static_argnums=(0, 1))
+def tweedie(sde, eps, score_fn, constraint, rng, x):
+  """E[x_0 | x_eps = x] [B, ...], the last step of samplers; one score evaluation."""
+  t = jnp.full(x.shape[:1], eps)
   mean = sde.reverse(score_fn).denoise(x, t)
   return constrain(constraint, rng, (mean, mean), t)[1]

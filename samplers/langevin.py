@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from runtime.errors import UserError
 from samplers import base
 from samplers.base import Constraint, Observer, Update
-from sde_lib import expand, ScoreFn, SDE
+from sde_lib import check_eps, expand, ScoreFn, SDE
 
 
 def langevin_step(x: Array, score: Array, h: Array | float, z: Array) -> Update:
@@ -28,25 +28,28 @@ def langevin_step(x: Array, score: Array, h: Array | float, z: Array) -> Update:
 
 @dataclasses.dataclass(frozen=True)
 class LangevinSampler:
-  """Langevin dynamics at one level of noise, that of time sde.eps, from the prior of the SDE.
+  """Langevin dynamics at one level of noise, that of time eps, from the prior of the SDE.
 
   How a score model was sampled before there were many levels of noise: it must cross from mode to
   mode by itself. With `adjusted`, a step is taken or not by the Metropolis-Hastings rule, which
   takes a score that knows its `log_density(x, t)`: that of an energy, or of `data.points`.
 
   Attributes:
-    sde: its prior is the start, its eps the time of the score.
+    sde: its prior is the start.
+    eps: the time of the score.
     step_size: h above, in units of the data squared.
     n_steps: how many steps.
     adjusted: with a Metropolis test (MALA) or without (ULA).
   """
 
   sde: SDE
+  eps: float
   step_size: float
   n_steps: int
   adjusted: bool = False
 
   def __post_init__(self) -> None:
+    check_eps(self.sde, self.eps)
     if not self.step_size > 0:
       raise ValueError(f'Langevin dynamics needs a step size above 0; got {self.step_size}')
 
@@ -86,7 +89,7 @@ def _segment(sampler, score_fn, constraint, rng, state, start, stop):
   def step(i: Array, state: tuple[Array]) -> tuple[Array]:
     (x,) = state
     rngs = jax.random.split(jax.random.fold_in(rng, i))
-    t = jnp.full(x.shape[:1], sampler.sde.eps)
+    t = jnp.full(x.shape[:1], sampler.eps)
     z = jax.random.normal(rngs[0], x.shape)
     update = langevin_step(x, score_fn(x, t), sampler.step_size, z)
     return (base.constrain(constraint, rngs[1], update, t)[0],)
@@ -96,7 +99,7 @@ def _segment(sampler, score_fn, constraint, rng, state, start, stop):
 
 @partial(jax.jit, static_argnums=0)
 def _mala_start(sampler, score_fn, x):
-  return mala_state(score_fn, x, jnp.full(x.shape[:1], sampler.sde.eps))
+  return mala_state(score_fn, x, jnp.full(x.shape[:1], sampler.eps))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -104,7 +107,7 @@ def _mala_segment(sampler, score_fn, constraint, rng, state, start, stop):
   del constraint  # None
 
   def step(i: Array, state: MALAState) -> MALAState:
-    t = jnp.full(state.x.shape[:1], sampler.sde.eps)
+    t = jnp.full(state.x.shape[:1], sampler.eps)
     return mala_step(jax.random.fold_in(rng, i), score_fn, state, t, sampler.step_size)[0]
 
   return jax.lax.fori_loop(start, stop, step, state)

@@ -1,7 +1,8 @@
-"""Time grids: at which n times a sampler asks for the score, from sde.T down to sde.eps.
+"""Time grids: at which n times a sampler asks for the score, from sde.T down to eps.
 
-Each is a function (sde, n) -> times [n], descending, in float64; n >= 2. The number of times has
-nothing to do with the number of noise scales that a model was trained with.
+After the last time come clean data. How the times are spaced is a function (sde, n, eps) -> times
+[n], descending, in float64. The number of times has nothing to do with the number of noise scales
+that a model was trained with.
 """
 
 from collections.abc import Callable
@@ -17,28 +18,28 @@ import numpy as np
 
 from sde_lib import SDE
 
-Grid = Callable[[SDE, int], np.ndarray]
+Spacing = Callable[[SDE, int, float], np.ndarray]
 
 
-def uniform(sde: SDE, n: int) -> np.ndarray:
+def uniform(sde: SDE, n: int, eps: float) -> np.ndarray:
   """Equal steps of t, as in the released code of Song et al. 2021."""
-  return np.linspace(sde.T, sde.eps, n)
+  return np.linspace(sde.T, eps, n)
 
 
-def quadratic(sde: SDE, n: int) -> np.ndarray:
+def quadratic(sde: SDE, n: int, eps: float) -> np.ndarray:
   """Equal steps of sqrt(t) (Song et al. 2020, https://arxiv.org/abs/2010.02502, Appendix D.2)."""
-  times = np.linspace(math.sqrt(sde.T), math.sqrt(sde.eps), n) ** 2
-  times[-1] = sde.eps  # not only to rounding
+  times = np.linspace(math.sqrt(sde.T), math.sqrt(eps), n) ** 2
+  times[0], times[-1] = sde.T, eps  # not only to rounding
   return times
 
 
-def log_snr(sde: SDE, n: int) -> np.ndarray:
+def log_snr(sde: SDE, n: int, eps: float) -> np.ndarray:
   """Equal steps of lambda = log(alpha / sigma) (Lu et al. 2022, https://arxiv.org/abs/2206.00927).
 
   For the VE SDE this is the uniform grid.
   """
-  first, last = finite_log_snr(sde, np.array([sde.T, sde.eps]))
-  return _between_ends(sde, np.linspace(first, last, n))
+  first, last = finite_log_snr(sde, np.array([sde.T, eps]))
+  return _between_ends(sde, np.linspace(first, last, n), eps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +48,39 @@ class Karras:
 
   rho: float = 7.0
 
-  def __call__(self, sde: SDE, n: int) -> np.ndarray:
-    first, last = np.exp(-finite_log_snr(sde, np.array([sde.T, sde.eps])) / self.rho)
-    return _between_ends(sde, -self.rho * np.log(np.linspace(first, last, n)))
+  def __call__(self, sde: SDE, n: int, eps: float) -> np.ndarray:
+    first, last = np.exp(-finite_log_snr(sde, np.array([sde.T, eps])) / self.rho)
+    return _between_ends(sde, -self.rho * np.log(np.linspace(first, last, n)), eps)
 
 
-GRIDS: dict[str, Callable[[float], Grid]] = {
+# By name, given rho.
+SPACINGS: dict[str, Callable[[float], Spacing]] = {
   'uniform': lambda rho: uniform,
   'quadratic': lambda rho: quadratic,
   'log_snr': lambda rho: log_snr,
   'edm': Karras,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeGrid:
+  """n times from T down to eps.
+
+  Raises:
+    ValueError: if there are fewer than two.
+  """
+
+  n: int
+  eps: float
+  spacing: Spacing = uniform
+
+  def __post_init__(self) -> None:
+    if self.n < 2:
+      raise ValueError(f'a time grid needs at least 2 times, T and eps; got {self.n}')
+
+  def times(self, sde: SDE) -> np.ndarray:
+    """The times [n] of an SDE."""
+    return self.spacing(sde, self.n, self.eps)
 
 
 def in_float64(f: Callable[[Array], Array], v: np.ndarray) -> np.ndarray:
@@ -93,14 +116,14 @@ def finite_log_snr(sde: SDE, times: np.ndarray) -> np.ndarray:
   lam = in_float64(sde.log_snr, times)
   if not np.isfinite(lam).all():
     raise ValueError(
-      f'{type(sde).__name__} has no noise left at eps = {sde.eps}, or no signal at T, where this '
-      'sampler or time grid needs both; choose eps > 0'
+      f'{type(sde).__name__} has no noise left at t = {np.min(times)}, or no signal at t = '
+      f'{np.max(times)}, where this sampler or time grid needs both; choose eps > 0'
     )
   return lam
 
 
-def _between_ends(sde: SDE, lam: np.ndarray) -> np.ndarray:
+def _between_ends(sde: SDE, lam: np.ndarray, eps: float) -> np.ndarray:
   """The times of the log-SNRs `lam`, which lie between those of T and eps."""
   times = in_float64(sde.time_of_log_snr, lam)
-  times[0], times[-1] = sde.T, sde.eps
+  times[0], times[-1] = sde.T, eps
   return times

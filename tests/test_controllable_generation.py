@@ -1,7 +1,5 @@
 """Controlled generation against Gaussians and mixtures whose conditionals are known."""
 
-import dataclasses
-
 from analytic import check_moments, given, TWO_MODES
 import flax
 import jax
@@ -23,18 +21,19 @@ from controllable_generation import (
 )
 from data.points import Gaussian
 from samplers import multistep as fast
-from samplers import time_grids
 from samplers.base import GridSampler
+from samplers.time_grids import log_snr, TimeGrid
 from sampling import Langevin, PCSampler, ReverseDiffusion
 from sde_lib import expand, SDE, subVPSDE, VESDE, VPSDE
 
 KEY = jax.random.key(0)
 SHAPE = (2, 2, 3)
 SDES = {
-  've': VESDE(0.01, 20.0, N=400, eps=1e-5),
-  'vp': VPSDE(N=400, eps=1e-3),
-  'subvp': subVPSDE(N=400, eps=1e-3),
+  've': VESDE(0.01, 20.0),
+  'vp': VPSDE(),
+  'subvp': subVPSDE(),
 }
+EPS = {VESDE: 1e-5, VPSDE: 1e-3, subVPSDE: 1e-3}
 OPERATORS = {'mask': Mask(jnp.array([[[1.0], [0.0]], [[0.0], [1.0]]])), 'gray': Gray()}
 OPERATORS |= {'block': BlockMean(2), 'blur': GaussianBlur(0.8)}
 
@@ -138,7 +137,7 @@ def test_guided_samples_are_of_their_class(k):
   sde = SDES['vp']
   labels = jnp.full(2000, k)
   score_fn = ClassifierGuidance(TWO_MODES.score_fn(sde), Component(sde), labels)
-  sampler = GridSampler(dataclasses.replace(sde, N=40), fast.DPMSolver(2), time_grids.log_snr)
+  sampler = GridSampler(sde, fast.DPMSolver(2), TimeGrid(40, 1e-3, log_snr))
   x, nfe = sampler(KEY, score_fn, (2000, 2))
   assert nfe == 40
   check_moments(x, mode(k), 0.03)
@@ -186,9 +185,9 @@ def test_constraints_come_near_the_posterior(name):
   It draws what is known with its noise at time t, where the posterior would have it without; the
   mean of what is unknown therefore lags behind, here by up to 0.15 of a standard deviation.
   """
-  sde = dataclasses.replace(SDES['ve'], N=100)
+  sde = SDES['ve']
   y, truth = posterior(name, 500)
-  sampler = PCSampler(sde, ReverseDiffusion(), Langevin(0.16, 5))
+  sampler = PCSampler(sde, ReverseDiffusion(), Langevin(0.16, 5), TimeGrid(100, 1e-5))
   known = Known(y, OPERATORS[name], sde)
   x, _ = sampler(KEY, DATA.score_fn(sde), y.shape, constraint=known)
   check_posterior(x, truth, 0.2)
@@ -201,9 +200,8 @@ def test_constraints_come_near_the_posterior(name):
 )
 def test_guided_samples_have_the_posterior_moments(sde, name, noise_std):
   y, truth = posterior(name, 2000, noise_std)
-  sde = dataclasses.replace(sde, N=60)
   score_fn = PosteriorGuidance(DATA.score_fn(sde), OPERATORS[name], y, sde, noise_std, iterations=6)
-  sampler = GridSampler(sde, fast.DPMSolver(2), time_grids.log_snr)
+  sampler = GridSampler(sde, fast.DPMSolver(2), TimeGrid(60, EPS[type(sde)], log_snr))
   x, _ = sampler(KEY, score_fn, y.shape)
   check_posterior(x, truth, 0.03)
 

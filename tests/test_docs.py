@@ -149,9 +149,9 @@ def test_the_tutorial_puts_what_a_chapter_prints_in_its_place():
 def test_the_parzen_identity_of_the_tutorial():
   """Denoising less explicit score matching is the same for every score, to 1e-5."""
   points = jnp.array([[0.0, 0.3], [0.5, -0.2], [-1.0, 0.1]])
-  sde = VESDE(0.4, 2.0, eps=0.0)
+  sde = VESDE(0.4, 2.0)
   scores = (lambda x, t: -x, lambda x, t: jnp.sin(x), lambda x, t: jnp.zeros_like(x))
-  constants = [denoising.constant(points, sde, score_fn) for score_fn in scores]
+  constants = [denoising.constant(points, sde, 0.0, score_fn) for score_fn in scores]
   np.testing.assert_allclose(constants, constants[0], rtol=1e-5)
 
 

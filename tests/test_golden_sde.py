@@ -1,8 +1,8 @@
 """The SDEs and samplers against numbers of the released code, with an analytic score.
 
 Every number of tests/golden/{coef,step,pc,ode}_*.npz is either reproduced here or named in
-`DIFFERENCES`, where this code departs from the released one on purpose. Two of the departures
-are undone by `as_released` and `ReleasedEulerMaruyama`, so that everything else still compares.
+`DIFFERENCES`, where this code departs from the released one on purpose. The length of an
+Euler-Maruyama step is undone by `ReleasedEulerMaruyama`, so that everything else still compares.
 """
 
 import dataclasses
@@ -21,10 +21,12 @@ import pytest
 
 from benchmarks.golden import DATA
 from controllable_generation import Gray, Known, Mask
-from samplers import base, time_grids
+from samplers import base
+from samplers.steps import ChainStep
+from samplers.time_grids import TimeGrid
 import sampling
 from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS
-from sde_lib import ScoreFn, SDE, subVPSDE, VESDE, VPSDE
+from sde_lib import Chain, ScoreFn, SDE, subVPSDE, VESDE, VPSDE
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 SDES = {'ve': VESDE, 'vp': VPSDE, 'subvp': subVPSDE}
@@ -82,23 +84,23 @@ def altered(sde: SDE, **methods) -> SDE:
   return type(f'Altered{type(sde).__name__}', (type(sde),), methods)(**fields)
 
 
-def as_released(sde: SDE) -> SDE:
-  """The SDE with the released table index: truncated, not rounded."""
-  return altered(sde, sampling_index=lambda self, t: (t * (self.N - 1) / self.T).astype(jnp.int32))
+def released_index(chain: Chain, t: jax.Array) -> jax.Array:
+  """The released table index: truncated, of the times as they are."""
+  return (t * (chain.N - 1) / chain.sde.T).astype(jnp.int32)
 
 
 class ReleasedEulerMaruyama(sampling.EulerMaruyama):
   """Euler-Maruyama with the released step, 1 / N on a grid whose spacing is (T - eps) / (N - 1)."""
 
-  def update_fn(self, rng, rsde, x, t, dt):
-    return super().update_fn(rng, rsde, x, t, 1 / rsde.forward.N)
+  def update_fn(self, rng, rsde, x, step):
+    return super().update_fn(rng, rsde, x, step.replace(dt=jnp.full_like(step.t, 1 / step.chain.N)))
 
 
-def setting(name: str) -> tuple[SDE, dict[str, np.ndarray]]:
-  """The SDE of a golden file, and the file."""
+def setting(name: str) -> tuple[Chain, float, dict[str, np.ndarray]]:
+  """The chain of a golden file, its eps, and the file."""
   file = golden(name)
   eps = float(file['eps']) if 'eps' in file else 1e-5
-  return SDES[name.split('_')[1]](N=int(file.get('N', 1000)), eps=eps), file
+  return SDES[name.split('_')[1]]().chain(int(file.get('N', 1000))), eps, file
 
 
 def inputs(name: str) -> tuple[jax.Array, jax.Array, ScoreFn]:
@@ -133,29 +135,29 @@ KEY = jax.random.key(0)  # the noise is given, whatever the key
 @functools.cache
 def coefficients(name: str) -> dict[str, jax.Array]:
   """Ours for the arrays of coef_*, with the released table index."""
-  sde, file = setting(name)
-  sde = dataclasses.replace(as_released(sde), eps=float(file['pc_timesteps'][-1]))
-  x, t, score_fn = inputs(name)
-  times, i = jnp.asarray(time_grids.uniform(sde, sde.N), jnp.float32), jnp.arange(sde.N)
+  chain, _, file = setting(name)
+  sde, (x, t, score_fn) = chain.sde, inputs(name)
+  grid = TimeGrid(chain.N, float(file['pc_timesteps'][-1])).times(sde)
+  steps, i = ChainStep.of_chain(chain, grid), jnp.arange(chain.N)
+  times, at_t = jnp.asarray(grid, jnp.float32), released_index(chain, t)
   got = {'prior_logp': sde.prior_logp(x), 'score': score_fn(x, t), 'pc_timesteps': times}
   got['drift'], got['diffusion'] = sde.sde(x, t)
   got['mean'], got['std'] = sde.marginal_prob(x, t)
-  got['f'], got['G'] = sde.discretize(x, t)
+  got['f'], got['G'] = chain.discretize(x, t, at_t)
   for pf in range(2):
     rsde = sde.reverse(score_fn, probability_flow=bool(pf))
     got[f'rev_drift_pf{pf}'], got[f'rev_diffusion_pf{pf}'] = rsde.sde(x, t)
-    got[f'rev_f_pf{pf}'], got[f'rev_G_pf{pf}'] = rsde.discretize(x, t)
+    got[f'rev_f_pf{pf}'], got[f'rev_G_pf{pf}'] = rsde.of_forward(x, t, got['f'], got['G'])
   with given_noise([x]):
     got['prior_sample_from_x'] = sde.prior_sampling(KEY, x.shape)
-  # Rounded: the two agree on the grid of a sampler with N <= 1000 steps.
-  got['pc_timestep_index'] = super(type(sde), sde).sampling_index(times)
+  got['pc_timestep_index'] = steps.i
   if name.startswith('coef_ve'):
-    got['discrete_sigmas'] = sde.discrete_sigmas
+    got['discrete_sigmas'] = chain.discrete_sigmas
   if name.startswith('coef_vp'):
-    got['discrete_betas'] = sde.discrete_betas
-    got['alphas'] = 1 - sde.discrete_betas
-    got['alphas_cumprod'] = sde.alphas_cumprod
-    got['sqrt_alphas_cumprod'], got['sqrt_1m_alphas_cumprod'] = sde.chain_marginal(i)
+    got['discrete_betas'] = chain.discrete_betas
+    got['alphas'] = 1 - chain.discrete_betas
+    got['alphas_cumprod'] = chain.alphas_cumprod
+    got['sqrt_alphas_cumprod'], got['sqrt_1m_alphas_cumprod'] = chain.marginal(i)
   return got
 
 
@@ -177,32 +179,33 @@ def test_coefficients(name, key):
     close(ours, theirs, 5e-5 if chain else 1e-5, *(golden(name)[half] for half in halves))
 
 
-@pytest.mark.parametrize('name', sorted({name for name, _ in numbers('coef') if '_f64' in name}))
-def test_rounded_index_agrees_with_the_truncated_one_at_some_times(name):
-  """Without `as_released`: equal steps of the chain wherever both choose the same index."""
-  sde, _ = setting(name)
-  x, t, score_fn = inputs(name)
-  same = np.asarray(sde.sampling_index(t) == as_released(sde).sampling_index(t))
-  assert same.sum() >= 2
-  same = same | ('subvp' in name)  # which has no tables
-  f, G = sde.reverse(score_fn).discretize(x, t)
-  close(f[same], golden(name)['rev_f_pf0'][same], 5e-5)
-  close(G[same], golden(name)['rev_G_pf0'][same], 5e-5)
+@pytest.mark.parametrize('N', [100, 1000])
+@pytest.mark.parametrize('eps', [0.0, 1e-5, 1e-3, 0.02])
+def test_ddpm_reads_its_noise_where_the_released_code_does(N, eps):
+  """From the first to the last time of a sampler: at t = 1e-3 and N = 1000 sigma is 0.0100."""
+  chain, table = VPSDE().chain(N), golden(f'coef_vp_N{N}_f64')['sqrt_1m_alphas_cumprod']
+  t = jnp.asarray(TimeGrid(50, eps).times(chain.sde), jnp.float32)
+  i = np.floor(np.asarray(TimeGrid(50, eps).times(chain.sde)) * (N - 1) + 1e-9).astype(int)
+  np.testing.assert_array_equal(chain.index(t), i)
+  np.testing.assert_allclose(chain.kernel(t)[1], table[i], rtol=1e-5)
+  assert (np.asarray(released_index(chain, t)) == i).mean() > 0.9  # but for its roundings
+  assert released_index(chain, t[-1]) == chain.index(t[-1]) == i[-1]
 
 
 # Single steps.
 
 
 @functools.cache
-def step(name: str, which: str, released: bool = True) -> tuple[jax.Array, jax.Array]:
+def step(name: str, which: str) -> tuple[jax.Array, jax.Array]:
   """x and x_mean of the update that keys of step_* begin with."""
-  (sde, file), (x, t, score_fn) = setting(name), inputs(name)
+  (chain, _, file), (x, t, score_fn) = setting(name), inputs(name)
   kind, update, option = re.fullmatch('(pred|corr)_(.*)_(pf[01]|n[13])', which).groups()
-  rsde = (as_released(sde) if released else sde).reverse(score_fn, option == 'pf1')
+  rsde = chain.sde.reverse(score_fn, option == 'pf1')
+  at = ChainStep(t, jnp.full_like(t, 1 / chain.N), released_index(chain, t), chain)
   with given_noise(jnp.float32(file['noise'])):
     if kind == 'pred':
-      return PREDICTORS[update]().update_fn(KEY, rsde, x, t, 1 / sde.N)
-    return CORRECTORS[update](float(file['snr']), int(option[1:])).update_fn(KEY, rsde, x, t)
+      return PREDICTORS[update]().update_fn(KEY, rsde, x, at)
+    return CORRECTORS[update](float(file['snr']), int(option[1:])).update_fn(KEY, rsde, x, at)
 
 
 @pytest.mark.parametrize(('name', 'key'), numbers('step'))
@@ -219,10 +222,9 @@ def test_steps(name, key):
 @pytest.mark.parametrize('N', [100, 1000])
 def test_ancestral_step_of_sub_vp(N):
   """The posterior p(x_s | x_t, x_0) at the x_0 that the score implies, in float64."""
-  sde, file = setting(f'step_subvp_N{N}')
-  x, x_mean = step(f'step_subvp_N{N}', 'pred_ancestral_sampling_pf0', released=False)
-  t = file['t'].astype(np.float64)
-  i = np.clip(np.round((t - sde.eps) / (1 - sde.eps) * (N - 1)), 0, None)[:, None, None, None]
+  _, _, file = setting(f'step_subvp_N{N}')
+  x, x_mean = step(f'step_subvp_N{N}', 'pred_ancestral_sampling_pf0')
+  i = np.floor(file['t'] * np.float32(N - 1)).astype(np.float64)[:, None, None, None]
   score = np.asarray(score_of('subvp')(file['x'], file['t']), np.float64)
 
   def kernel(t):
@@ -243,10 +245,10 @@ def test_ancestral_step_of_sub_vp(N):
 @pytest.mark.parametrize('corrector', ['langevin', 'ald'])
 def test_langevin_steps_of_sub_vp(N, corrector):
   """x + h s + sqrt(2 h) z, with the alpha_i of the VP chain of the same betas."""
-  sde, file = setting(f'step_subvp_N{N}')
-  x, _ = step(f'step_subvp_N{N}', f'corr_{corrector}_n3', released=False)
+  chain, _, file = setting(f'step_subvp_N{N}')
+  x, _ = step(f'step_subvp_N{N}', f'corr_{corrector}_n3')
   (_, t, score_fn), snr = inputs(f'step_subvp_N{N}'), float(file['snr'])
-  i = np.round(np.clip((file['t'] - sde.eps) / (1 - sde.eps), 0, 1) * (N - 1))
+  i = np.floor(file['t'] * np.float32(N - 1))
   alpha = (1 - (0.1 + 19.9 * i / (N - 1)) / N)[:, None, None, None]
   expected = file['x'].astype(np.float64)
   for z in file['noise']:
@@ -255,7 +257,7 @@ def test_langevin_steps_of_sub_vp(N, corrector):
       norms = [np.sqrt(np.square(v).sum((1, 2, 3))).mean() for v in (z, score)]
       h = 2 * alpha * (snr * norms[0] / norms[1]) ** 2
     else:
-      h = 2 * alpha * (snr * np.asarray(sde.sigma(t))[:, None, None, None]) ** 2
+      h = 2 * alpha * (snr * np.asarray(chain.sde.sigma(t))[:, None, None, None]) ** 2
     expected = expected + h * score + np.sqrt(2 * h) * z
   close(x, expected, 1e-4)
 
@@ -266,13 +268,19 @@ def test_langevin_steps_of_sub_vp(N, corrector):
 @functools.cache
 def sample(name: str, run: str, denoise: bool, released: bool = True):
   """Samples, score evaluations and draws of noise of the sampler that a key of pc_* names."""
-  sde, file = setting(name)
+  chain, eps, file = setting(name)
   predictor, corrector, n, pf = run.split('__')
   chosen = PREDICTORS[predictor]()
   if released and predictor == 'euler_maruyama':
     chosen = ReleasedEulerMaruyama()
   sampler = PCSampler(
-    sde, chosen, CORRECTORS[corrector](float(file['snr']), int(n[1:])), pf == 'pf1', denoise
+    chain.sde,
+    chosen,
+    CORRECTORS[corrector](float(file['snr']), int(n[1:])),
+    TimeGrid(chain.N, eps),
+    pf == 'pf1',
+    denoise,
+    chain,
   )
   noise = jnp.float32(file['noise'])
   with given_noise(noise) as rest, pytest.MonkeyPatch.context() as patch:
@@ -286,14 +294,17 @@ class Recording(sampling.NoPredictor):
 
   times: ClassVar[list[float]] = []
 
-  def update_fn(self, rng, rsde, x, t, dt):
-    self.times.append(float(t[0]))
+  def update_fn(self, rng, rsde, x, step):
+    self.times.append(float(step.t[0]))
     return x, x
 
 
 def check_grid(name: str) -> None:
-  sde, file = setting(name)
-  sampler = PCSampler(sde, Recording(), CORRECTORS['none'](0.1, 1), noise_removal=False)
+  chain, eps, file = setting(name)
+  sampler = PCSampler(
+    chain.sde, Recording(), CORRECTORS['none'](0.1, 1), TimeGrid(chain.N, eps),
+    noise_removal=False, chain=chain,
+  )  # fmt: skip
   Recording.times.clear()
   with jax.disable_jit():
     sampler(KEY, score_of(name.split('_')[1]), (1, 2, 2, 1))
@@ -319,9 +330,9 @@ def test_pc_samplers(name, key):
     assert nfe == 24 * each + (predictor == 'none' and denoise == 'denoise1')
   else:
     # The released samples, denoised here by Tweedie's formula at the last time.
-    sde, _ = setting(name)
+    chain, eps, _ = setting(name)
     noisy = jnp.asarray(golden(name)[f'{run}__denoise0'], jnp.float32)
-    rsde, t = sde.reverse(score_of(name.split('_')[1])), jnp.full(len(noisy), sde.eps)
+    rsde, t = chain.sde.reverse(score_of(name.split('_')[1])), jnp.full(len(noisy), eps)
     close(x, rsde.denoise(noisy, t), 1e-4)
 
 
@@ -336,18 +347,20 @@ def test_euler_maruyama_steps_by_the_spacing_of_the_grid(name):
 
 
 @functools.cache
-def from_given_z(name: str) -> SDE:
-  """The SDE of a golden file, whose prior is always the file's z."""
-  sde, file = setting(name)
+def from_given_z(name: str) -> Chain:
+  """The chain of a golden file, whose prior is always the file's z."""
+  chain, _, file = setting(name)
   z = jnp.asarray(file['z'])
-  return altered(sde, prior_sampling=lambda self, rng, shape: z)
+  return altered(chain.sde, prior_sampling=lambda self, rng, shape: z).chain(chain.N)
 
 
 @functools.cache
 def solve(name: str, tolerance: float, denoise: bool) -> tuple[jax.Array, int]:
   """The sample of the sampler that a key of ode_* names, and its score evaluations."""
-  sde = from_given_z(name)
-  sampler = ODESampler(sde, rtol=tolerance, atol=tolerance, noise_removal=denoise)
+  chain, (_, eps, _) = from_given_z(name), setting(name)
+  sampler = ODESampler(
+    chain.sde, eps, rtol=tolerance, atol=tolerance, noise_removal=denoise, chain=chain
+  )
   return sampler(KEY, DATA.score_fn(SDES[name.removeprefix('ode_')]()), golden(name)['z'].shape)
 
 
@@ -393,10 +406,10 @@ class Rotated(Known):
 
 def control(name: str, run: str, denoise: bool) -> tuple[jax.Array, int]:
   """The sample of a controlled run, and the number of noises that it took."""
-  sde, file = setting(name)
+  chain, eps, file = setting(name)
   task, predictor, corrector = run.split('__')
   chosen = ReleasedEulerMaruyama() if predictor == 'euler_maruyama' else PREDICTORS[predictor]()
-  sde = as_released(sde)
+  sde = chain.sde
   if task == 'colorize':
     constraint, mask = Rotated(file['gray'], Gray(), sde), np.array([1, 0, 0])
   else:
@@ -407,11 +420,14 @@ def control(name: str, run: str, denoise: bool) -> tuple[jax.Array, int]:
     # of the prior, and leaves out red.
     return constraint.project(constraint.y) + (1 - mask) * SDE.prior_sampling(self, rng, shape)
 
+  chain = altered(sde, prior_sampling=prior_sampling).chain(chain.N)
   sampler = PCSampler(
-    altered(sde, prior_sampling=prior_sampling),
+    chain.sde,
     chosen,
     CORRECTORS[corrector](float(file['snr']), 1),
+    TimeGrid(chain.N, eps),
     noise_removal=denoise,
+    chain=chain,
   )
   data = dataclasses.replace(DATA, means=jnp.stack([file['M1c'], file['M2c']]).astype(jnp.float32))
   score_fn = compiled(data.score_fn(SDES[name.split('_')[1]]()))

@@ -24,7 +24,8 @@ import likelihood
 from likelihood import bits_per_dim, decode, draw_probes, encode, interpolate, Likelihood
 from sde_lib import SDE, subVPSDE, VESDE, VPSDE
 
-SDES = [VESDE(sigma_max=20.0, eps=1e-5), VPSDE(eps=1e-5), subVPSDE(eps=1e-5)]
+SDES = [VESDE(sigma_max=20.0), VPSDE(), subVPSDE()]
+EPS = 1e-5
 KEY = jax.random.key(0)
 TWO = Mixture(jnp.array([0.3, 0.7]), jnp.array([[0.5, -0.2], [-0.6, 0.3]]), jnp.array([0.25, 0.4]))
 POINT = gaussian(jnp.array([0.3, -0.5, 0.1]), 0.4)
@@ -49,7 +50,7 @@ def test_the_exact_trace_gives_the_change_of_volume(sde, data):
   """log p_eps(x) - log p_T(z), to 0.001 bits per dimension."""
   x = points(data.means.shape[-1])
   logp, z, _ = Likelihood(sde, probe='exact')(KEY, data.score_fn(sde), x)
-  change = log_density(data, sde, x, sde.eps) - log_density(data, sde, z, sde.T)
+  change = log_density(data, sde, x, EPS) - log_density(data, sde, z, sde.T)
   bits = (logp - sde.prior_logp(z) - change) / (x.shape[1] * math.log(2))
   assert np.abs(bits).max() < 0.001
 
@@ -64,7 +65,7 @@ def test_bits_per_dimension_of_a_gaussian(sde, probe):
   """
   x, data = points(3), gaussian(jnp.zeros(3), 0.4)
   logp, *_ = Likelihood(sde, probe=probe)(KEY, data.score_fn(sde), x)
-  exact = log_density(data, sde, x, sde.eps)
+  exact = log_density(data, sde, x, EPS)
   assert np.abs(bits_per_dim(logp, 3, 1 / 256) - bits_per_dim(exact, 3, 1 / 256)).max() < 0.005
 
 
@@ -111,6 +112,16 @@ def test_estimated_likelihoods_average_to_the_exact_one():
     variances.append(logp.var())
   # The relative standard error of a ratio of variances from 400 draws is about 10 %.
   assert variances[0] / variances[1] == pytest.approx(4, rel=0.4)
+
+
+@pytest.mark.parametrize('eps', [1e-3, 0.05])
+def test_the_data_are_taken_to_be_at_eps(eps):
+  sde, x, data = SDES[1], points(3), gaussian(jnp.zeros(3), 0.4)
+  logp, *_ = Likelihood(sde, eps, probe='exact')(KEY, data.score_fn(sde), x)
+  exact = log_density(data, sde, x, eps)
+  np.testing.assert_allclose(logp, exact, atol=2e-3 * 3)
+  with pytest.raises(ValueError, match='0 <= eps < T'):
+    Likelihood(sde, -eps)
 
 
 def test_splitting_the_batch_changes_nothing_beyond_the_tolerance():
@@ -166,11 +177,11 @@ def test_golden(name, key, monkeypatch):
     return  # inputs
   what, probe, tolerance, *centered = key.split('_')
   tolerance = float(tolerance.removeprefix('tol'))
-  file, sde = golden(name), {'ve': VESDE, 'vp': VPSDE}[name.split('_')[1]](eps=1e-5)
+  file, sde = golden(name), {'ve': VESDE, 'vp': VPSDE}[name.split('_')[1]]()
   given = jnp.asarray(file[probe.lower()], jnp.float32)[None]
   x0 = jnp.asarray(file['data'], jnp.float32)
   monkeypatch.setattr(likelihood, '_begin', lambda *_: ((x0, jnp.zeros(len(x0))), given))
-  logp, z, nfe = Likelihood(sde, tolerance, tolerance)(KEY, DATA.score_fn(sde), x0)
+  logp, z, nfe = Likelihood(sde, EPS, tolerance, tolerance)(KEY, DATA.score_fn(sde), x0)
   if what == 'nfe':
     assert abs(nfe - file[key]) <= 6  # a step, where rounding decides
   elif what == 'z':

@@ -20,12 +20,19 @@ import pytest
 import scipy.integrate
 
 from samplers import base, ode, time_grids
+from samplers.steps import ChainStep, GridStep
+from samplers.time_grids import Spacing, TimeGrid, uniform
 from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS, ProbabilityFlow
 from sde_lib import SDE, subVPSDE, VESDE, VPSDE
 
 SHAPE = (4000, 2)
-SDES = [VESDE(sigma_max=20.0, eps=1e-5), VPSDE(eps=1e-3), subVPSDE(eps=1e-3)]
+SDES = [VESDE(sigma_max=20.0), VPSDE(), subVPSDE()]
+EPS = {VESDE: 1e-5, VPSDE: 1e-3, subVPSDE: 1e-3}
 every_sde = pytest.mark.parametrize('sde', SDES, ids=lambda s: type(s).__name__)
+
+
+def grid(sde: SDE, n: int, spacing: Spacing = uniform) -> TimeGrid:
+  return TimeGrid(n, EPS[type(sde)], spacing)
 
 
 # Every sampler.
@@ -38,39 +45,75 @@ every_sde = pytest.mark.parametrize('sde', SDES, ids=lambda s: type(s).__name__)
 def test_pc_samplers_recover_the_data(sde, predictor, corrector):
   """200 steps; a Langevin step at snr = 0.1 adds a bias of snr^2 = 1 % to variances.
 
-  The steps of the predictors have a bias of order 1 / N, at most 4 % here; see the slopes below.
+  The steps of the predictors have a bias of order 1 / n, at most 4 % here; see the slopes below.
   """
-  sde = dataclasses.replace(sde, N=200)
-  sampler = PCSampler(sde, PREDICTORS[predictor](), CORRECTORS[corrector](0.1, 1))
+  sampler = PCSampler(sde, PREDICTORS[predictor](), CORRECTORS[corrector](0.1, 1), grid(sde, 200))
   x, _ = sampler(jax.random.key(0), DATA.score_fn(sde), SHAPE)
   check_moments(x, DATA, bias=0.04)
 
 
 @pytest.mark.parametrize('sde', SDES[1:], ids=lambda s: type(s).__name__)
-def test_euler_maruyama_takes_any_grid(sde):
+@pytest.mark.parametrize('predictor', ['euler_maruyama', 'reverse_diffusion', 'ancestral_sampling'])
+def test_predictors_take_any_grid(sde, predictor):
   """Equal steps of the log-SNR: 150 have a bias of up to 6 % in variances."""
   sampler = PCSampler(
-    dataclasses.replace(sde, N=150), PREDICTORS['euler_maruyama'](), CORRECTORS['none'](0.1, 1),
-    grid=time_grids.log_snr,
-  )  # fmt: skip
+    sde, PREDICTORS[predictor](), CORRECTORS['none'](0.1, 1), grid(sde, 150, time_grids.log_snr)
+  )
   x, _ = sampler(jax.random.key(0), DATA.score_fn(sde), SHAPE)
   check_moments(x, DATA, bias=0.06)
 
 
-@pytest.mark.parametrize('predictor', ['reverse_diffusion', 'ancestral_sampling'])
-def test_steps_of_the_chain_refuse_other_grids(predictor):
-  with pytest.raises(ValueError, match='takes the steps of the chain'):
+@pytest.mark.parametrize(
+  'times', [TimeGrid(99, 1e-3), TimeGrid(100, 1e-3, time_grids.log_snr)], ids=['99', 'log_snr']
+)
+def test_steps_of_a_chain_are_those_of_its_own_times(times):
+  sde = VPSDE()
+  with pytest.raises(ValueError, match='has as many times, uniform in t'):
     PCSampler(
-      VPSDE(eps=1e-3), PREDICTORS[predictor](), CORRECTORS['none'](0.1, 1), grid=time_grids.log_snr
-    )
+      sde, PREDICTORS['reverse_diffusion'](), CORRECTORS['none'](0.1, 1), times,
+      chain=sde.chain(100),
+    )  # fmt: skip
+
+
+# A point at 0.3 in a space of one dimension: what is left of the noise is seen exactly.
+POINT = gaussian(jnp.array([0.3]), 0.0)
+
+
+@every_sde
+@pytest.mark.parametrize('n', [2, 5, 50, 200])
+@pytest.mark.parametrize('eps', [1e-5, 1e-3, 0.03])
+@pytest.mark.parametrize('predictor', ['euler_maruyama', 'reverse_diffusion', 'ancestral_sampling'])
+def test_every_grid_ends_in_clean_data(sde, predictor, n, eps):
+  """However long its last step is; the released step overshoots where eps is not its length."""
+  sampler = PCSampler(sde, PREDICTORS[predictor](), CORRECTORS['none'](0.1, 1), TimeGrid(n, eps))
+  x, nfe = sampler(jax.random.key(0), POINT.score_fn(sde), (1000, 1))
+  assert nfe == n
+  assert np.sqrt(np.square(x - 0.3).mean()) < 2e-3
+
+
+@every_sde
+@pytest.mark.parametrize('predictor', ['euler_maruyama', 'reverse_diffusion', 'ancestral_sampling'])
+def test_without_noise_removal_the_noise_of_eps_is_left(sde, predictor):
+  """Of one point: sigma(eps) around alpha(eps) times it."""
+  eps = 0.03
+  sampler = PCSampler(
+    sde, PREDICTORS[predictor](), CORRECTORS['langevin'](0.1, 3), TimeGrid(300, eps),
+    noise_removal=False,
+  )  # fmt: skip
+  x, nfe = sampler(jax.random.key(0), POINT.score_fn(sde), (4000, 1))
+  assert nfe == 299 + 300 * 3
+  alpha, sigma = (float(f(jnp.float32(eps))) for f in (sde.alpha, sde.sigma))
+  np.testing.assert_allclose(x.mean(), 0.3 * alpha, atol=4 * sigma / np.sqrt(4000))
+  np.testing.assert_allclose(x.std(), sigma, rtol=0.2)  # of the last steps of the sub-VP SDE
 
 
 @every_sde
 @pytest.mark.parametrize('predictor', ['euler_maruyama', 'reverse_diffusion'])
 def test_probability_flow_steps_recover_the_data(sde, predictor):
   """Nothing corrects the discretisation here: 200 steps have a bias of up to 14 % in variances."""
-  sde = dataclasses.replace(sde, N=200)
-  sampler = PCSampler(sde, PREDICTORS[predictor](), CORRECTORS['none'](0.1, 1), True)
+  sampler = PCSampler(
+    sde, PREDICTORS[predictor](), CORRECTORS['none'](0.1, 1), grid(sde, 200), True
+  )
   x, _ = sampler(jax.random.key(0), DATA.score_fn(sde), SHAPE)
   check_moments(x, DATA, bias=0.14)
 
@@ -87,8 +130,7 @@ def test_correctors_alone_recover_the_data(sde, corrector, snr, bias):
   shrink with the noise. Their own bias fades for that reason, so that they may be larger, but late
   in the run they no longer follow: under the sub-VP SDE variances stay 11 % too small.
   """
-  sde = dataclasses.replace(sde, N=300)
-  sampler = PCSampler(sde, PREDICTORS['none'](), CORRECTORS[corrector](snr, 4))
+  sampler = PCSampler(sde, PREDICTORS['none'](), CORRECTORS[corrector](snr, 4), grid(sde, 300))
   x, _ = sampler(jax.random.key(0), DATA.score_fn(sde), (2000, 2))
   check_moments(x, DATA, bias)
 
@@ -96,13 +138,15 @@ def test_correctors_alone_recover_the_data(sde, corrector, snr, bias):
 @every_sde
 def test_without_predictor_and_corrector_the_prior_stays(sde):
   """Samples of the prior, and with noise removal their posterior means."""
-  sde, score_fn, key = dataclasses.replace(sde, N=24), DATA.score_fn(sde), jax.random.key(0)
-  sampler = PCSampler(sde, PREDICTORS['none'](), CORRECTORS['none'](0.1, 1), noise_removal=False)
+  score_fn, key = DATA.score_fn(sde), jax.random.key(0)
+  sampler = PCSampler(
+    sde, PREDICTORS['none'](), CORRECTORS['none'](0.1, 1), grid(sde, 24), noise_removal=False
+  )
   x, nfe = sampler(key, score_fn, SHAPE)
   assert nfe == 0
   check_moments(x, gaussian(jnp.zeros(2), sde.prior_std), bias=0)
   denoised, nfe = dataclasses.replace(sampler, noise_removal=True)(key, score_fn, SHAPE)
-  expected = sde.reverse(score_fn).denoise(x, jnp.full(len(x), sde.eps))
+  expected = sde.reverse(score_fn).denoise(x, jnp.full(len(x), EPS[type(sde)]))
   np.testing.assert_allclose(denoised, expected, rtol=1e-4, atol=1e-4)
   assert nfe == 1
 
@@ -113,7 +157,7 @@ def test_without_predictor_and_corrector_the_prior_stays(sde):
 )
 def test_ode_sampler_recovers_the_data(sde, solver, tolerance):
   """Only the noise that is left at eps, and the float32 tolerance, stand in between."""
-  x, _ = ODESampler(sde, tolerance, tolerance, solver=solver)(
+  x, _ = ODESampler(sde, EPS[type(sde)], tolerance, tolerance, solver=solver)(
     jax.random.key(0), DATA.score_fn(sde), SHAPE
   )
   check_moments(x, DATA, bias=0.005)
@@ -122,10 +166,11 @@ def test_ode_sampler_recovers_the_data(sde, solver, tolerance):
 @every_sde
 def test_ode_solution_for_a_gaussian_is_affine(sde):
   """x_eps = alpha_eps m + sqrt(v_eps / v_T) (x_T - alpha_T m), to fifty times the tolerance."""
+  eps = EPS[type(sde)]
   mean, std, x = 0.7, 0.4, sde.prior_sampling(jax.random.key(0), SHAPE)
   twice = DATA.replace(means=jnp.full_like(DATA.means, mean), stds=jnp.full_like(DATA.stds, std))
-  got, _ = ode.integrate(ProbabilityFlow(twice.score_fn(sde), sde), x, sde.T, sde.eps)
-  (m, v), (m_T, v_T) = (moments(sde, mean, std, jnp.asarray(t)) for t in (sde.eps, sde.T))
+  got, _ = ode.integrate(ProbabilityFlow(twice.score_fn(sde), sde), x, sde.T, eps)
+  (m, v), (m_T, v_T) = (moments(sde, mean, std, jnp.asarray(t)) for t in (eps, sde.T))
   np.testing.assert_allclose(got, m + jnp.sqrt(v / v_T) * (x - m_T), atol=5e-4, rtol=0)
 
 
@@ -134,7 +179,9 @@ def test_ode_solution_for_a_gaussian_is_affine(sde):
 MOST = 800  # steps
 
 
-def path_error(sde: SDE, predictor: str, mean: float, std: float) -> list[float]:
+def path_error(
+  sde: SDE, predictor: str, n: int, released: bool, mean: float, std: float
+) -> list[float]:
   """Largest error on the way of the mean, in standard deviations, and of the variance, relative.
 
   For Gaussian data an update is affine in x: evaluating it at x = 0 and 1 with noise 1 gives the
@@ -145,19 +192,21 @@ def path_error(sde: SDE, predictor: str, mean: float, std: float) -> list[float]
     m, v = moments(sde, mean, std, t)
     return (m[:, None] - x) / v[:, None]
 
-  t = jnp.linspace(sde.T, sde.eps, sde.N)
-  padded = jnp.pad(t, (0, MOST - sde.N), mode='edge')  # one shape, to share compiled code
-  rsde = sde.reverse(score_fn)
-  dt = (sde.T - sde.eps) / (sde.N - 1)
+  times = np.linspace(sde.T, 0.0, n)
+  chain = ChainStep.of_chain(sde.chain(n), times)
+  steps = chain if released else GridStep.of_grid(sde, times)
+  # One shape, to share compiled code.
+  steps = jax.tree.map(lambda v: jnp.pad(jnp.float64(v), (0, MOST - n), mode='edge'), steps)
+  padded, rsde = jnp.pad(jnp.asarray(times), (0, MOST - n), mode='edge'), sde.reverse(score_fn)
 
   def update(x: float) -> np.ndarray:
     x = jnp.full((MOST, 1), x)
     with given_noise([jnp.ones_like(x)]):
-      out = PREDICTORS[predictor]().update_fn(jax.random.key(0), rsde, x, padded, dt)
-    return np.asarray(out)[:, : sde.N - 1, 0]
+      out = PREDICTORS[predictor]().update_fn(jax.random.key(0), rsde, x, steps)
+    return np.asarray(out)[:, : n - 1, 0]
 
   (noisy, intercept), (_, at_one) = update(0.0), update(1.0)
-  exact = [np.asarray(s)[: sde.N] for s in moments(sde, mean, std, padded)]
+  exact = [np.asarray(s)[:n] for s in moments(sde, mean, std, padded)]
   m, v = exact[0][0], exact[1][0]
   path = []
   for a, b, g in zip(at_one - intercept, intercept, noisy - intercept, strict=True):
@@ -169,14 +218,13 @@ def path_error(sde: SDE, predictor: str, mean: float, std: float) -> list[float]
 
 
 @every_sde
+@pytest.mark.parametrize('released', [True, False])
 @pytest.mark.parametrize('predictor', ['euler_maruyama', 'reverse_diffusion', 'ancestral_sampling'])
-def test_predictors_converge_with_weak_order_one(sde, predictor):
+def test_predictors_converge_with_weak_order_one(sde, predictor, released):
   """The errors of mean and variance fall as 1 / N as the steps double, if there are any."""
   steps = np.array([MOST // 4, MOST // 2, MOST])
   with jax.enable_x64(True):
-    errors = [
-      path_error(dataclasses.replace(sde, N=int(N), eps=0.0), predictor, 0.7, 0.4) for N in steps
-    ]
+    errors = [path_error(sde, predictor, int(n), released, 0.7, 0.4) for n in steps]
   for error in np.transpose(errors):
     if error.max() > 1e-5:
       slope = -np.polyfit(np.log(steps), np.log(error), 1)[0]
@@ -213,7 +261,7 @@ SMALL = (3, 2)
 @pytest.fixture(scope='module')
 def pc() -> PCSampler:
   return PCSampler(
-    VPSDE(N=30, eps=1e-3), PREDICTORS['reverse_diffusion'](), CORRECTORS['langevin'](0.1, 2)
+    VPSDE(), PREDICTORS['reverse_diffusion'](), CORRECTORS['langevin'](0.1, 2), TimeGrid(30, 1e-3)
   )
 
 
@@ -242,7 +290,7 @@ def test_plain_and_pytree_scores_agree(pc, score):
 @pytest.mark.parametrize('kind', ['pc', 'ode'])
 def test_samplers_compile_once_for_all_parameters(kind, pc, score):
   """Other parameters and keys trace nothing new, and give other samples."""
-  sampler = pc if kind == 'pc' else ODESampler(pc.sde)
+  sampler = pc if kind == 'pc' else ODESampler(pc.sde, 1e-3)
   x, _ = sampler(jax.random.key(0), score, SMALL)
   before = score.calls.n
   again, _ = sampler(jax.random.key(0), score.replace(mean=score.mean + 3), SMALL)
@@ -254,7 +302,7 @@ def test_samplers_compile_once_for_all_parameters(kind, pc, score):
 @pytest.mark.parametrize('sampler', ['pc', 'ode'])
 def test_progress_grows_to_one(sampler, pc):
   fractions = []
-  sampler = pc if sampler == 'pc' else ODESampler(pc.sde)
+  sampler = pc if sampler == 'pc' else ODESampler(pc.sde, 1e-3)
   sampler(
     jax.random.key(0),
     DATA.score_fn(pc.sde),
@@ -270,11 +318,13 @@ def test_progress_grows_to_one(sampler, pc):
   ('predictor', 'corrector', 'noise_removal'),
   [*itertools.product(PREDICTORS, CORRECTORS, [True]), ('none', 'ald', False)],
 )
-def test_pc_samplers_count_their_score_evaluations(predictor, corrector, noise_removal):
-  sde = VESDE(N=2)
+@pytest.mark.parametrize('released', [True, False])
+def test_pc_samplers_count_their_score_evaluations(predictor, corrector, noise_removal, released):
+  sde = VESDE()
   sampler = PCSampler(
-    sde, PREDICTORS[predictor](), CORRECTORS[corrector](0.1, 2), noise_removal=noise_removal
-  )
+    sde, PREDICTORS[predictor](), CORRECTORS[corrector](0.1, 2), TimeGrid(2, 1e-5),
+    noise_removal=noise_removal, chain=sde.chain(2) if released else None,
+  )  # fmt: skip
   score_fn = CountingScore(jnp.zeros(2), sde)
   with jax.disable_jit():
     _, nfe = sampler(jax.random.key(0), score_fn, SMALL)
@@ -331,7 +381,7 @@ def test_ode_forwards_then_backwards_is_the_identity(t0, t1):
 def test_ode_begins_where_the_drift_all_but_vanishes(sde, std):
   """As it does for VP at t = T. A first step that long would leave [0, T], where nothing is."""
   score_fn = gaussian(jnp.zeros(2), std).score_fn(sde)
-  x, nfe = ODESampler(sde, 1e-3, 1e-3)(jax.random.key(0), score_fn, (2000, 2))
+  x, nfe = ODESampler(sde, EPS[type(sde)], 1e-3, 1e-3)(jax.random.key(0), score_fn, (2000, 2))
   check_moments(x, gaussian(jnp.zeros(2), std), bias=0.02)
   assert nfe < 100
 

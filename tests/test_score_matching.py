@@ -26,17 +26,20 @@ from losses import (
   implicit_score_matching,
   MATCHINGS,
   Objective,
+  OneTime,
   score_matching_loss,
   sliced_score_matching,
+  UniformTimes,
 )
 from models import score
 from models.mlp import MLP
+from models.preconditioning import PRECONDITIONINGS
 from models.score import ScoreModel
 from sde_lib import VESDE, VPSDE
 from training.step import init_state, train_step
 
 KEY = jax.random.key(0)
-SDE = VESDE(0.5, 5.0, N=4, eps=0.0)
+SDE = VESDE(0.5, 5.0)
 POINTS = np.array([[0.0, 1.0], [-1.0, 0.3], [0.7, -0.8], [1.5, 0.2], [-0.4, -1.1]])
 SIGNS = np.array(list(itertools.product([-1.0, 1.0], repeat=2)))
 THETA = 0.3
@@ -121,7 +124,7 @@ def test_denoising_is_explicit_score_matching_of_the_parzen_density(nodes):
   x = x0 + sigma[:, None] * z
   true_score_fn, some, _ = perturbed(THETA)
   for score_fn in (true_score_fn, some, lambda x, t: -(x**3)):
-    denoising = dsm_loss(SDE, score_fn, x0, t, z, Objective()) / sigma**2
+    denoising = dsm_loss(Objective(SDE), score_fn, x0, t, z) / sigma**2
     explicit = explicit_score_matching(true_score_fn, score_fn, x, t)
     constant = (weight * (denoising - explicit)).sum()
     norm = (weight * jnp.square(true_score_fn(x, t)).sum(1)).sum()
@@ -132,10 +135,11 @@ def test_denoising_is_explicit_score_matching_of_the_parzen_density(nodes):
 @pytest.mark.parametrize('reduce_mean', [False, True])
 def test_all_objectives_have_the_scale_of_denoising(nodes, reduce_mean, likelihood_weighting):
   """So that learning rates and gradient clipping mean the same."""
-  dsm = Objective(reduce_mean=reduce_mean, likelihood_weighting=likelihood_weighting)
-  target = excess(nodes, lambda f, x0, z, x, t: dsm_loss(SDE, f, x0, t, z, dsm))
+  weight = losses.by_likelihood if likelihood_weighting else losses.by_variance
+  dsm = Objective(SDE, weight=weight, reduce_mean=reduce_mean)
+  target = excess(nodes, lambda f, x0, z, x, t: dsm_loss(dsm, f, x0, t, z))
   other = dataclasses.replace(dsm, matching=MATCHINGS['ism'])
-  found = excess(nodes, lambda f, x0, z, x, t: score_matching_loss(SDE, f, x0, t, z, KEY, other))
+  found = excess(nodes, lambda f, x0, z, x, t: score_matching_loss(other, f, x0, t, z, KEY))
   np.testing.assert_allclose(found, target, rtol=1e-6)
 
 
@@ -163,8 +167,8 @@ def test_the_loss_of_ncsn_is_its_weighted_sum():
     noisy = x0 + sigma * z[i]
     away = score_fn(noisy, jnp.full(6, i / 3)) + (noisy - x0) / sigma**2
     total += sigma**2 * 0.5 * np.square(away).sum(1) / 4
-  chain = Objective(continuous=False)
-  ours = [dsm_loss(SDE, score_fn, x0, jnp.full(6, i / 3), z[i], chain) for i in range(4)]
+  chain = Objective(SDE.chain(4))
+  ours = [dsm_loss(chain, score_fn, x0, jnp.full(6, i / 3), z[i]) for i in range(4)]
   np.testing.assert_allclose(sum(ours) / 4, total, rtol=1e-5)
 
 
@@ -205,7 +209,14 @@ def test_hyvarinens_gaussian_has_its_minimum_at_the_moments_of_the_sample():
 
 
 def small(sde, output) -> ScoreModel:
-  return ScoreModel(MLP(nf=16, num_layers=1), sde, score.scaled_time, output, True, True)
+  return ScoreModel(
+    MLP(nf=16, num_layers=1),
+    sde.chain(1000),
+    score.scaled_time,
+    PRECONDITIONINGS[output],
+    True,
+    True,
+  )
 
 
 def bound(model, shape=(1, 2)):
@@ -220,19 +231,19 @@ def test_a_denoising_autoencoder_is_a_score():
   t = jnp.full(7, 0.3)
   sigma = SDE.sigma(t)[:, None]
   x = x0 + sigma * z
-  restored = score_fn._network(x, t)
+  restored = score_fn.denoised(x, t)
   np.testing.assert_allclose(score_fn(x, t), (restored - x) / sigma**2, rtol=1e-5, atol=1e-5)
-  loss = dsm_loss(SDE, score_fn, x0, t, z, Objective())
+  loss = dsm_loss(Objective(SDE), score_fn, x0, t, z)
   np.testing.assert_allclose(
     loss, 0.5 * jnp.square((restored - x0) / sigma).sum(1), rtol=1e-4, atol=1e-4
   )
 
 
 def test_what_an_autoencoder_restores_is_tweedies_mean():
-  sde = VPSDE(eps=1e-3)
+  sde = VPSDE()
   score_fn, x, t = bound(small(sde, 'denoised')), jax.random.normal(KEY, (5, 2)), jnp.full(5, 0.4)
   np.testing.assert_allclose(
-    sde.reverse(score_fn).denoise(x, t), score_fn._network(x, t), rtol=1e-4, atol=1e-5
+    sde.reverse(score_fn).denoise(x, t), score_fn.denoised(x, t), rtol=1e-4, atol=1e-5
   )
 
 
@@ -265,7 +276,8 @@ def test_an_energy_is_trained_as_a_score_is():
   step = jax.jit(
     lambda state: train_step(
       state, {'data': jnp.asarray(np.repeat(POINTS, 40, 0), jnp.float32)}, KEY,
-      model=model, codec=PointCodec((2,)), objective=Objective(reduce_mean=True), tx=tx,
+      model=model, codec=PointCodec((2,)), tx=tx,
+      objective=Objective(SDE, UniformTimes(0.0), reduce_mean=True),
       ema_rate=0.9,
     )
   )  # fmt: skip
@@ -283,14 +295,14 @@ def test_what_is_not_an_energy_says_so():
 
 
 def test_one_level_of_noise_is_that_of_the_smallest_time():
-  t = losses.sample_times(KEY, VPSDE(eps=0.01), 5, True, single_scale=True)
+  t = OneTime(0.01)(KEY, 5)
   np.testing.assert_array_equal(t, np.full(5, np.float32(0.01)))
 
 
 def test_implicit_score_matching_is_known_for_a_gaussian():
   """At the true score of N(mu, C) it is -1/2 tr C^-1 on average, and so is every estimate of it."""
   data = Gaussian.of(jnp.zeros(3), jnp.diag(jnp.array([0.5, 1.0, 2.0])))
-  sde = VESDE(1e-3, 1.0, eps=0.0)
+  sde = VESDE(1e-3, 1.0)
   x = data.sample(KEY, 40_000)
   loss = implicit_score_matching(data.score_fn(sde), x, jnp.zeros(len(x)))
   assert abs(float(loss.mean()) + 0.5 * 3.5) < 4 * float(loss.std()) / 200
@@ -303,7 +315,7 @@ def test_the_mean_over_dimensions_is_two_thirds_of_half_the_sum_in_three():
   for matching in (None, *MATCHINGS.values()):
     summed, mean = (
       score_matching_loss(
-        SDE, lambda x, t: jnp.sin(x), x0, t, z, KEY, Objective(matching, reduce_mean=r)
+        Objective(SDE, matching=matching, reduce_mean=r), lambda x, t: jnp.sin(x), x0, t, z, KEY
       )
       for r in (False, True)
     )

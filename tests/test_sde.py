@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sde_lib import SDE, subVPSDE, VESDE, VPSDE
+from samplers.steps import GridStep
+from sde_lib import Chain, SDE, subVPSDE, VESDE, VPSDE
 
 SDES = [VESDE, VPSDE, subVPSDE]
 SHAPES = [(6, 3), (6, 2, 4, 3)]
 MEAN, STD = 0.7, 0.4  # of the Gaussian data
 TIMES = jnp.array([1.0, 0.7, 0.4, 0.1, 1e-2, 1e-3])
 
-every_sde = pytest.mark.parametrize(
-  'sde', [cls(N=100) for cls in SDES], ids=lambda s: type(s).__name__
-)
+every_sde = pytest.mark.parametrize('sde', [cls() for cls in SDES], ids=lambda s: type(s).__name__)
 every_shape = pytest.mark.parametrize('shape', SHAPES)
 
 
@@ -45,6 +44,41 @@ def test_marginal_solves_the_moment_equations(sde):
     f, g = sde.drift_coef(t), sde.diffusion_coef(t)
     np.testing.assert_allclose(d_alpha, f * alpha, rtol=1e-10)
     np.testing.assert_allclose(d_variance, 2 * f * variance + g**2, rtol=1e-9, atol=1e-12)
+
+
+@every_sde
+def test_closed_forms_are_what_differentiation_gives(sde):
+  """Drift and diffusion by differentiation of alpha and sigma, lambda by their logarithms."""
+  with jax.enable_x64(True):
+    t = jnp.asarray(np.asarray(TIMES), jnp.float64)
+    for name in ('drift_coef', 'diffusion_coef', 'log_snr'):
+      derived, closed = (getattr(of, name) for of in (SDE, type(sde)))
+      np.testing.assert_allclose(derived(sde, t), closed(sde, t), rtol=1e-7, atol=1e-12)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoFunctions(SDE):
+  """An SDE that says no more than it must: alpha = 1 - t / 2, sigma = t (3 - t) of T = 1."""
+
+  def alpha(self, t):
+    return 1 - t / 2
+
+  def sigma(self, t):
+    return t * (3 - t)
+
+
+def test_an_sde_is_two_functions():
+  """The rest follows: f = -1 / (2 - t), g^2 = 2 sigma (sigma' - f sigma), the prior's sigma(T)."""
+  sde, t = TwoFunctions(), jnp.array([0.0, 0.1, 0.5, 1.0])
+  f, sigma = -1 / (2 - t), t * (3 - t)
+  np.testing.assert_allclose(sde.drift_coef(t), f, rtol=1e-6)
+  np.testing.assert_allclose(
+    sde.diffusion_coef(t), jnp.sqrt(2 * sigma * (3 - 2 * t - f * sigma)), rtol=1e-6
+  )
+  assert sde.prior_std == 2 and sde.chain(7) == Chain(sde, 7)
+  np.testing.assert_allclose(sde.time_of_log_snr(sde.log_snr(t[1:])), t[1:], rtol=1e-5)
+  drawn = jax.jit(sde.prior_sampling, static_argnums=1)(jax.random.key(0), (10_000,))
+  np.testing.assert_allclose(drawn.std(), 2, rtol=0.03)
 
 
 @pytest.mark.parametrize(
@@ -131,32 +165,38 @@ def test_prior_logp_is_that_of_the_prior(sde, shape):
 # The chain.
 
 
-@pytest.mark.parametrize('eps', [1e-5, 1e-3])
-@pytest.mark.parametrize('N', [24, 100, 1000, 2000, 4000])
+@pytest.mark.parametrize('N', [2, 24, 100, 1000, 2000, 4000, 9999])
 @pytest.mark.parametrize('cls', SDES)
-def test_index_counts_the_steps(cls, N, eps):
-  """`index` inverts `time`; a sampler on linspace(T, eps, N) visits every step exactly once."""
-  sde, i = cls(N=N, eps=eps), np.arange(N)
-
-  @jax.jit
-  def indices(i):
-    return sde.index(sde.time(i)), sde.sampling_index(jnp.linspace(sde.T, sde.eps, N))
-
-  inverse, visited = indices(i)
-  np.testing.assert_array_equal(inverse, i)
-  np.testing.assert_array_equal(visited, i[::-1])
+def test_index_counts_the_steps(cls, N):
+  """`index` inverts `time`, compiled or not."""
+  chain, i = cls().chain(N), np.arange(N)
+  for index in (
+    lambda i: chain.index(chain.time(i)),
+    jax.jit(lambda i: chain.index(chain.time(i))),
+  ):
+    np.testing.assert_array_equal(index(i), i)
 
 
-@every_sde
-def test_chain_begins_and_ends_with_the_sde(sde):
-  i = jnp.array([0, sde.N - 1])
-  np.testing.assert_allclose(sde.time(i), [0, sde.T])
+@pytest.mark.parametrize('N', [100, 1000, 1001, 2000])
+def test_ddpm_reads_the_noise_of_the_step_before(N):
+  """Between two steps the earlier one counts, right up to the later: by truncation, as released."""
+  chain = VPSDE().chain(N)
+  i = np.arange(1, N)
+  just_before = (i - 2e-3) / (N - 1)  # more than float32 rounds
+  np.testing.assert_array_equal(chain.index(jnp.float32(just_before)), i - 1)
+  assert chain.index(jnp.float32(1e-3)) == int(1e-3 * (N - 1))
 
 
-def compose(sde: SDE) -> tuple[float, float]:
+@pytest.mark.parametrize('cls', SDES)
+def test_chain_begins_and_ends_with_the_sde(cls):
+  chain = cls().chain(100)
+  np.testing.assert_allclose(chain.time(jnp.array([0, 99])), [0, chain.sde.T])
+
+
+def compose(chain: Chain) -> tuple[float, float]:
   """alpha and sigma^2 at the end of the chain x_i = x_{i-1} + f_i(x_{i-1}) + G_i z."""
-  t = sde.time(jnp.arange(sde.N))
-  f, G = jax.jit(sde.discretize)(jnp.ones((sde.N, 1), t.dtype), t)
+  i = jnp.arange(chain.N)
+  f, G = jax.jit(chain.discretize)(jnp.ones((chain.N, 1), chain.time(i).dtype), chain.time(i), i)
   alpha, variance = 1.0, 0.0
   for grow, g in zip(1 + np.asarray(f[:, 0]), np.asarray(G), strict=True):
     alpha, variance = alpha * grow, variance * grow**2 + g**2
@@ -167,17 +207,17 @@ def compose(sde: SDE) -> tuple[float, float]:
 def test_steps_of_the_chain_converge_to_the_sde(cls):
   """N composed forward steps have the SDE's kernel at T, with an error that halves as N doubles.
 
-  For VE there is none at any N; for VP they compose to `chain_marginal`.
+  For VE there is none at any N; for VP they compose to `marginal`.
   """
   errors = []
   with jax.enable_x64(True):
     for N in (250, 500, 1000):
-      sde = cls(N=N)
-      alpha, variance = compose(sde)
+      sde = cls()
+      alpha, variance = compose(sde.chain(N))
       t = jnp.ones(())
       errors.append([alpha - sde.alpha(t), np.sqrt(variance) / sde.sigma(t) - 1])
       if cls is not subVPSDE:
-        exact = [float(v) for v in sde.chain_marginal(jnp.asarray(N - 1))]
+        exact = [float(v) for v in sde.chain(N).marginal(jnp.asarray(N - 1))]
         np.testing.assert_allclose([alpha, np.sqrt(variance)], exact, rtol=1e-6)
   errors = np.abs(errors)
   assert errors[-1].max() <= 3e-3
@@ -190,22 +230,62 @@ def test_steps_of_the_chain_converge_to_the_sde(cls):
 def test_chain_marginal_converges_to_the_sde(cls):
   """At every step alike: to 2 / N of the SDE's kernel, and exactly for VE and sub-VP."""
   for N in (100, 1000):
-    sde = cls(N=N)
+    sde, chain = cls(), cls().chain(N)
     i = jnp.arange(N)
-    alpha, sigma = jax.jit(sde.chain_marginal)(i)
+    alpha, sigma = jax.jit(chain.marginal)(i)
     tolerance = 2 / N if cls is VPSDE else 1e-7
-    np.testing.assert_allclose(alpha, sde.alpha(sde.time(i)), atol=tolerance)
-    np.testing.assert_allclose(sigma**2, sde.sigma(sde.time(i)) ** 2, rtol=1e-6, atol=tolerance)
+    np.testing.assert_allclose(alpha, sde.alpha(chain.time(i)), atol=tolerance)
+    np.testing.assert_allclose(sigma**2, sde.sigma(chain.time(i)) ** 2, rtol=1e-6, atol=tolerance)
+
+
+@pytest.mark.parametrize('cls', SDES)
+def test_kernels_are_the_sdes_and_the_chains(cls):
+  sde, chain = cls(), cls().chain(100)
+  i = jnp.array([0, 1, 50, 99])
+  t = chain.time(i)
+  for got, want in zip(sde.kernel(t), (sde.alpha(t), sde.sigma(t)), strict=True):
+    np.testing.assert_array_equal(got, want)
+  for got, want in zip(chain.kernel(t), chain.marginal(i), strict=True):
+    np.testing.assert_array_equal(got, want)
+
+
+# Steps of any grid.
+
+GRIDS = [np.array([1.0, 0.4, 0.35, 1e-3]), np.array([0.9, 1e-5]), np.array([1.0, 0.5, 0.0])]
 
 
 @every_sde
-def test_kernel_is_the_sdes_or_the_chains(sde):
-  t = sde.time(jnp.array([0, 1, 50, sde.N - 1]))
-  for got, want in zip(sde.kernel(t, True), (sde.alpha(t), sde.sigma(t)), strict=True):
-    np.testing.assert_array_equal(got, want)
-  chain = sde.chain_marginal(jnp.array([0, 1, 50, sde.N - 1]))
-  for got, want in zip(sde.kernel(t, False), chain, strict=True):
-    np.testing.assert_array_equal(got, want)
+@pytest.mark.parametrize('times', GRIDS, ids=len)
+def test_steps_of_a_grid_compose_to_the_kernel(sde, times):
+  """x_t = x_s + f(x_s) + G z, step by step from clean data, has alpha and sigma at every time."""
+  steps = GridStep.of_grid(sde, times)
+  f, G = steps.discretize(jnp.ones((len(times), 1)))
+  alpha, variance = 1.0, 0.0
+  for k in reversed(range(len(times))):  # the last step of the grid is the first forward
+    grow = 1 + float(f[k, 0])
+    alpha, variance = alpha * grow, variance * grow**2 + float(G[k]) ** 2
+    t = jnp.float32(times[k])
+    np.testing.assert_allclose(alpha, sde.alpha(t), rtol=1e-5)
+    np.testing.assert_allclose(np.sqrt(variance), sde.sigma(t), rtol=1e-5, atol=1e-12)
+
+
+@every_sde
+@pytest.mark.parametrize('times', GRIDS[:2], ids=len)
+def test_ancestral_step_of_a_grid_is_the_posterior(sde, times):
+  """p(x_s | x_t, x_0) of one datum, at s = 0 the datum itself, by Tweedie's formula."""
+  steps, x0 = GridStep.of_grid(sde, times), MEAN
+  alpha, sigma = (np.asarray(f(jnp.float32(times)), np.float64) for f in (sde.alpha, sde.sigma))
+  x = alpha * x0 + sigma * 1.3
+  score = (alpha * x0 - x) / sigma**2
+  mean, std = steps.ancestral(jnp.float32(x)[:, None], jnp.float32(score)[:, None])
+  alpha_s, sigma_s = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
+  gain = alpha / alpha_s * sigma_s**2 / sigma**2
+  np.testing.assert_allclose(mean[:, 0], alpha_s * x0 + gain * (x - alpha * x0), rtol=2e-4)
+  np.testing.assert_allclose(
+    std**2, sigma_s**2 * (1 - gain * alpha / alpha_s), rtol=1e-3, atol=1e-12
+  )
+  np.testing.assert_allclose(mean[-1], x0, rtol=2e-4)
+  assert std[-1] == 0
 
 
 # Time reversal, for Gaussian data, where p_t is a Gaussian and every drift is affine.
@@ -253,11 +333,11 @@ def test_probability_flow_transports_a_gaussian(sde, shape=SHAPES[-1]):
 @pytest.mark.parametrize('probability_flow', [False, True])
 def test_reverse_step_undoes_the_forward_step(sde, probability_flow):
   """x - f + G^2 s of the chain has the drift and the diffusion of the reverse SDE as N grows."""
-  rsde = dataclasses.replace(sde, N=20_000).reverse(
-    gaussian(jnp.array([MEAN]), STD).score_fn(sde), probability_flow
-  )
-  x, t, N = data((len(TIMES), 1)), TIMES, rsde.forward.N
-  (f, G), (drift, g) = rsde.discretize(x, t), rsde.sde(x, t)
+  rsde = sde.reverse(gaussian(jnp.array([MEAN]), STD).score_fn(sde), probability_flow)
+  x, t, N = data((len(TIMES), 1)), TIMES, 20_000
+  chain = sde.chain(N)
+  f, G = rsde.of_forward(x, t, *chain.discretize(x, t, chain.index(t)))
+  drift, g = rsde.sde(x, t)
   np.testing.assert_allclose(N * f, drift, rtol=0.02, atol=0.02)
   np.testing.assert_allclose(np.sqrt(N) * G, g, rtol=0.02, atol=0.02)
 
@@ -282,15 +362,16 @@ def test_denoise_is_the_posterior_mean(sde, shape):
 def test_ancestral_step_is_the_posterior_of_a_known_datum(cls, N):
   """With the score of one point x_0: mean and standard deviation of p(x_{i-1} | x_i, x_0)."""
   with jax.enable_x64(True):
-    sde = cls(N=N)
+    sde = cls()
+    chain = sde.chain(N)
     i = np.unique(np.array([1, 2, 3, N // 4, N // 2, N - 1]))
-    t = sde.time(jnp.asarray(i)).astype(jnp.float64)
+    t = chain.time(jnp.asarray(i)).astype(jnp.float64)
     alpha, sigma = (np.asarray(v) for v in (sde.alpha(t), sde.sigma(t)))
-    s = sde.time(jnp.asarray(i - 1)).astype(jnp.float64)
+    s = chain.time(jnp.asarray(i - 1)).astype(jnp.float64)
     alpha_s, sigma_s = (np.asarray(v) for v in (sde.alpha(s), sde.sigma(s)))
     x, x0 = alpha * MEAN + sigma * np.linspace(-2, 2, len(i)), MEAN
     score = (alpha * x0 - x) / sigma**2
-    mean, std = sde.ancestral(jnp.asarray(x), t, jnp.asarray(score))
+    mean, std = chain.ancestral(jnp.asarray(x), jnp.asarray(score), jnp.asarray(i))
     # The Gaussian prior p(x_s | x_0) times the likelihood p(x_t | x_s), by conditioning.
     gain = alpha / alpha_s * sigma_s**2 / sigma**2
     exact_mean = alpha_s * x0 + gain * (x - alpha * x0)
@@ -301,12 +382,12 @@ def test_ancestral_step_is_the_posterior_of_a_known_datum(cls, N):
 
 def test_ancestral_step_of_vp_is_that_of_ddpm():
   """mean = (x + beta s) / sqrt(1 - beta), the posterior's; variance beta, as DDPM chose."""
-  sde = VPSDE(N=100)
+  chain = VPSDE().chain(100)
   i = jnp.array([0, 1, 50, 99])
-  alpha, sigma = sde.chain_marginal(i)
-  x, x0, beta = jnp.linspace(-1, 1, 4), MEAN, sde.discrete_betas[i]
+  alpha, sigma = chain.marginal(i)
+  x, x0, beta = jnp.linspace(-1, 1, 4), MEAN, chain.discrete_betas[i]
   score = (alpha * x0 - x) / sigma**2
-  mean, std = sde.ancestral(x, sde.time(i), score)
+  mean, std = chain.ancestral(x, score, i)
   alpha_s = alpha / jnp.sqrt(1 - beta)  # of step i - 1
   posterior = (jnp.sqrt(1 - beta) * (1 - alpha_s**2) * x + alpha_s * beta * x0) / sigma**2
   np.testing.assert_allclose(mean, posterior, rtol=1e-4, atol=1e-4)
@@ -318,8 +399,8 @@ def test_ancestral_step_of_vp_is_that_of_ddpm():
 def test_every_ancestral_step_is_finite(sde, shape):
   """The last one, which starts from i = 0, too."""
   x = data(shape)
-  for t in (sde.eps, 1e-2, sde.T):
-    mean, std = sde.ancestral(x, jnp.full(shape[:1], t), x)
+  for i in (0, 1, 99):
+    mean, std = sde.chain(100).ancestral(x, x, jnp.full(shape[:1], i))
     assert mean.shape == shape
     assert np.isfinite(mean).all() and np.isfinite(std).all()
 
@@ -333,9 +414,6 @@ def test_every_ancestral_step_is_finite(sde, shape):
     (VESDE, {'sigma_min': 0.0}),
     (VESDE, {'sigma_min': -1.0}),
     (VESDE, {'sigma_min': 2.0, 'sigma_max': 1.0}),
-    (VESDE, {'N': 1}),
-    (VPSDE, {'N': 0}),
-    (subVPSDE, {'N': 1}),
     (VPSDE, {'beta_min': 0.0}),
     (subVPSDE, {'beta_min': 3.0, 'beta_max': 2.0}),
   ],
@@ -345,12 +423,21 @@ def test_impossible_fields_are_refused(cls, fields):
     cls(**fields)
 
 
+@pytest.mark.parametrize('N', [-1, 0, 1])
+@pytest.mark.parametrize('cls', SDES)
+def test_a_chain_has_two_steps_at_least(cls, N):
+  with pytest.raises(ValueError, match=f'{cls.__name__} needs N >= 2'):
+    cls().chain(N)
+
+
 @pytest.mark.parametrize('N', [10, 20])
-def test_vp_chain_needs_more_steps_than_beta_max(N):
-  """Or 1 - beta_i would turn negative; the SDE itself can take any N."""
-  sde = VPSDE(N=N)
-  t, x = jnp.ones(2), jnp.ones((2, 3))
-  assert np.isfinite(sde.sde(x, t)[0]).all()
-  for use in (sde.discretize, lambda x, t: sde.ancestral(x, t, x)):
+@pytest.mark.parametrize('cls', [VPSDE, subVPSDE])
+def test_vp_chain_needs_more_steps_than_beta_max(cls, N):
+  """Or 1 - beta_i would turn negative; a grid of the SDE itself can have any number of times."""
+  chain = cls().chain(N)
+  assert not chain.can_be_taken
+  for use in (chain.check, lambda: chain.langevin_alpha(0)):
     with pytest.raises(ValueError, match='more steps than beta_max'):
-      use(x, t)
+      use()
+  steps = GridStep.of_grid(chain.sde, np.linspace(1, 1e-3, N))
+  assert np.isfinite(steps.langevin_alpha).all() and (steps.langevin_alpha > 0).all()

@@ -17,7 +17,7 @@ import optax
 
 from data import sources
 from data.codec import Codec
-import losses
+from losses import UniformTimes
 from models.classifier import Classifier, ClassLogProb
 from models.score import Params
 from runtime import processes
@@ -65,13 +65,14 @@ def train_step(
   *,
   classifier: Classifier,
   codec: Codec,
+  times: UniformTimes,
   tx: optax.GradientTransformation,
   ema_rate: float,
 ) -> tuple[TrainState, Metrics]:
   """One optimiser step on a batch of images with labels; random only in (rng, state.step)."""
   rng_data, rng_t, rng_z = jax.random.split(jax.random.fold_in(rng, state.step), 3)
   x0 = codec.for_training(rng_data, batch['data'])
-  t = losses.sample_times(rng_t, classifier.sde, x0.shape[0], True)
+  t = times(rng_t, len(x0))
   z = jax.random.normal(rng_z, x0.shape)
 
   def loss_fn(params: Params) -> tuple[Array, Metrics]:
@@ -130,13 +131,13 @@ def evaluate(
   codec: Codec,
   params: Params,
   held_out: sources.Source,
+  times: UniformTimes,
   batch_size: int,
   devices: Devices,
   keys: Keys,
 ) -> dict[str, Any]:
   """Loss and accuracy on every held-out image, at each of `LEVELS` levels of noise and in all."""
-  sde, n = classifier.sde, len(held_out)
-  edges = np.linspace(sde.eps, sde.T, LEVELS + 1)
+  n, edges = len(held_out), np.linspace(times.eps, times.T, LEVELS + 1)
 
   def sums(params: Params, batch: Batch, rng: Array, span: tuple[Array, Array]) -> Array:
     each = eval_step(params, batch, rng, span, classifier=classifier, codec=codec)

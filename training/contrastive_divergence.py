@@ -15,9 +15,9 @@ import optax
 
 from data.codec import Codec
 from losses import Objective
-from models.score import ModelScore, Params, ScoreModel
+from models.score import Params, ScoreModel
 from samplers.langevin import langevin_step
-from sde_lib import expand
+from sde_lib import expand, ScoreFn
 from training import step as training_step
 from training.step import apply_gradients, Batch, Metrics, TrainState
 
@@ -47,9 +47,8 @@ class ContrastiveDivergence:
   restart: float = 0.05
   regularization: float = 0.01
 
-  def sample(self, rng: Array, score_fn: ModelScore, x: Array) -> Array:
-    """Langevin dynamics from x [B, ...] at the smallest time."""
-    t = jnp.full(len(x), score_fn.model.sde.eps)
+  def sample(self, rng: Array, score_fn: ScoreFn, x: Array, t: Array) -> Array:
+    """Langevin dynamics from x [B, ...] at times t [B]."""
 
     def step(x: Array, rng: Array) -> tuple[Array, None]:
       z = jax.random.normal(rng, x.shape)
@@ -88,12 +87,12 @@ def train_step(
   """One optimiser step on a batch of data and one of samples; random only in (rng, state.step).
 
   The loss is E(x+) - E(x-) + regularization (E(x+)^2 + E(x-)^2), for data x+ with the noise of the
-  smallest time and samples x-, through whose making no gradient goes.
+  objective's one time and samples x-, through whose making no gradient goes.
   """
   rngs = jax.random.split(jax.random.fold_in(rng, state.step), 6)
   x0 = codec.for_training(rngs[0], batch['data'])
-  t = jnp.full(len(x0), model.sde.eps)
-  alpha, std = (expand(v, x0) for v in model.sde.kernel(t, objective.continuous))
+  t = objective.times(rngs[1], len(x0))  # one level of noise
+  alpha, std = (expand(v, x0) for v in objective.kernels.kernel(t))
   positive = alpha * x0 + std * jax.random.normal(rngs[1], x0.shape)
 
   chosen = jax.random.choice(rngs[2], len(state.replay), (len(x0),), replace=False)
@@ -101,7 +100,7 @@ def train_step(
   start = jnp.where(
     expand(anew, x0), model.sde.prior_sampling(rngs[4], x0.shape), state.replay[chosen]
   )
-  negative = divergence.sample(rngs[5], model.bind(state.params), start)
+  negative = divergence.sample(rngs[5], model.bind(state.params), start, t)
 
   def loss_fn(params: Params) -> tuple[Array, Metrics]:
     score_fn = model.bind(params)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from data.codec import Codec
-from losses import Objective, sample_times, score_matching_loss
+from losses import Objective, score_matching_loss
 from models.classifier import Classifier
 from models.score import Params, ScoreModel
 
@@ -76,7 +76,7 @@ def train_step(
     rng_labels = jax.random.fold_in(rng_step, 4)  # a fifth key; the four are what they always were
     labels = codec.training_labels(rng_labels, batch['label'], model.num_classes)
   x0 = codec.for_training(rng_data, batch['data'])
-  t = sample_times(rng_t, model.sde, len(x0), objective.continuous, objective.single_scale)
+  t = objective.times(rng_t, len(x0))
   z = jax.random.normal(rng_z, x0.shape)
   return optimize(
     state, x0, t, z, rng_dropout, labels,
@@ -106,7 +106,7 @@ def optimize(
     rng_dropout, x0, t, z, labels = part
     score_fn = model.bind(params, rng_dropout, labels)
     rng = jax.random.fold_in(rng_dropout, 1)
-    return score_matching_loss(model.sde, score_fn, x0, t, z, rng, objective).mean(), {}
+    return score_matching_loss(objective, score_fn, x0, t, z, rng).mean(), {}
 
   def differentiate(params: Params) -> tuple[tuple[Array, Metrics], Params]:
     of_part = jax.value_and_grad(loss_fn, has_aux=True)
@@ -196,8 +196,8 @@ def eval_step(
   """The loss of each example of a batch [B] at random times, without dropout or flips."""
   rng_data, rng_t, rng_z = jax.random.split(rng, 3)
   x0 = codec.for_evaluation(rng_data, batch['data'])
-  t = sample_times(rng_t, model.sde, len(x0), objective.continuous, objective.single_scale)
+  t = objective.times(rng_t, len(x0))
   z = jax.random.normal(rng_z, x0.shape)
   score_fn = model.bind(params, labels=batch['label'] if model.num_classes else None)
   rng_matching = jax.random.fold_in(rng, 3)  # another key; the three are what they always were
-  return score_matching_loss(model.sde, score_fn, x0, t, z, rng_matching, objective)
+  return score_matching_loss(objective, score_fn, x0, t, z, rng_matching)

@@ -44,7 +44,7 @@ def plane(extent: float, n: int) -> np.ndarray:
 
 def at_eps(setup: Setup, points: np.ndarray) -> tuple[jax.Array, jax.Array]:
   """Points with the smallest time, as a score function takes them."""
-  return jnp.asarray(points), jnp.full(len(points), setup.model.sde.eps)
+  return jnp.asarray(points), jnp.full(len(points), setup.config.training.eps)
 
 
 def shade(ax: Axes, values: np.ndarray, extent: float, title: str, cmap: str = 'Blues') -> None:

@@ -11,7 +11,7 @@ from sde_lib import ScoreFn, SDE
 from tutorial import common
 
 
-def constant(points: jax.Array, sde: SDE, score_fn: ScoreFn, n: int = 101) -> float:
+def constant(points: jax.Array, sde: SDE, eps: float, score_fn: ScoreFn, n: int = 101) -> float:
   """Denoising minus explicit score matching of the Parzen density of points [K, 2] at time eps.
 
   The expectation over the noise is a sum over a grid of n^2, exact to rounding.
@@ -21,9 +21,9 @@ def constant(points: jax.Array, sde: SDE, score_fn: ScoreFn, n: int = 101) -> fl
   weight = jnp.exp(-0.5 * jnp.square(z).sum(-1))
   x0, z = jnp.repeat(points, len(z), axis=0), jnp.tile(z, (len(points), 1))
   weight = jnp.tile(weight, len(points)) / weight.sum() / len(points)
-  t = jnp.full(len(x0), sde.eps)
+  t = jnp.full(len(x0), eps)
   std = sde.sigma(t)
-  denoising = dsm_loss(sde, score_fn, x0, t, z, Objective())
+  denoising = dsm_loss(Objective(sde), score_fn, x0, t, z)
   explicit = explicit_score_matching(
     parzen(points).score_fn(sde), score_fn, x0 + std[:, None] * z, t
   )
@@ -33,16 +33,19 @@ def constant(points: jax.Array, sde: SDE, score_fn: ScoreFn, n: int = 101) -> fl
 def draw() -> tuple[Figure, list[str]]:
   setup, score_fn = common.trained('configs/toy/two_moons.py', 'dsm')
   _, autoencoder = common.trained('configs/toy/two_moons.py', 'dae')
-  sde, true_score_fn, extent = setup.model.sde, setup.true_score_fn, 4.0
+  sde, eps = setup.model.sde, setup.config.training.eps
+  true_score_fn, extent = setup.true_score_fn, 4.0
   some = jnp.asarray(true_score_fn.data.sample(jax.random.key(1), 200))
   kernels = parzen(some).score_fn(sde)
 
   with jax.enable_x64(True):
     few = jnp.asarray(np.asarray(some[:5]), jnp.float64)
-    constants = [constant(few, sde, f) for f in (kernels, lambda x, t: -x, lambda x, t: jnp.sin(x))]
+    constants = [
+      constant(few, sde, eps, f) for f in (kernels, lambda x, t: -x, lambda x, t: jnp.sin(x))
+    ]
   rng_x, rng_z = jax.random.split(jax.random.key(2))
   x = true_score_fn.data.sample(rng_x, 10_000)
-  t = jnp.full(len(x), sde.eps)
+  t = jnp.full(len(x), eps)
   x = x + sde.sigma(t)[:, None] * jax.random.normal(rng_z, x.shape)
 
   def error(f: ScoreFn) -> float:
@@ -60,15 +63,15 @@ def draw() -> tuple[Figure, list[str]]:
   figure, axes = common.panels(4)
   points, t = common.at_eps(setup, common.plane(extent, 121))
   common.shade(axes[0], jnp.exp(true_score_fn.log_density(points, t)), extent, 'truth')
-  common.arrows(axes[0], true_score_fn, sde.eps, extent)
+  common.arrows(axes[0], true_score_fn, eps, extent)
   common.shade(
     axes[1], jnp.exp(kernels.log_density(points, t)), extent, 'Parzen window of 200 points'
   )
-  common.arrows(axes[1], kernels, sde.eps, extent)
+  common.arrows(axes[1], kernels, eps, extent)
   for ax, f, title in (
     (axes[2], score_fn, 'denoising score matching'),
     (axes[3], autoencoder, 'denoising autoencoder'),
   ):
     common.scatter(ax, x[:1500], extent, title)
-    common.arrows(ax, f, sde.eps, extent)
+    common.arrows(ax, f, eps, extent)
   return figure, lines

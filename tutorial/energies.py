@@ -32,7 +32,7 @@ def draw() -> tuple[Figure, list[str]]:
     log_truth = jax.nn.log_softmax(true_score_fn.log_density(points, t))
     kl = float((jnp.exp(log_truth) * (log_truth - jax.nn.log_softmax(log_p))).sum())
     lines.append(f'  KL(truth || exp(-E) / Z) {kl:.3f} nats: {title.removeprefix("exp(-E), ")}')
-  sampler = LangevinSampler(setup.model.sde, 0.02, 1000, adjusted=True)
+  sampler = LangevinSampler(setup.model.sde, setup.config.training.eps, 0.02, 1000, adjusted=True)
   x, nfe = sampler(jax.random.key(0), by_divergence, (3000, 2))
   common.scatter(axes[3], x, extent, 'MALA on the energy of contrastive divergence')
   upper = float((np.asarray(x)[:, 1] > 0).mean())

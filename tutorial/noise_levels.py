@@ -13,6 +13,7 @@ from data import sources
 from data.noise_scales import largest_distance, num_scales, recommend, variance_ratio
 from data.points import distribution, load
 from samplers.langevin import LangevinSampler
+from samplers.time_grids import TimeGrid
 from sampling import AnnealedLangevin, NoPredictor, PCSampler
 from sde_lib import VESDE
 from training import loop
@@ -29,8 +30,8 @@ def annealed(sigma_max: float, n: int) -> float:
   data = distribution('two_gaussians', 2)
   ratio = (sigma_max / 0.1) ** (1 / 9)
   levels = num_scales(sigma_max, 0.1, min(ratio, 1.7))
-  sde = VESDE(sigma_min=0.1, sigma_max=sigma_max, N=levels, eps=0.0)
-  sampler = PCSampler(sde, NoPredictor(), AnnealedLangevin(0.2, 50))
+  sde = VESDE(sigma_min=0.1, sigma_max=sigma_max)
+  sampler = PCSampler(sde, NoPredictor(), AnnealedLangevin(0.2, 50), TimeGrid(levels, eps=0.0))
   x, _ = sampler(jax.random.key(0), data.score_fn(sde), (n, 2))
   return share(x)
 
@@ -38,11 +39,11 @@ def annealed(sigma_max: float, n: int) -> float:
 def mixing(axes: list[Axes]) -> list[str]:
   """Fig. 3 of Song & Ermon 2019: weights by plain and by annealed Langevin dynamics."""
   data, n = distribution('two_gaussians', 2), 2000
-  sde = VESDE(sigma_min=0.1, sigma_max=8.0, N=10, eps=0.0)
+  sde = VESDE(sigma_min=0.1, sigma_max=8.0)
   score_fn = data.score_fn(sde)
   exact = data.sample(jax.random.key(1), n)
-  plain, nfe = LangevinSampler(sde, 0.1, 1000)(jax.random.key(2), score_fn, (n, 2))
-  sampler = PCSampler(sde, NoPredictor(), AnnealedLangevin(0.2, 100))
+  plain, nfe = LangevinSampler(sde, 0.0, 0.1, 1000)(jax.random.key(2), score_fn, (n, 2))
+  sampler = PCSampler(sde, NoPredictor(), AnnealedLangevin(0.2, 100), TimeGrid(10, eps=0.0))
   cooled, cooled_nfe = sampler(jax.random.key(2), score_fn, (n, 2))
   rows = (
     ('data', exact, 0),

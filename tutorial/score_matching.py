@@ -60,8 +60,8 @@ def draw() -> tuple[Figure, list[str]]:
   common.scatter(axes[0], x, 3.5, 'Hyvärinen: data, and -M (x - mu)')
   common.arrows(axes[0], lambda x, t: -(x - mu) @ m, 0.0, 3.5)
   common.shade(axes[1], density, extent, 'true score')
-  common.arrows(axes[1], true_score_fn, setup.model.sde.eps, extent)
+  common.arrows(axes[1], true_score_fn, setup.config.training.eps, extent)
   common.shade(axes[2], density, extent, 'learnt by implicit score matching')
-  common.arrows(axes[2], score_fn, setup.model.sde.eps, extent)
+  common.arrows(axes[2], score_fn, setup.config.training.eps, extent)
   common.shade(axes[3], jnp.log10(error), extent, 'log10 |s - true|', 'magma')
   return figure, lines

@@ -1,7 +1,5 @@
 """Chapter 6: from noise levels to SDEs (Song et al. 2021): PC samplers and the probability flow."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from matplotlib.axes import Axes
@@ -11,7 +9,7 @@ import numpy as np
 from data import points
 from samplers.base import GridSampler, Sampler
 from samplers.multistep import DPMSolver
-from samplers.time_grids import log_snr
+from samplers.time_grids import log_snr, TimeGrid
 from sampling import (
   AncestralSampling,
   Langevin,
@@ -54,19 +52,15 @@ def shares_error(x: np.ndarray) -> float:
 def reverse(axes: list[Axes]) -> list[str]:
   """Samplers on the learnt score of the ring."""
   setup, score_fn = common.trained('configs/toy/ring.py', 've')
-  sde = dataclasses.replace(setup.model.sde, eps=1e-3)
+  sde, eps = setup.model.sde, 1e-3
   chosen: dict[str, Sampler] = {
-    'reverse diffusion': PCSampler(
-      dataclasses.replace(sde, N=200), ReverseDiffusion(), NoCorrector()
-    ),
+    'reverse diffusion': PCSampler(sde, ReverseDiffusion(), NoCorrector(), TimeGrid(200, eps)),
     'PC: reverse diffusion, Langevin': PCSampler(
-      dataclasses.replace(sde, N=100), ReverseDiffusion(), Langevin(0.16, 1)
+      sde, ReverseDiffusion(), Langevin(0.16, 1), TimeGrid(100, eps)
     ),
-    'ancestral': PCSampler(dataclasses.replace(sde, N=200), AncestralSampling(), NoCorrector()),
-    'probability flow, Dormand-Prince': ODESampler(sde),
-    'probability flow, DPM-Solver++ 2M': GridSampler(
-      dataclasses.replace(sde, N=25), DPMSolver(2), log_snr
-    ),
+    'ancestral': PCSampler(sde, AncestralSampling(), NoCorrector(), TimeGrid(200, eps)),
+    'probability flow, Dormand-Prince': ODESampler(sde, eps),
+    'probability flow, DPM-Solver++ 2M': GridSampler(sde, DPMSolver(2), TimeGrid(25, eps, log_snr)),
   }
   n = 4000
   floor = shares_error(points.distribution('ring', 2).sample(jax.random.key(5), n))

@@ -13,7 +13,9 @@ import pytest
 from builders import samplers
 from builders.setup import build
 from configs import __main__ as listing
+from losses import UniformTimes
 from runtime.errors import UserError
+from samplers.time_grids import TimeGrid
 
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = ROOT / 'tests' / 'golden'
@@ -144,8 +146,8 @@ def test_any_embedding_goes_with_any_sde_and_kernel(sde, embedding, continuous):
   config.training.continuous = continuous
   setup = build(config)
   model = setup.model
-  t = jnp.linspace(1 / (model.sde.N - 1), model.sde.T, 50)
-  told = np.asarray(model.conditioning(model.sde, t))
+  t = jnp.linspace(1 / (model.chain.N - 1), model.sde.T, 50)
+  told = np.asarray(model.conditioning(model.chain, t))
   assert np.isfinite(told).all()
   steps = np.diff(told)
   assert (steps > 0).all() or (steps < 0).all()
@@ -155,11 +157,28 @@ def test_sampling_has_its_own_steps_and_its_own_last_time():
   config = config_of('vp', 'digits')
   config.sampling.num_steps = 77
   setup = build(config)
-  assert [setup.sampler.sde.N, setup.model.sde.N] == [77, 1000]
-  assert setup.sampler.sde.eps == config.sampling.eps
-  assert config.training.eps == setup.model.sde.eps
+  assert setup.model.chain == setup.model.sde.chain(1000)
+  assert setup.sampler.grid == TimeGrid(77, config.sampling.eps)
+  assert setup.objective.times == UniformTimes(config.training.eps)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'released'),
+  [
+    ({}, True),
+    ({'sampling.num_steps': 1000}, True),
+    ({'sampling.num_steps': 77}, False),
+    ({'sampling.grid': 'quadratic'}, False),
+    ({'sampling.method': 'ode'}, True),
+    ({'model.num_scales': 10}, False),  # as many as beta_max: there is no such chain
+  ],
+)
+def test_steps_are_the_released_ones_at_the_chains_own_number(fields, released):
+  config = config_of('vp', 'digits')
   config.sampling.num_steps = 0
-  assert config.model.num_scales == build(config).sampler.sde.N
+  config.update_from_flattened_dict(fields)
+  setup = build(config)
+  assert setup.sampler.chain == (setup.model.chain if released else None)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +216,8 @@ def test_values_that_do_not_go_together_are_told():
   with pytest.raises(UserError, match='scale_by_sigma is for'):
     build(config)
   config = config_of('vp', 'digits')
-  config.sampling.num_steps = 10  # the DDPM chain needs more than beta_max = 20
+  config.training.continuous = False
+  config.model.num_scales = 10  # the DDPM chain needs more than beta_max = 20
   with pytest.raises(UserError, match='more steps than beta_max'):
     build(config)
 
@@ -210,9 +230,10 @@ def test_every_sampling_method_can_be_built(sde, method):
   config.sampling.num_steps = 30
   config.model.output = 'energy' if method == 'mala' else ''
   sampler = build(config).sampler
-  assert sampler.sde.eps == config.sampling.eps
-  # Methods that choose their own steps keep the chain that the model was trained with.
-  assert (config.model.num_scales if method in ('ode', 'adaptive_sde') else 30) == sampler.sde.N
+  if hasattr(sampler, 'grid'):
+    assert (sampler.grid.n, sampler.grid.eps) == (30, config.sampling.eps)
+  else:
+    assert sampler.eps == config.sampling.eps
 
 
 @pytest.mark.parametrize(
@@ -220,7 +241,6 @@ def test_every_sampling_method_can_be_built(sde, method):
   [
     ({'method': 'heunn'}, 'did you mean .heun.'),
     ({'grid': 'log_snt'}, 'did you mean .log_snr.'),
-    ({'grid': 'log_snr'}, 'takes the steps of the chain'),
     ({'method': 'unipc', 'order': 5}, 'order of unipc must be one of'),
     ({'method': 'ddim', 'eta': 2.0}, 'eta must be from 0'),
     ({'method': 'ode', 'ode_solver': 'dopri'}, 'did you mean .dopri5.'),

@@ -59,7 +59,7 @@ def test_samples_follow_the_density(grid, densities, name):
 def test_scores_are_gradients_near_and_far(name):
   dim = max(2, min(3, DISTRIBUTIONS[name][2]))
   data = distribution(name, dim)
-  of_data = data.score_fn(VPSDE(eps=1e-5))
+  of_data = data.score_fn(VPSDE())
   score_fn, log_density = jax.jit(of_data.__call__), jax.jit(of_data.log_density)
   x = 3 * jax.random.normal(KEY, (50, dim))
   t, v, h = jnp.full(50, 0.1), jax.random.normal(jax.random.key(1), (50, dim)), 1e-3

@@ -4,17 +4,15 @@ What the arrays are stands in tests/golden/README.md. All parameters come in thr
 `released_checkpoints`, as those of a checkpoint would.
 """
 
-from functools import cache
-
 import agreement
 from flax import serialization, traverse_util
 import jax
 import numpy as np
 import optax
 import pytest
+from released_networks import setup_of, shapes_of, torch_content
 
 from benchmarks.golden import (
-  config_of,
   load,
   loss_inputs,
   mean_losses,
@@ -23,22 +21,10 @@ from benchmarks.golden import (
   released_state,
   score_of,
 )
-from builders.setup import build, Setup
 import losses
 from training import released_checkpoints
-from training.released_checkpoints import from_jax, from_torch, network_parameters
+from training.released_checkpoints import from_jax, from_torch
 from training.step import optimize
-
-
-def setup_of(arrays: dict[str, np.ndarray]) -> Setup:
-  return build(config_of(arrays))
-
-
-def shapes_of(setup: Setup) -> released_checkpoints.Shapes:
-  return shapes_once(setup.model, (1, *setup.data_shape))
-
-
-shapes_once = cache(network_parameters)
 
 
 @pytest.fixture(scope='module', params=NETWORKS)
@@ -63,7 +49,7 @@ def test_parameters_have_the_released_names_and_shapes(golden):
 def test_conditioning_and_score(golden):
   arrays, setup, params = golden
   x, t = arrays['io/x'], arrays['io/t']
-  told = setup.model.conditioning(setup.model.sde, t)
+  told = setup.model.conditioning(setup.model.chain, t)
   fourier = setup.config.model.get('embedding_type') == 'fourier'
   fourier = fourier and setup.config.model.name == 'ncsnpp'
   labels = np.log(arrays['io/model_labels']) if fourier else arrays['io/model_labels']
@@ -75,14 +61,14 @@ def test_conditioning_and_score(golden):
 def test_losses_and_gradients(golden):
   arrays, setup, params = golden
   found = mean_losses(arrays, setup, params)
-  assert len(found) == (4 if setup.objective.continuous else 2)
+  assert len(found) == (4 if setup.model.continuous else 2)
   for ours, theirs in found.values():
     assert agreement.error(ours, theirs, quantity='loss') < 1e-4
 
-  sde, (x0, t, z) = setup.model.sde, loss_inputs(arrays, setup)
+  x0, t, z = loss_inputs(arrays, setup)
 
   def mean_loss(params):
-    return losses.dsm_loss(sde, setup.model.bind(params), x0, t, z, setup.objective).mean()
+    return losses.dsm_loss(setup.objective, setup.model.bind(params), x0, t, z).mean()
 
   @jax.jit
   def gradients(params):
@@ -141,23 +127,3 @@ def test_scores_of_pytorch_checkpoints(case):
   score = score_of(setup.model.bind(params), x, t)
   theirs = arrays['io/score_ema'].transpose(0, 2, 3, 1)
   assert agreement.error(score, theirs, quantity='score') < 1e-4
-
-
-def torch_content(arrays: dict[str, np.ndarray]) -> dict:
-  """A PyTorch checkpoint with the moving averages of a case, as NumPy arrays.
-
-  What is trained is twice those, the moments three and four times those.
-  """
-  average = {k.split('/')[2]: v for k, v in arrays.items() if k.startswith('ema/')}
-  trained = {k: v for k, v in average.items() if not k.endswith('all_modules.0.W')}
-  moments = {
-    i: {'step': 7, 'exp_avg': 3 * average[k], 'exp_avg_sq': 4 * average[k]}
-    for i, k in enumerate(average)
-    if k in trained
-  }
-  return {
-    'optimizer': {'state': moments, 'param_groups': [{'params': list(range(len(average)))}]},
-    'model': {'module.sigmas': np.ones(3), **average, **{k: 2 * v for k, v in trained.items()}},
-    'ema': {'decay': 0.999, 'num_updates': 9, 'shadow_params': list(trained.values())},
-    'step': 9,
-  }

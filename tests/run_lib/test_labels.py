@@ -19,9 +19,10 @@ from configs import base, own
 from data import sources
 from data.codec import ImageCodec
 from data.sources import eval_batches, ImageSource, load, train_batches
-from losses import Objective
+from losses import Objective, UniformTimes
 from models.ddpm import DDPM
 from models.ncsnpp import NCSNpp
+from models.preconditioning import PRECONDITIONINGS
 from models.score import ScoreModel
 import run_lib
 from runtime.errors import UserError
@@ -155,10 +156,12 @@ class PointNet(nn.Module):
 
 def test_training_learns_each_class_and_all_together():
   """Two images: the network finds each by its label, and their mean for the null label."""
-  sde, codec = VPSDE(eps=0.2), ImageCodec((2, 2, 1), centered=True, label_dropout=0.3)
+  sde, codec = VPSDE(), ImageCodec((2, 2, 1), centered=True, label_dropout=0.3)
   net = PointNet(sde)
-  model = ScoreModel(net, sde, lambda sde, t: t, 'noise', True, True, num_classes=2)
-  choices = {'model': model, 'codec': codec, 'objective': Objective()}
+  model = ScoreModel(
+    net, sde.chain(1000), lambda chain, t: t, PRECONDITIONINGS['noise'], True, True, num_classes=2
+  )
+  choices = {'model': model, 'codec': codec, 'objective': Objective(sde, UniformTimes(0.2))}
   tx = adam(lr=0.01, beta1=0.9, eps=1e-8, weight_decay=0, warmup=0, grad_clip=-1)
   params = {'points': jnp.zeros(3)}
   state = TrainState(jnp.int32(0), params, (params,), tx.init(params))

@@ -12,7 +12,8 @@ from builders.setup import build
 from configs.points import VARIANTS
 from configs.toy import checkerboard, gaussian, ring, swiss_roll, two_gaussians, two_moons
 from configs.ve import digits
-from losses import sample_times
+from losses import OneTime
+from models.preconditioning import PRECONDITIONINGS
 import run_lib
 from runtime.errors import UserError
 from training.checkpoints import Checkpoints
@@ -63,7 +64,7 @@ def test_every_variant_can_be_built(module, variant):
   setup = build(module.get_config(variant))
   assert setup.data_shape == ((10,) if module is gaussian else (2,))
   many_levels = ('ve', 'vp', 'subvp', 'energy', 'ncsn')
-  assert setup.objective.single_scale == (variant not in many_levels)
+  assert isinstance(setup.objective.times, OneTime) == (variant not in many_levels)
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
@@ -104,7 +105,7 @@ def test_samples_of_points_are_drawn_with_their_trajectory(workdir):
   folder = workdir / 'sample' / 'step_12'
   names = {path.name for path in folder.iterdir()}
   assert names == {'samples.npz', 'samples.png', 'trajectory.gif'}
-  assert Image.open(folder / 'trajectory.gif').n_frames == 11
+  assert Image.open(folder / 'trajectory.gif').n_frames == 10
 
 
 def test_a_picture_of_points_is_darkest_where_most_are():
@@ -138,7 +139,7 @@ def true_square(setup) -> float:
   objective, sde = setup.objective, setup.model.sde
   rngs = jax.random.split(jax.random.key(0), 3)
   x0 = setup.true_score_fn.data.sample(rngs[0], 5000)
-  t = sample_times(rngs[1], sde, 5000, objective.continuous, objective.single_scale)
+  t = objective.times(rngs[1], 5000)
   alpha, sigma = sde.alpha(t)[:, None], sde.sigma(t)[:, None]
   x = alpha * x0 + sigma * jax.random.normal(rngs[2], x0.shape)
   return float(np.square(sigma * setup.true_score_fn(x, t)).mean())
@@ -197,7 +198,9 @@ def test_a_workdir_from_before_a_field_was_there_is_still_good(tmp_path):
   del config['model']['output'], config['training']['single_scale']
   artifacts.write_json(path, config)
   setup, _ = run_lib.load(tmp_path)
-  assert setup.model.output == 'scaled_score' and setup.data_shape == (2,)
+  assert setup.model.preconditioning == PRECONDITIONINGS['scaled_score'] and setup.data_shape == (
+    2,
+  )
   with pytest.raises(UserError, match=r"output: '' there, 'energy' now"):
     run_lib.train(tiny('ve', model__output='energy'), tmp_path)
   run_lib.train(tiny('ve', **UNSEEN), tmp_path)

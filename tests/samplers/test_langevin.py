@@ -13,7 +13,7 @@ from samplers.langevin import langevin_step, LangevinSampler, mala_state, mala_s
 from sde_lib import VESDE
 
 KEY = jax.random.key(0)
-SDE = VESDE(1e-3, 2.0, eps=0.0)  # next to no noise
+SDE = VESDE(1e-3, 2.0)  # next to no noise
 VARIANCE = 0.5
 DATA = Gaussian.of(jnp.zeros(2), VARIANCE * jnp.eye(2))
 
@@ -27,7 +27,7 @@ def check_variance(x, variance):
 @pytest.mark.parametrize('h', [0.05, 0.3])
 def test_the_bias_of_unadjusted_steps_is_known(h):
   """x' = (1 - h/v) x + sqrt(2 h) z has the variance 2 h / (1 - (1 - h/v)^2) = v / (1 - h/(2 v))."""
-  sampler = LangevinSampler(SDE, h, 200)
+  sampler = LangevinSampler(SDE, 0.0, h, 200)
   x, nfe = sampler(KEY, DATA.score_fn(SDE), (5000, 2))
   assert nfe == 200
   check_variance(x, VARIANCE / (1 - h / (2 * VARIANCE)))
@@ -35,7 +35,7 @@ def test_the_bias_of_unadjusted_steps_is_known(h):
 
 @pytest.mark.parametrize('h', [0.05, 0.3])
 def test_adjusted_steps_have_no_bias(h):
-  sampler = LangevinSampler(SDE, h, 200, adjusted=True)
+  sampler = LangevinSampler(SDE, 0.0, h, 200, adjusted=True)
   x, nfe = sampler(KEY, DATA.score_fn(SDE), (5000, 2))
   assert nfe == 201  # one at the start
   check_variance(x, VARIANCE)
@@ -73,7 +73,7 @@ def test_a_step_is_that_of_the_formula():
 def test_samples_are_watched_and_can_be_held():
   seen, known = [], Mask(jnp.array([1.0, 0.0]))
   y = jnp.broadcast_to(jnp.array([0.7, 0.0]), (6, 2))
-  x, _ = LangevinSampler(SDE, 0.05, 30)(
+  x, _ = LangevinSampler(SDE, 0.0, 0.05, 30)(
     KEY, DATA.score_fn(SDE), (6, 2), constraint=Known(y, known, SDE),
     observe=lambda fraction, x: seen.append((fraction, x)),
   )  # fmt: skip
@@ -83,10 +83,10 @@ def test_samples_are_watched_and_can_be_held():
 
 
 def test_what_the_metropolis_test_cannot_do_is_said():
-  sampler = LangevinSampler(SDE, 0.1, 3, adjusted=True)
+  sampler = LangevinSampler(SDE, 0.0, 0.1, 3, adjusted=True)
   with pytest.raises(UserError, match='log-density'):
     sampler(KEY, lambda x, t: -x, (2, 2))
   with pytest.raises(UserError, match='takes no constraint'):
     sampler(KEY, DATA.score_fn(SDE), (2, 2), constraint=lambda rng, update, t: update)
   with pytest.raises(ValueError, match='above 0'):
-    LangevinSampler(SDE, 0.0, 3)
+    LangevinSampler(SDE, 0.0, 0.0, 3)

@@ -5,7 +5,6 @@ x_t = m_t + s_t / s_T (x_T - m_T), with mean m_t and standard deviation s_t of p
 """
 
 from collections.abc import Callable
-import dataclasses
 
 from analytic import check_moments
 from analytic import TWO_MODES as DATA
@@ -17,8 +16,8 @@ import pytest
 from samplers import time_grids
 from samplers.base import GridSampler, Solver
 from samplers.multistep import DDIM, DEIS, DPMSolver, DPMSolver2S, EDM, UniPC
-from samplers.time_grids import GRIDS
-from sde_lib import SDE, subVPSDE, VESDE, VPSDE
+from samplers.time_grids import SPACINGS, TimeGrid
+from sde_lib import Chain, SDE, subVPSDE, VESDE, VPSDE
 
 
 def alpha_of_linear_beta(t: float) -> float:
@@ -28,16 +27,17 @@ def alpha_of_linear_beta(t: float) -> float:
 
 # With alpha and sigma at time t, in NumPy.
 SDES = {
-  VESDE(0.01, 20.0, eps=1e-3): lambda t: (1.0, 0.01 * 2000**t),
-  VPSDE(eps=1e-2): lambda t: (
+  VESDE(0.01, 20.0): lambda t: (1.0, 0.01 * 2000**t),
+  VPSDE(): lambda t: (
     alpha_of_linear_beta(t),
     np.sqrt(-np.expm1(2 * np.log(alpha_of_linear_beta(t)))),
   ),
-  subVPSDE(eps=1e-2): lambda t: (
+  subVPSDE(): lambda t: (
     alpha_of_linear_beta(t),
     -np.expm1(2 * np.log(alpha_of_linear_beta(t))),
   ),
 }
+EPS = {VESDE: 1e-3, VPSDE: 1e-2, subVPSDE: 1e-2}
 every_sde = pytest.mark.parametrize('sde', SDES, ids=lambda s: type(s).__name__)
 KEY = jax.random.key(0)
 SMALL = (3, 2)
@@ -75,7 +75,7 @@ def denoiser(sde: SDE, mean: float, std: float):
 
 def exact_flow(sde: SDE, mean: float, std: float, x: np.ndarray) -> np.ndarray:
   """Where the probability flow takes x from T to eps."""
-  (a, s), (a_T, s_T) = SDES[sde](sde.eps), SDES[sde](sde.T)
+  (a, s), (a_T, s_T) = SDES[sde](EPS[type(sde)]), SDES[sde](sde.T)
   return a * mean + np.hypot(a * std, s) / np.hypot(a_T * std, s_T) * (x - a_T * mean)
 
 
@@ -93,7 +93,7 @@ def test_solvers_converge_with_their_order(sde, solver):
   steps = np.array([40, 80]) * (4 if ORDERS[solver] == 4 else 1)
   errors = []
   for n in steps:
-    times = time_grids.log_snr(sde, n + 1)
+    times = time_grids.log_snr(sde, n + 1, EPS[type(sde)])
     got = walk(solver, sde, times, x, denoiser(sde, mean, std))
     errors.append(np.abs(got - exact_flow(sde, mean, std, x)).max())
   slope = np.log2(errors[0] / errors[1])
@@ -104,8 +104,8 @@ def test_solvers_converge_with_their_order(sde, solver):
 @every_solver
 def test_solvers_are_exact_for_a_single_point(sde, solver):
   """Data at one point, in one step and in four: x_t - alpha_t x_0 is proportional to sigma_t."""
-  x = np.array([-1.3, 0.2, 2.0]) * sde.prior_std
-  for times in (np.array([sde.T, sde.eps]), time_grids.quadratic(sde, 5)):
+  x, eps = np.array([-1.3, 0.2, 2.0]) * sde.prior_std, EPS[type(sde)]
+  for times in (np.array([sde.T, eps]), time_grids.quadratic(sde, 5, eps)):
     got = walk(solver, sde, times, x, lambda x, t: np.full_like(x, 0.7))
     np.testing.assert_allclose(got, exact_flow(sde, 0.7, 0.0, x), rtol=0, atol=1e-9)
 
@@ -113,7 +113,7 @@ def test_solvers_are_exact_for_a_single_point(sde, solver):
 @every_sde
 def test_first_orders_are_one_method(sde):
   """DDIM, first-order DPM-Solver++ and Euler's method in (x / alpha, sigma / alpha)."""
-  times, x = time_grids.uniform(sde, 9), np.array([-1.0, 0.5]) * sde.prior_std
+  times, x = time_grids.uniform(sde, 9, EPS[type(sde)]), np.array([-1.0, 0.5]) * sde.prior_std
   first, *others = (
     walk(solver, sde, times, x, denoiser(sde, 0.7, 0.4))
     for solver in (DDIM(), DPMSolver(1), DEIS(1), EDM(1))
@@ -128,12 +128,12 @@ def test_first_orders_are_one_method(sde):
 @every_sde
 def test_ddim_with_eta_one_is_ancestral_sampling(sde):
   """Between the times of the chain: the same mean, and the same noise."""
-  sde = dataclasses.replace(sde, N=20, eps=0.0)
-  times = np.asarray(sde.time(np.arange(19, 0, -1)), np.float64)
+  chain, i = Chain(sde, 20), np.arange(19, 0, -1)
+  times = np.asarray(chain.time(i), np.float64)
   x = jax.random.normal(KEY, (len(times) - 1, 2)) * sde.prior_std
   t = jnp.asarray(times[:-1], jnp.float32)
   score = DATA.score_fn(sde)(x, t)
-  mean, std = SDE.ancestral(sde, x, t, score)
+  mean, std = chain.ancestral(x, score, jnp.asarray(i[:-1]))
   c = DDIM(1.0).coefficients(sde, times)
   denoised = sde.reverse(DATA.score_fn(sde)).denoise(x, t)
   np.testing.assert_allclose(c['keep'][:, None] * x + c['weights'] * denoised, mean, rtol=2e-3)
@@ -142,10 +142,10 @@ def test_ddim_with_eta_one_is_ancestral_sampling(sde):
 
 def test_ddim_with_eta_one_is_almost_the_ancestral_step_of_ddpm():
   """Whose steps differ by O(beta), and whose variance is beta, not the posterior's."""
-  sde = VPSDE(N=1000)
-  times = np.asarray(sde.time(np.arange(999, 100, -1)), np.float64)
-  c, t = DDIM(1.0).coefficients(sde, times), jnp.asarray(times[:-1], jnp.float32)
-  _, std = sde.ancestral(jnp.zeros((len(t), 1)), t, jnp.zeros((len(t), 1)))
+  chain, i = VPSDE().chain(1000), np.arange(999, 100, -1)
+  c = DDIM(1.0).coefficients(chain.sde, np.asarray(chain.time(i), np.float64))
+  x = jnp.zeros((len(i) - 1, 1))
+  _, std = chain.ancestral(x, x, jnp.asarray(i[:-1]))
   np.testing.assert_allclose(c['noise'], std, rtol=0.02)
 
 
@@ -170,23 +170,23 @@ VE, VP, SUBVP = SDES
 )
 def test_noisy_solvers_recover_the_data(sde, solver, n, bias):
   """First-order steps have a bias of order 1 / n; what is lost at eps is 1 % of the variance."""
-  sampler = GridSampler(dataclasses.replace(sde, N=n), solver, time_grids.log_snr)
+  sampler = GridSampler(sde, solver, TimeGrid(n, EPS[type(sde)], time_grids.log_snr))
   x, _ = sampler(KEY, DATA.score_fn(sde), (2000, 2))
   check_moments(x, DATA, bias)
 
 
 def test_churn_has_its_limits():
   """None, or only where no noise level lies, is the deterministic method; else noise is added."""
-  sde = dataclasses.replace(SUBVP, N=8)
+  sde, grid = SUBVP, TimeGrid(8, 1e-2, SPACINGS['edm'](7.0))
 
   def draw(**limits):
-    return GridSampler(sde, EDM(**limits), GRIDS['edm'](7.0))(KEY, DATA.score_fn(sde), SMALL)[0]
+    return GridSampler(sde, EDM(**limits), grid)(KEY, DATA.score_fn(sde), SMALL)[0]
 
   expected = draw()
   np.testing.assert_allclose(draw(churn=4.0, tmin=1e6), expected, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(draw(churn=4.0, tmax=1e-6), expected, rtol=1e-5, atol=1e-6)
   assert np.abs(draw(churn=4.0) - expected).max() > 1e-2
-  c = EDM(churn=4.0).coefficients(sde, GRIDS['edm'](7.0)(sde, 8))
+  c = EDM(churn=4.0).coefficients(sde, grid.times(sde))
   assert c['start'].max() <= sde.T  # no noise beyond what the model has seen
 
 
@@ -194,21 +194,22 @@ def test_churn_has_its_limits():
 
 
 @every_sde
-@pytest.mark.parametrize('grid', GRIDS)
-def test_grids_fall_evenly_from_T_to_eps(sde, grid):
+@pytest.mark.parametrize('spacing', SPACINGS)
+def test_grids_fall_evenly_from_T_to_eps(sde, spacing):
   """Evenly in their own variable."""
-  times = GRIDS[grid](7.0)(sde, 20)
-  assert times[0] == sde.T and times[-1] == sde.eps and len(times) == 20
+  eps = EPS[type(sde)]
+  times = TimeGrid(20, eps, SPACINGS[spacing](7.0)).times(sde)
+  assert times[0] == sde.T and times[-1] == eps and len(times) == 20
   assert (np.diff(times) < 0).all()
   lam = time_grids.in_float64(sde.log_snr, times)
   own = {'uniform': times, 'quadratic': np.sqrt(times), 'log_snr': lam, 'edm': np.exp(-lam / 7)}
-  np.testing.assert_allclose(np.diff(own[grid], 2), 0, atol=1e-9)
+  np.testing.assert_allclose(np.diff(own[spacing], 2), 0, atol=1e-9)
 
 
 @pytest.mark.parametrize('sde', [VPSDE(), subVPSDE()], ids=lambda s: type(s).__name__)
 def test_infinite_log_snr_is_told_in_one_line(sde):
   with pytest.raises(ValueError, match='choose eps > 0'):
-    GridSampler(sde, DDIM())(KEY, DATA.score_fn(sde), SMALL)
+    GridSampler(sde, DDIM(), TimeGrid(10, 0.0))(KEY, DATA.score_fn(sde), SMALL)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +218,8 @@ def test_infinite_log_snr_is_told_in_one_line(sde):
     (lambda: DPMSolver(4), 'the order of dpm_solver'),
     (lambda: UniPC(0), 'the order of unipc'),
     (lambda: DDIM(1.5), 'eta must be'),
+    (lambda: TimeGrid(1, 1e-3), 'at least 2 times'),
+    (lambda: GridSampler(VP, DDIM(), TimeGrid(5, 1.0)), '0 <= eps < T'),
   ],
 )
 def test_choices_that_cannot_be(make, message):

@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 
 from models import score
+from models.preconditioning import PRECONDITIONINGS
 from runtime.errors import UserError
 from samplers import adaptive_sde, base
 from samplers.adaptive_sde import AdaptiveSDESampler
 from samplers.base import GridSampler
 from samplers.multistep import DPMSolver, DPMSolver2S, EDM, UniPC
+from samplers.time_grids import TimeGrid
 from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS
 from sde_lib import SDE, subVPSDE, VESDE, VPSDE
 
@@ -52,15 +54,16 @@ class CountingScore:
     self.calls.n += 1
 
 
-VP = VPSDE(N=6, eps=1e-2, beta_max=5.0)  # whose chain may be as short
+VP, EPS = VPSDE(beta_max=5.0), 1e-2
+GRID = TimeGrid(6, EPS)
 SAMPLERS = [
-  GridSampler(VP, DPMSolver(3, 1.0)),
-  GridSampler(VP, UniPC(3)),
-  GridSampler(VP, EDM(churn=3.0)),
-  GridSampler(VP, DPMSolver2S(), noise_removal=False),
-  AdaptiveSDESampler(VP),
-  PCSampler(VP, PREDICTORS['euler_maruyama'](), CORRECTORS['langevin'](0.1, 1)),
-  ODESampler(VP, 1e-6, 1e-6),
+  GridSampler(VP, DPMSolver(3, 1.0), GRID),
+  GridSampler(VP, UniPC(3), GRID),
+  GridSampler(VP, EDM(churn=3.0), GRID),
+  GridSampler(VP, DPMSolver2S(), GRID, noise_removal=False),
+  AdaptiveSDESampler(VP, EPS),
+  PCSampler(VP, PREDICTORS['euler_maruyama'](), CORRECTORS['langevin'](0.1, 1), GRID),
+  ODESampler(VP, EPS, 1e-6, 1e-6),
 ]
 every_sampler = pytest.mark.parametrize(
   'sampler', SAMPLERS, ids=lambda s: f'{type(s).__name__}-{getattr(s, "solver", "")}'
@@ -122,9 +125,10 @@ def test_constraints_hold_all_the_way(sampler):
     with pytest.raises(UserError, match='takes no constraint'):
       sampler(KEY, DATA.score_fn(VP), SMALL, constraint=constraint)
     return
-  sampler = dataclasses.replace(sampler, sde=dataclasses.replace(VP, N=60), noise_removal=True)
+  grid = {'grid': TimeGrid(60, EPS)} if hasattr(sampler, 'grid') else {}
+  sampler = dataclasses.replace(sampler, noise_removal=True, **grid)
   x, _ = sampler(KEY, DATA.score_fn(VP), (500, 2), constraint=constraint)
-  np.testing.assert_allclose(x[:, 0], VP.alpha(jnp.float32(VP.eps)), rtol=1e-5)
+  np.testing.assert_allclose(x[:, 0], VP.alpha(jnp.float32(EPS)), rtol=1e-5)
   # p(second | first = 1) is all but the first mode, whose mean is 0.5; unconstrained it is -0.13.
   assert np.mean(x[:, 1]) > 0.2
 
@@ -134,7 +138,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from likelihood import Likelihood
 from samplers import ode, time_grids
-from test_samplers import DATA, KEY, SAMPLERS, VP
+from test_samplers import DATA, EPS, KEY, SAMPLERS, VP
 batch = NamedSharding(Mesh(np.array(jax.devices()), ('data',)), PartitionSpec('data'))
 for sampler in SAMPLERS[1], *SAMPLERS[4::2]:  # a solver with a history, and the adaptive ones
   (one, n), (four, m) = (
@@ -146,7 +150,7 @@ for sampler in SAMPLERS[1], *SAMPLERS[4::2]:  # a solver with a history, and the
 # rounded, errors of rounding would grow so fast that this were a tenth of all, or even all.
 one, many = (SAMPLERS[4](KEY, DATA.score_fn(VP), (600, 2), sharding=s)[0] for s in (None, batch))
 assert (np.abs(many - one).max(1) > 1e-4).mean() < 0.02
-measure, compiled = Likelihood(VP), ode._slope._cache_size()
+measure, compiled = Likelihood(VP, EPS), ode._slope._cache_size()
 (one, z, n), (four, _, m) = (
   measure(KEY, DATA.score_fn(VP), x) for x in (np.asarray(four), jax.device_put(four, batch))
 )
@@ -191,25 +195,28 @@ class Listening(nn.Module):
 @pytest.mark.parametrize(
   ('sde', 'conditioning', 'output'),
   [
-    (VESDE(N=10, eps=1e-5), score.noise_label, 'scaled_score'),
-    (VPSDE(N=10, eps=1e-3, beta_max=5.0), score.chain_time, 'noise'),
+    (VESDE(), score.noise_label, 'scaled_score'),
+    (VPSDE(beta_max=5.0), score.chain_time, 'noise'),
   ],
 )
 def test_models_of_few_noise_scales_take_many_steps(sde, conditioning, output, solver):
   """Twice the steps of the training chain: VE asks for the nearest label, twice for each of them;
   VP for times in between, as its positional features allow.
   """
-  heard = []
-  model = score.ScoreModel(Listening(heard.append), sde, conditioning, output, False, True)
-  sde = dataclasses.replace(sde, N=2 * sde.N)
-  sampler = GridSampler(sde, solver)
+  heard, grid = [], TimeGrid(20, 1e-3)
+  reading = PRECONDITIONINGS[output]
+  model = score.ScoreModel(
+    Listening(heard.append), sde.chain(10), conditioning, reading, False, True
+  )
   if solver == 'pc':
-    sampler = PCSampler(sde, PREDICTORS['reverse_diffusion'](), CORRECTORS['none'](0.1, 1))
+    sampler = PCSampler(sde, PREDICTORS['reverse_diffusion'](), CORRECTORS['none'](0.1, 1), grid)
+  else:
+    sampler = GridSampler(sde, solver, grid)
   x, nfe = sampler(KEY, model.bind({}), SMALL)
   jax.effects_barrier()
   assert np.isfinite(x).all() and nfe == len(heard) == 20
   if output == 'noise':
-    np.testing.assert_allclose(np.sort(heard), np.linspace(9 * sde.eps, 9, 20), atol=1e-5)
+    np.testing.assert_allclose(np.sort(heard), np.linspace(9e-3, 9, 20), atol=1e-5)
   else:
     np.testing.assert_array_equal(np.sort(heard), np.repeat(np.arange(10), 2))
 
@@ -218,17 +225,17 @@ def test_models_of_few_noise_scales_take_many_steps(sde, conditioning, output, s
 
 
 @pytest.mark.parametrize(
-  'sde',
-  [VESDE(sigma_max=20.0, eps=1e-3), VPSDE(eps=1e-2), subVPSDE(eps=1e-2)],
+  ('sde', 'eps'),
+  [(VESDE(sigma_max=20.0), 1e-3), (VPSDE(), 1e-2), (subVPSDE(), 1e-2)],
   ids=lambda s: type(s).__name__,
 )
-def test_adaptive_steps_recover_the_data(sde):
+def test_adaptive_steps_recover_the_data(sde, eps):
   """Variances are up to 4 % too small at this tolerance, of which eps is 1 %."""
-  x, _ = AdaptiveSDESampler(sde, rtol=0.2, atol=0.02)(KEY, DATA.score_fn(sde), (2000, 2))
+  x, _ = AdaptiveSDESampler(sde, eps, rtol=0.2, atol=0.02)(KEY, DATA.score_fn(sde), (2000, 2))
   check_moments(x, DATA, bias=0.04)
 
 
 def test_a_step_size_that_finds_no_way_raises(monkeypatch):
   monkeypatch.setattr(adaptive_sde, 'MAX_STEPS', 30)
   with pytest.raises(FloatingPointError, match='30 steps'):
-    AdaptiveSDESampler(VP)(KEY, lambda x, t: x * jnp.nan, SMALL)
+    AdaptiveSDESampler(VP, EPS)(KEY, lambda x, t: x * jnp.nan, SMALL)

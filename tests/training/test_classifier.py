@@ -17,7 +17,7 @@ import builders.training
 from configs import base, own
 from data import sources
 from data.points import Mixture
-import losses
+from losses import UniformTimes
 from models.classifier import Classifier, ClassLogProb
 import run_lib
 from runtime.errors import UserError
@@ -61,15 +61,15 @@ def exact(sde: SDE, x: Array, t: Array) -> Array:
   return jax.nn.softmax(jnp.log(TWO.weights) - jnp.log(variance) - 0.5 * squares / variance)
 
 
-@pytest.mark.parametrize('sde', [VESDE(0.1, 3.0, eps=1e-3), subVPSDE(0.1, 6.0, eps=0.05)])
-def test_training_finds_the_posterior(sde):
+@pytest.mark.parametrize(('sde', 'eps'), [(VESDE(0.1, 3.0), 1e-3), (subVPSDE(0.1, 6.0), 0.05)])
+def test_training_finds_the_posterior(sde, eps):
   classifier = Classifier(Mlp(), sde)
   tx = adam(lr=0.02, beta1=0.9, eps=1e-8, weight_decay=0, warmup=0, grad_clip=1)
 
   def drawn(rng: Array, n: int) -> tuple[Array, Array, Array, Array]:
     rngs = jax.random.split(rng, 3)
     x0, y = draw(rngs[0], n)
-    t = losses.sample_times(rngs[1], sde, n, True)
+    t = UniformTimes(eps)(rngs[1], n)
     return x0, t, jax.random.normal(rngs[2], x0.shape), y
 
   def step(state: TrainState, rng: Array) -> tuple[TrainState, Metrics]:
@@ -121,14 +121,23 @@ def test_every_held_out_image_counts_once_at_each_level():
   setup = build(config)
   guessing = Classifier(Guess(), setup.model.sde)
   held_out = sources.load('digits', 'test', image_size=8, num_channels=1)
-  report = evaluate(guessing, setup.codec, {}, held_out, 128, setup.devices, setup.keys)
+  report = evaluate(
+    guessing,
+    setup.codec,
+    {},
+    held_out,
+    builders.training.classifier_times(setup),
+    128,
+    setup.devices,
+    setup.keys,
+  )
   share = 27 / 297  # zeros among the last 297 digits
   loss = share * np.log(2) + (1 - share) * np.log(18)
   assert report['images'] == 297 and len(report['levels']) == LEVELS
   for row in (report, *report['levels']):
     assert row['accuracy'] == pytest.approx(share) and row['loss'] == pytest.approx(loss, rel=1e-5)
   edges = [row['t'] for row in report['levels']]
-  assert edges[0][0] == pytest.approx(setup.model.sde.eps) and edges[-1][1] == 1
+  assert edges[0][0] == pytest.approx(config.training.eps) and edges[-1][1] == 1
   assert [row[1] for row in edges[:-1]] == [row[0] for row in edges[1:]]
 
 

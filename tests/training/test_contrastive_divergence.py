@@ -8,21 +8,22 @@ import pytest
 
 from data.codec import PointCodec
 from data.points import distribution
-from losses import Objective
+from losses import Objective, OneTime
 from models import score
 from models.mlp import MLP
+from models.preconditioning import PRECONDITIONINGS
 from models.score import ScoreModel
 from sde_lib import VESDE
 from training import contrastive_divergence
 from training.contrastive_divergence import ContrastiveDivergence
 
 KEY = jax.random.key(0)
-SDE = VESDE(0.1, 3.0, eps=1e-5)
+SDE = VESDE(0.1, 3.0)
 NET = MLP(nf=32, num_layers=1, conditional=False)
-MODEL = ScoreModel(NET, SDE, score.log_sigma, 'energy', True, True)
+MODEL = ScoreModel(NET, SDE.chain(1000), score.log_sigma, PRECONDITIONINGS['energy'], True, True)
 DIVERGENCE = ContrastiveDivergence(n_steps=5, step_size=0.02, buffer_size=300)
 TX = optax.adam(3e-3)
-CHOICES = {'model': MODEL, 'objective': Objective(single_scale=True), 'divergence': DIVERGENCE}
+CHOICES = {'model': MODEL, 'objective': Objective(SDE, OneTime(1e-5)), 'divergence': DIVERGENCE}
 CHOICES |= {'codec': PointCodec((2,))}
 DATA = distribution('two_moons', 2)
 
@@ -99,6 +100,7 @@ def test_negative_samples_are_langevin_dynamics():
   """From far away they move down the energy."""
   score_fn = MODEL.bind(MODEL.init(KEY, (1, 2)))
   x = 3 * jax.random.normal(KEY, (500, 2))
-  moved = ContrastiveDivergence(n_steps=40, step_size=0.01).sample(KEY, score_fn, x)
-  t = jnp.zeros(500)
+  moved = ContrastiveDivergence(n_steps=40, step_size=0.01).sample(
+    KEY, score_fn, x, t := jnp.zeros(500)
+  )
   assert score_fn.energy(moved, t).mean() < 0.3 * score_fn.energy(x, t).mean()

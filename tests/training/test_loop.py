@@ -18,7 +18,7 @@ from configs import base, own
 from data import sources
 from data.points import load as load_points
 import losses
-from losses import Objective
+from losses import ChainTimes, Objective, UniformTimes
 import run_lib
 from runtime.devices import all_devices, Keys
 from runtime.errors import UserError
@@ -37,7 +37,7 @@ def tiny_setup(make=base.vp, network: str = 'ddpmpp', **fields) -> Setup:
   return build(config)
 
 
-@pytest.mark.parametrize('sde', [VESDE(eps=1e-5), VPSDE(eps=1e-5), subVPSDE(eps=1e-5)])
+@pytest.mark.parametrize('sde', [VESDE(), VPSDE(), subVPSDE()])
 @pytest.mark.parametrize('continuous', [True, False])
 @pytest.mark.parametrize('weighted', [True, False])
 def test_loss_of_the_true_score_of_a_gaussian(sde, continuous, weighted):
@@ -50,34 +50,39 @@ def test_loss_of_the_true_score_of_a_gaussian(sde, continuous, weighted):
   data, n, d = gaussian(jnp.full(2, 0.5), 0.3), 20_000, 2
   keys = jax.random.split(jax.random.key(0), 3)
   x0 = 0.5 + 0.3 * jax.random.normal(keys[0], (n, d))
-  t = losses.sample_times(keys[1], sde, n, continuous)
+  kernels, times = sde, UniformTimes(1e-5)
+  if not continuous:
+    kernels = sde.chain(1000)
+    times = ChainTimes(kernels)
+  t = times(keys[1], n)
   z = jax.random.normal(keys[2], (n, d))
-  alpha, std = sde.kernel(t, continuous)
+  alpha, std = kernels.kernel(t)
   v = (alpha * 0.3) ** 2
 
   def true_score(x, t, scale=1.0):
     return scale * (alpha[:, None] * 0.5 - x) / (v + std**2)[:, None]
 
-  objective = Objective(continuous=continuous, likelihood_weighting=weighted)
+  weigh = losses.by_likelihood if weighted else losses.by_variance
+  objective = Objective(kernels, times, weigh)
   weight = (sde.diffusion_coef(t) / std) ** 2 if weighted else 1.0
   assert data.score_fn(sde)(x0, t).shape == x0.shape
   for scale, excess in ((1.0, 0.0), (1.05, 0.05**2 * std**2 / (v + std**2))):
-    each = losses.dsm_loss(sde, lambda x, t, s=scale: true_score(x, t, s), x0, t, z, objective)
+    each = losses.dsm_loss(objective, lambda x, t, s=scale: true_score(x, t, s), x0, t, z)
     error = each - 0.5 * weight * d * (v / (v + std**2) + excess)
     assert abs(error.mean()) < 4 * error.std() / np.sqrt(n)
   mean = dataclasses.replace(objective, reduce_mean=True)
   np.testing.assert_allclose(
-    losses.dsm_loss(sde, true_score, x0, t, z, mean),
-    losses.dsm_loss(sde, true_score, x0, t, z, objective) * 2 / d,
+    losses.dsm_loss(mean, true_score, x0, t, z),
+    losses.dsm_loss(objective, true_score, x0, t, z) * 2 / d,
     rtol=1e-5,
   )
 
 
 def test_times_fill_their_range():
-  sde = VPSDE(N=50, eps=0.1)
-  t = losses.sample_times(jax.random.key(0), sde, 10_000, True)
+  t = UniformTimes(0.1)(jax.random.key(0), 10_000)
   assert 0.1 <= t.min() < 0.101 and 0.999 < t.max() <= 1
-  steps = sde.index(losses.sample_times(jax.random.key(0), sde, 10_000, False))
+  chain = VPSDE().chain(50)
+  steps = chain.index(ChainTimes(chain)(jax.random.key(0), 10_000))
   assert set(np.asarray(steps).tolist()) == set(range(50))
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import optax
 from PIL import Image
 import pytest
-from test_golden_networks import load, released_state, setup_of, shapes_of, torch_content
+from released_networks import setup_of, shapes_of, torch_content
 
+from benchmarks.golden import load, released_state
 from configs import base, own
 import run_lib
 from runtime.errors import UserError

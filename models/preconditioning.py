@@ -1,0 +1,122 @@
+"""How the output of a network is read as a score, and as a denoised image.
+
+At x_t = alpha x_0 + sigma z the output F of a network may stand for the score itself, for the
+noise, for the denoised image, or for a mixture of these. They say the same:
+
+  E[x_0 | x_t] = (x + sigma^2 s) / alpha,    E[z | x_t] = -sigma s,    s = grad log p_t(x).
+
+Both the score and the denoised image are a x + b F, whose a and b stand here in closed form: one is
+not computed from the other, so that nothing cancels where sigma is small. An energy is the other
+kind: its score is a gradient.
+"""
+
+import abc
+from collections.abc import Callable
+import dataclasses
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+# (x [B, ...]) -> what the network makes of it, and x as the network saw it; both like x.
+Network = Callable[[Array], tuple[Array, Array]]
+# (F, x, alpha, sigma), all like x or broadcasting to it -> like x.
+Reading = Callable[[Array, Array, Array, Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preconditioning(abc.ABC):
+  """What the output of a network stands for.
+
+  Attributes:
+    in_float32: the score divides the rounding of the output by sigma^2, or differentiates it, so
+      that a network of fewer digits than float32 is of no use where sigma is small.
+  """
+
+  in_float32: bool = dataclasses.field(default=False, kw_only=True)
+
+  @abc.abstractmethod
+  def score(self, network: Network, x: Array, alpha: Array, sigma: Array) -> Array:
+    """grad log p_t(x), like x [B, ...]; alpha and sigma of the noise kernel are [B, 1, ...]."""
+
+  @abc.abstractmethod
+  def denoised(self, network: Network, x: Array, alpha: Array, sigma: Array) -> Array:
+    """E[x_0 | x_t = x], like x."""
+
+  def energy(self, network: Network, x: Array, alpha: Array, sigma: Array) -> Array:
+    """E(x, t) [B], where p_t(x) is proportional to exp(-E(x, t)).
+
+    Raises:
+      ValueError: if the output is not read as an energy.
+    """
+    raise ValueError('this score model has no energy: its output is not "energy"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear(Preconditioning):
+  """The score and the denoised x are each a x + b F."""
+
+  score_of: Reading
+  denoised_of: Reading
+
+  def score(self, network: Network, x: Array, alpha: Array, sigma: Array) -> Array:
+    return self.score_of(network(x)[0], x, alpha, sigma)
+
+  def denoised(self, network: Network, x: Array, alpha: Array, sigma: Array) -> Array:
+    return self.denoised_of(network(x)[0], x, alpha, sigma)
+
+
+@dataclasses.dataclass(frozen=True)
+class Energy(Preconditioning):
+  """E(x) = ||x - F(x)||^2 / (2 sigma), which grows without bound unless F does as well.
+
+  After Salimans & Ho 2021, https://openreview.net/forum?id=9AS-TF2jRNb.
+  """
+
+  def energy(self, network: Network, x: Array, alpha: Array, sigma: Array) -> Array:
+    output, seen = network(x)
+    away = (seen - output).reshape(len(x), -1)
+    return 0.5 * jnp.square(away).sum(-1) / sigma.reshape(len(x))
+
+  def score(self, network: Network, x: Array, alpha: Array, sigma: Array) -> Array:
+    return -jax.grad(lambda x: self.energy(network, x, alpha, sigma).sum())(x)
+
+  def denoised(self, network: Network, x: Array, alpha: Array, sigma: Array) -> Array:
+    return (x + sigma**2 * self.score(network, x, alpha, sigma)) / alpha
+
+
+ENERGY = 'energy'
+
+PRECONDITIONINGS: dict[str, Preconditioning] = {
+  'score': Linear(
+    score_of=lambda F, x, alpha, sigma: F,
+    denoised_of=lambda F, x, alpha, sigma: (x + sigma**2 * F) / alpha,
+  ),
+  # Of unit scale at every sigma: NCSN's division by sigma.
+  'scaled_score': Linear(
+    score_of=lambda F, x, alpha, sigma: F / sigma,
+    denoised_of=lambda F, x, alpha, sigma: (x + sigma * F) / alpha,
+  ),
+  # DDPM's epsilon.
+  'noise': Linear(
+    score_of=lambda F, x, alpha, sigma: -F / sigma,
+    denoised_of=lambda F, x, alpha, sigma: (x - sigma * F) / alpha,
+  ),
+  # A denoising autoencoder, F = r(x): (r(x) - x) / sigma^2 at alpha = 1 (Vincent 2011).
+  'denoised': Linear(
+    score_of=lambda F, x, alpha, sigma: (alpha * F - x) / sigma**2,
+    denoised_of=lambda F, x, alpha, sigma: F,
+    in_float32=True,
+  ),
+  # v = (alpha z - sigma x_0) / r, r^2 = alpha^2 + sigma^2, which is 1 for the VP SDE (Salimans &
+  # Ho 2022, https://arxiv.org/abs/2202.00512, Appendix D).
+  'v': Linear(
+    score_of=lambda F, x, alpha, sigma: (
+      -(x / (alpha**2 + sigma**2)) - alpha / (sigma * jnp.sqrt(alpha**2 + sigma**2)) * F
+    ),
+    denoised_of=lambda F, x, alpha, sigma: (
+      alpha / (alpha**2 + sigma**2) * x - sigma / jnp.sqrt(alpha**2 + sigma**2) * F
+    ),
+  ),
+  ENERGY: Energy(in_float32=True),
+}
