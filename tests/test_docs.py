@@ -3,7 +3,7 @@
 from pathlib import Path
 import re
 
-from analytic import check_moments
+from analytic import check_moments, gaussian
 from analytic import TWO_MODES as DATA
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,14 @@ from data import sources
 from losses import score_matching_loss
 from samplers.base import GridSampler
 from samplers.multistep import DDIM
-from sde_lib import SDE, VESDE
+from sde_lib import expand, SDE, VESDE
 from tutorial import denoising, score_matching
 import tutorial.__main__ as tutorial
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / 'docs'
 KEY = jax.random.key(0)
+DATA_OF_HALF = gaussian(jnp.zeros(2), 0.5)
 
 
 @pytest.fixture(scope='module')
@@ -71,7 +72,7 @@ def test_the_new_network_learns(shown):
 
   def loss(params: dict) -> jax.Array:
     score_fn = model.bind(params)
-    each = score_matching_loss(model.sde, score_fn, x0, t, z, KEY, objective)
+    each = score_matching_loss(objective, score_fn, x0, t, z, KEY)
     return each.mean()
 
   def step(carry: tuple, _: None) -> tuple[tuple, jax.Array]:
@@ -97,6 +98,39 @@ def test_the_new_data_source_has_two_kinds_of_images(shown):
   whole = next(iter(sources.eval_batches(shown['Stripes'](), 1000)))
   assert whole['mask'].all() and whole['label'].mean() == 0.5
   assert len(np.unique(whole['data'].reshape(1000, -1), axis=0)) == 4
+
+
+def test_the_new_preconditioning_reads_both_alike(shown):
+  """alpha D = x + sigma^2 s (Tweedie); F = 0 is the score of N(0, 1/4); nothing cancels."""
+  edm, rng = shown['edm'], np.random.default_rng(0)
+  x, output = (jnp.asarray(rng.normal(size=(6, 2)), jnp.float32) for _ in range(2))
+  alpha, sigma = jnp.full((6, 1), 0.7), jnp.array([1e-5, 1e-3, 0.1, 0.5, 1.0, 50.0])[:, None]
+  score, denoised = edm.score_of(output, x, alpha, sigma), edm.denoised_of(output, x, alpha, sigma)
+  np.testing.assert_allclose(alpha * denoised, x + sigma**2 * score, rtol=1e-4, atol=1e-5)
+  true = DATA_OF_HALF.score_fn(VESDE(0.01, 50.0))
+  t = jnp.linspace(0.0, 1.0, 6)
+  alpha, sigma = (expand(f(t), x) for f in (true.sde.alpha, true.sde.sigma))
+  np.testing.assert_allclose(edm.score_of(0.0, x, alpha, sigma), true(x, t), rtol=1e-5)
+
+
+def test_the_new_objective_is_least_at_the_true_score(shown):
+  """Of multiples c of the true score, in which the loss is a parabola, at c = 1."""
+  objective, n = shown['objective'], 20_000
+  t = objective.times(KEY, n)
+  parts = np.floor((np.asarray(t) - 0.01) / 0.99 * 50 + 1e-4 / 50).clip(max=49)
+  assert np.ptp(np.bincount(parts.astype(int))) <= 4
+  true, rng = DATA.score_fn(objective.kernels), jax.random.key(1)
+  x0, z = DATA.sample(rng, n), jax.random.normal(KEY, (n, 2))
+  alpha, sigma = (expand(v, x0) for v in objective.kernels.kernel(t))
+  x = alpha * x0 + sigma * z
+
+  def loss(c: float) -> float:
+    each = objective.matching(lambda x, t: c * true(x, t), x, t, rng)
+    return float((sigma[:, 0] ** 2 * each).mean())
+
+  at = [loss(c) for c in (0.0, 1.0, 2.0)]
+  curvature, slope = at[2] - 2 * at[1] + at[0], (at[2] - at[0]) / 2
+  assert 1 - slope / curvature == pytest.approx(1.0, abs=0.05)
 
 
 def test_the_new_feature_network_does_not_see_brightness(shown):
