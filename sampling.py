@@ -16,7 +16,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from runtime.errors import UserError
-from runtime.precision import full_precision
+from runtime.precision import products_at
 from samplers import base, ode, time_grids
 from samplers.base import Constraint, Observer, Update
 from samplers.langevin import langevin_step
@@ -333,10 +333,13 @@ class ODESampler:
       ProbabilityFlow(score_fn, sde), x, sde.T, self.eps,
       rtol=self.rtol, atol=self.atol, solver=self.solver, observe=until_end,
     )  # fmt: skip
-    if self.noise_removal and self.chain:
-      x, nfe = _mean_of_last_chain_step(self.chain, self.eps, score_fn, x), nfe + 1
-    elif self.noise_removal:
-      x, nfe = base.tweedie(sde, self.eps, score_fn, None, rng, x), nfe + 1
+    if self.noise_removal:
+      nfe += 1
+      with products_at('highest'):  # as the solution that it follows
+        if self.chain:
+          x = _mean_of_last_chain_step(self.chain, self.eps, score_fn, x)
+        else:
+          x = base.tweedie(sde, self.eps, score_fn, None, rng, x)
     base.show_samples(observe, x)
     return x, nfe
 
@@ -354,7 +357,6 @@ class ProbabilityFlow:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-@full_precision  # as the solution that it follows
 def _mean_of_last_chain_step(chain, eps, score_fn, x):
   t, i = jnp.full(x.shape[:1], eps), jnp.zeros(x.shape[:1], jnp.int32)
   f, _ = chain.sde.reverse(score_fn).of_forward(x, t, *chain.discretize(x, t, i))

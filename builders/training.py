@@ -22,7 +22,7 @@ def make_schedule(config: FrozenConfigDict, section: str = 'training') -> Schedu
   """The schedule of the score model, or that of the classifier: another number of steps."""
   training = config.training
   return Schedule(
-    n_iters=config[section].n_iters,
+    n_iters=config.classifier.n_iters if section == 'classifier' else training.n_iters,
     n_jitted_steps=training.n_jitted_steps,
     log_freq=training.log_freq,
     eval_freq=training.eval_freq,
