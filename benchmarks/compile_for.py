@@ -255,6 +255,7 @@ _FREE = {
 }  # fmt: skip
 _MOVES = {'copy', 'copy-start', 'transpose', 'convert', 'slice', 'concatenate', 'reshape', 'pad'}
 _LINE = re.compile(r'\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)')
+_ARRAY = re.compile(r'\b([a-z]+[0-9]*)\[([0-9,]*)\](?:\{([^}]*)\})?')
 _CALLED = re.compile(r'(?:calls|body|condition|to_apply|\w+_computation)=%?([\w.\-]+)')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 
@@ -309,10 +310,14 @@ def _instruction(name: str, shape: str, op: str, rest: str) -> Instruction:
 
 
 def nbytes(shape: str) -> int:
-  """Bytes of an array, or of the arrays of a tuple, as HLO writes them: f32[8,3]{1,0}."""
+  """Bytes of an array, or of the arrays of a tuple, as HLO writes them: f32[8,3]{1,0}.
+
+  Only those in the main memory of a device count, not those that S(1) puts on the chip.
+  """
   return sum(
     BYTES.get(kind, 0) * math.prod(int(n) for n in dims.split(',') if n)
-    for kind, dims in re.findall(r'\b([a-z]+[0-9]*)\[([0-9,]*)\]', shape)
+    for kind, dims, layout in _ARRAY.findall(shape)
+    if not re.search(r'S\([1-9]', layout)
   )
 
 
@@ -324,7 +329,7 @@ def kernels(hlo: Hlo) -> Iterator[tuple[str, int, Instruction]]:
     if name in seen:
       continue
     seen.add(name)
-    shapes = {one.name: nbytes(one.shape) for one in hlo.computations[name]}
+    shapes = {one.name: nbytes(_written(one)) for one in hlo.computations[name]}
     for one in hlo.computations[name]:
       if one.op in ('while', 'conditional', 'call'):
         waiting += one.called
@@ -332,6 +337,11 @@ def kernels(hlo: Hlo) -> Iterator[tuple[str, int, Instruction]]:
         continue
       moved = shapes[one.name] + sum(shapes.get(operand, 0) for operand in one.operands)
       yield kind_of(hlo, one), moved, one
+
+
+def _written(one: Instruction) -> str:
+  """What an instruction writes: of a copy that is begun, the first of its tuple."""
+  return _ARRAY.search(one.shape)[0] if one.op == 'copy-start' else one.shape
 
 
 def kind_of(hlo: Hlo, one: Instruction) -> str:

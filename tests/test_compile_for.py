@@ -76,6 +76,7 @@ def test_bytes_of_shapes() -> None:
   assert compile_for.nbytes('bf16[128,32,3]{2,1,0:T(8,128)(2,1)}') == 2 * 128 * 32 * 3
   assert compile_for.nbytes('(f32[], /*index=1*/pred[5]{0}, s64[0])') == 4 + 5
   assert compile_for.nbytes('token[]') == 0
+  assert compile_for.nbytes('(f32[8]{0:T(128)S(1)}, f32[2]{0:T(128)})') == 8  # S(1) is on the chip
 
 
 @pytest.mark.parametrize('turns', [2, 7])
