@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import compile_for
+from benchmarks import compile_for, hlo
 from builders.setup import build
 from configs.vp import digits
 from runtime.errors import UserError
@@ -60,10 +60,10 @@ ENTRY %main (x.1: f32[8,4]) -> f32[] {
 
 
 def test_kernels_of_a_text() -> None:
-  hlo = compile_for.parse(HLO)
-  assert hlo.entry == 'main'
-  assert compile_for.collectives(hlo) == {'all-reduce': 1}
-  assert compile_for.by_kind(hlo) == {
+  parsed = hlo.parse(HLO)
+  assert parsed.entry == 'main'
+  assert hlo.collectives(parsed) == {'all-reduce': 1}
+  assert hlo.by_kind(parsed) == {
     'collective': (1, 3 * 128),  # a pair of arrays of its, and its operand
     'convolution or product': (1, 128 + 16 + 128 + 64),
     'element-wise': (2, 2 * 128 + 1 + 4 + 4),  # the sine of the loop, and its comparison
@@ -73,10 +73,10 @@ def test_kernels_of_a_text() -> None:
 
 
 def test_bytes_of_shapes() -> None:
-  assert compile_for.nbytes('bf16[128,32,3]{2,1,0:T(8,128)(2,1)}') == 2 * 128 * 32 * 3
-  assert compile_for.nbytes('(f32[], /*index=1*/pred[5]{0}, s64[0])') == 4 + 5
-  assert compile_for.nbytes('token[]') == 0
-  assert compile_for.nbytes('(f32[8]{0:T(128)S(1)}, f32[2]{0:T(128)})') == 8  # S(1) is on the chip
+  assert hlo.nbytes('bf16[128,32,3]{2,1,0:T(8,128)(2,1)}') == 2 * 128 * 32 * 3
+  assert hlo.nbytes('(f32[], /*index=1*/pred[5]{0}, s64[0])') == 4 + 5
+  assert hlo.nbytes('token[]') == 0
+  assert hlo.nbytes('(f32[8]{0:T(128)S(1)}, f32[2]{0:T(128)})') == 8  # S(1) is on the chip
 
 
 @pytest.mark.parametrize('turns', [2, 7])
@@ -85,8 +85,8 @@ def test_a_loop_counts_once_however_many_turns(turns: int) -> None:
     return jax.lax.fori_loop(0, turns, lambda i, y: jnp.sin(y @ w), x)
 
   x = jnp.ones((16, 16))
-  hlo = compile_for.parse(jax.jit(function).lower(x, x).compile().as_text())
-  kinds = compile_for.by_kind(hlo)
+  parsed = hlo.parse(jax.jit(function).lower(x, x).compile().as_text())
+  kinds = hlo.by_kind(parsed)
   assert kinds['convolution or product'][0] == 1
   assert kinds['convolution or product'][1] == 3 * 4 * 16 * 16
 
@@ -95,8 +95,8 @@ def test_no_computation_that_is_run_is_lost() -> None:
   def function(x: jax.Array, i: jax.Array) -> jax.Array:
     return jax.lax.switch(i, [lambda x: x @ x, lambda x: x @ x.T, jnp.sin], x)
 
-  hlo = compile_for.parse(jax.jit(function).lower(jnp.ones((8, 8)), 1).compile().as_text())
-  assert compile_for.by_kind(hlo)['convolution or product'][0] == 2
+  parsed = hlo.parse(jax.jit(function).lower(jnp.ones((8, 8)), 1).compile().as_text())
+  assert hlo.by_kind(parsed)['convolution or product'][0] == 2
 
 
 def _tiny() -> compile_for.Setup:
