@@ -27,7 +27,8 @@ import numpy as np
 from data.points import Mixture
 from samplers.adaptive_sde import AdaptiveSDESampler
 from samplers.base import draw_prior, GridSampler, Sampler, Solver
-from samplers.multistep import DDIM, DEIS, DPMSolver, DPMSolver2S, EDM, UniPC
+from samplers.edm import EDM
+from samplers.multistep import DDIM, DEIS, DPMSolver, DPMSolver2S, UniPC
 from samplers.time_grids import log_snr, SPACINGS, TimeGrid
 from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS
 from sde_lib import SDE, subVPSDE, VESDE, VPSDE

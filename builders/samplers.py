@@ -10,6 +10,7 @@ from runtime.errors import UserError
 from samplers import multistep as fast
 from samplers.adaptive_sde import AdaptiveSDESampler
 from samplers.base import GridSampler, Sampler, Solver
+from samplers.edm import EDM
 from samplers.langevin import LangevinSampler
 from samplers.time_grids import SPACINGS, TimeGrid, uniform
 import sampling
@@ -87,4 +88,4 @@ def _langevin(config: FrozenConfigDict, sde: SDE, n: int) -> LangevinSampler:
 
 
 def _edm(choice: FrozenConfigDict, order: int) -> Solver:
-  return fast.EDM(order, choice.s_churn, choice.s_tmin, choice.s_tmax, choice.s_noise)
+  return EDM(order, choice.s_churn, choice.s_tmin, choice.s_tmax, choice.s_noise)

@@ -8,15 +8,13 @@ alpha, the probability flow from time s to time t < s is
 
 with h = lambda_t - lambda_s (Lu et al. 2022, https://arxiv.org/abs/2211.01095, Eq. 8), of which
 only the integral is approximated.
-In y = x / alpha and s = sigma / alpha, the same flow is dy/ds = (y - D) / s, Eq. 1 of EDM
-(Karras et al. 2022, https://arxiv.org/abs/2206.00364).
+EDM's form of the same flow has a module of its own, `samplers.edm`.
 
 A solver gives the numbers of each step (`coefficients`) and says what a step does with them
 (`update`); `samplers.base.GridSampler` walks down the time grid with it.
 """
 
 import dataclasses
-import math
 
 import jax
 from jax import Array
@@ -73,7 +71,7 @@ class DPMSolver:
   nfe = 1
 
   def __post_init__(self) -> None:
-    _check_order(self.order, (1, 2, 3), 'dpm_solver++')
+    check_order(self.order, (1, 2, 3), 'dpm_solver++')
     _check_eta(self.eta)
 
   def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
@@ -102,7 +100,7 @@ class DEIS:
   nfe = 1
 
   def __post_init__(self) -> None:
-    _check_order(self.order, (1, 2, 3, 4), 'deis')
+    check_order(self.order, (1, 2, 3, 4), 'deis')
 
   def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
     path = Path.of(sde, times)
@@ -139,7 +137,7 @@ class UniPC:
   nfe = 1
 
   def __post_init__(self) -> None:
-    _check_order(self.order, (1, 2, 3), 'unipc')
+    check_order(self.order, (1, 2, 3), 'unipc')
 
   def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
     path = Path.of(sde, times)
@@ -167,7 +165,7 @@ class UniPC:
     return (after, after), (x, history[:-1])
 
 
-# Solvers with two evaluations a step.
+# A solver with two evaluations a step.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,69 +189,6 @@ class DPMSolver2S:
     half = c['half_keep'] * x + c['half_weight'] * denoise(x, c['t'])
     after = c['keep'] * x + c['weights'][0] * denoise(half, c['middle'])
     return (after, after), memory
-
-
-@dataclasses.dataclass(frozen=True)
-class EDM:
-  """Heun's method with churn (Karras et al. 2022, https://arxiv.org/abs/2206.00364, Algorithm 2).
-
-  In y = x / alpha and s = sigma / alpha: noise is added until s is (1 + gamma) s, and a step of
-  dy/ds = (y - D) / s leads down to the next time. Noise never exceeds that of time T, where the
-  model was trained last. Without churn the first order is DDIM with eta = 0.
-
-  Attributes:
-    order: 2 for Heun's method, 1 for Euler's.
-    churn: S_churn; gamma = min(S_churn / n, sqrt(2) - 1) with n times in the grid.
-    tmin: S_tmin, the least s at which noise is added.
-    tmax: S_tmax, the largest.
-    noise: S_noise, which scales the standard deviation of the added noise.
-  """
-
-  order: int = 2
-  churn: float = 0.0
-  tmin: float = 0.0
-  tmax: float = math.inf
-  noise: float = 1.0
-
-  def __post_init__(self) -> None:
-    _check_order(self.order, (1, 2), 'heun')
-
-  @property
-  def nfe(self) -> int:
-    return self.order
-
-  def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
-    path = Path.of(sde, times)
-    s = np.exp(-path.lam)
-    gamma = min(self.churn / len(times), math.sqrt(2) - 1)
-    within = (s[:-1] >= self.tmin) & (s[:-1] <= self.tmax)
-    raised = np.where(within, np.minimum((1 + gamma) * s[:-1], s[0]), s[:-1])
-    start = np.where(raised > s[:-1], in_float64(sde.time_of_log_snr, -np.log(raised)), times[:-1])
-    return {
-      'start': start,
-      'start_alpha': in_float64(sde.alpha, start),
-      'start_s': raised,
-      'added': self.noise * np.sqrt(raised**2 - s[:-1] ** 2),
-      'alpha': path.alpha[:-1],
-      'end_alpha': path.alpha[1:],
-      'end_s': s[1:],
-    }
-
-  def init(self, x: Array) -> Memory:
-    return ()
-
-  def update(self, rng, denoise, c, x, memory) -> tuple[Update, Memory]:
-    y = x / c['alpha']
-    if self.churn:
-      y += c['added'] * jax.random.normal(rng, x.shape)
-    ds = c['end_s'] - c['start_s']
-    slope = (y - denoise(c['start_alpha'] * y, c['start'])) / c['start_s']
-    end = y + ds * slope
-    if self.order == 2:
-      end_slope = (end - denoise(c['end_alpha'] * end, c['s'])) / c['end_s']
-      end = y + ds * (slope + end_slope) / 2
-    x = c['end_alpha'] * end
-    return (x, x), memory
 
 
 # What they are made of.
@@ -355,7 +290,8 @@ def _add_noise(rng: Array, c: dict[str, Array], mean: Array) -> Update:
   return mean + c['noise'] * jax.random.normal(rng, mean.shape), mean
 
 
-def _check_order(order: int, allowed: tuple[int, ...], method: str) -> None:
+def check_order(order: int, allowed: tuple[int, ...], method: str) -> None:
+  """Raises ValueError unless the order is one of those that a method has."""
   if order not in allowed:
     raise ValueError(f'the order of {method} must be one of {allowed}; got {order}')
 

@@ -1,4 +1,4 @@
-"""The solvers of samplers/multistep.py, and time grids.
+"""The solvers of samplers/multistep.py and samplers/edm.py, and time grids.
 
 The orders of convergence are measured on Gaussian data, for which the probability flow is known:
 x_t = m_t + s_t / s_T (x_T - m_T), with mean m_t and standard deviation s_t of p_t.
@@ -15,7 +15,8 @@ import pytest
 
 from samplers import time_grids
 from samplers.base import GridSampler, Solver
-from samplers.multistep import DDIM, DEIS, DPMSolver, DPMSolver2S, EDM, UniPC
+from samplers.edm import EDM
+from samplers.multistep import DDIM, DEIS, DPMSolver, DPMSolver2S, UniPC
 from samplers.time_grids import SPACINGS, TimeGrid
 from sde_lib import Chain, SDE, subVPSDE, VESDE, VPSDE
 

@@ -23,7 +23,8 @@ from runtime.errors import UserError
 from samplers import adaptive_sde, base
 from samplers.adaptive_sde import AdaptiveSDESampler
 from samplers.base import GridSampler
-from samplers.multistep import DPMSolver, DPMSolver2S, EDM, UniPC
+from samplers.edm import EDM
+from samplers.multistep import DPMSolver, DPMSolver2S, UniPC
 from samplers.time_grids import TimeGrid
 from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS
 from sde_lib import SDE, subVPSDE, VESDE, VPSDE

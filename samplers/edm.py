@@ -1,0 +1,84 @@
+"""EDM's solver: Heun's method in sigma / alpha, with churn.
+
+In y = x / alpha and s = sigma / alpha the probability flow of every SDE is
+
+  dy/ds = (y - D) / s
+
+(Karras et al. 2022, https://arxiv.org/abs/2206.00364, Eq. 1), where D = E[x_0 | x_t = x] is the
+data prediction: so one solver serves VE, VP and sub-VP. Its grid is `samplers.time_grids.Karras`.
+"""
+
+import dataclasses
+import math
+
+import jax
+from jax import Array
+import numpy as np
+
+from samplers.base import Coefficients, Memory, Update
+from samplers.multistep import check_order, Path
+from samplers.time_grids import in_float64
+from sde_lib import SDE
+
+
+@dataclasses.dataclass(frozen=True)
+class EDM:
+  """Heun's method with churn (Algorithm 2).
+
+  Noise is added until s is (1 + gamma) s, and a step of dy/ds = (y - D) / s leads down to the next
+  time. Noise never exceeds that of time T, where the model was trained last. Without churn the
+  first order is DDIM with eta = 0.
+
+  Attributes:
+    order: 2 for Heun's method, 1 for Euler's.
+    churn: S_churn; gamma = min(S_churn / n, sqrt(2) - 1) with n times in the grid.
+    tmin: S_tmin, the least s at which noise is added.
+    tmax: S_tmax, the largest.
+    noise: S_noise, which scales the standard deviation of the added noise.
+  """
+
+  order: int = 2
+  churn: float = 0.0
+  tmin: float = 0.0
+  tmax: float = math.inf
+  noise: float = 1.0
+
+  def __post_init__(self) -> None:
+    check_order(self.order, (1, 2), 'heun')
+
+  @property
+  def nfe(self) -> int:
+    return self.order
+
+  def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
+    path = Path.of(sde, times)
+    s = np.exp(-path.lam)
+    gamma = min(self.churn / len(times), math.sqrt(2) - 1)
+    within = (s[:-1] >= self.tmin) & (s[:-1] <= self.tmax)
+    raised = np.where(within, np.minimum((1 + gamma) * s[:-1], s[0]), s[:-1])
+    start = np.where(raised > s[:-1], in_float64(sde.time_of_log_snr, -np.log(raised)), times[:-1])
+    return {
+      'start': start,
+      'start_alpha': in_float64(sde.alpha, start),
+      'start_s': raised,
+      'added': self.noise * np.sqrt(raised**2 - s[:-1] ** 2),
+      'alpha': path.alpha[:-1],
+      'end_alpha': path.alpha[1:],
+      'end_s': s[1:],
+    }
+
+  def init(self, x: Array) -> Memory:
+    return ()
+
+  def update(self, rng, denoise, c, x, memory) -> tuple[Update, Memory]:
+    y = x / c['alpha']
+    if self.churn:
+      y += c['added'] * jax.random.normal(rng, x.shape)
+    ds = c['end_s'] - c['start_s']
+    slope = (y - denoise(c['start_alpha'] * y, c['start'])) / c['start_s']
+    end = y + ds * slope
+    if self.order == 2:
+      end_slope = (end - denoise(c['end_alpha'] * end, c['s'])) / c['end_s']
+      end = y + ds * (slope + end_slope) / 2
+    x = c['end_alpha'] * end
+    return (x, x), memory
