@@ -159,11 +159,28 @@ def apply_gradients(
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   n = state.step + 1
-  rate = jnp.minimum(ema_rate, (1 + n) / (10 + n)) if ema_warmup else ema_rate
-  averages = tuple(optax.incremental_update(params, a, 1 - rate) for a in state.averages)
+  # 1 - rate, not by subtracting in float32.
+  weight = jnp.maximum(1 - ema_rate, 9 / (10 + n)) if ema_warmup else 1 - ema_rate
+  averages = tuple(moved_average(a, params, weight) for a in state.averages)
   metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads), **measured}
   state = dataclasses.replace(state, step=n, params=params, averages=averages, opt_state=opt_state)
   return state, metrics
+
+
+def moved_average(average: Params, params: Params, weight: Array | float) -> Params:
+  """average + weight (params - average): a step of an exponential moving average.
+
+  In this form what stands still is kept to the bit. (1 - weight) average + weight params is not the
+  same: in float32 its two factors sum to 1 - 1.7e-8 at weight 1e-4, and 10,000 such steps shrink
+  the average by 1.7e-4. Both forms stop where a move is below half a bit, within about 3e-8 /
+  weight of parameters that stand still.
+  """
+
+  def move(average: Array, params: Array) -> Array:
+    moved = average + weight * (params - average)
+    return jnp.where(jnp.asarray(weight) < 1, moved, params)  # 1: no average
+
+  return jax.tree.map(move, average, params)
 
 
 def finite_step(
