@@ -23,8 +23,11 @@ wrong input, 128 + n after signal n; repeated, a command goes on.
 
 from collections.abc import Iterator, Sequence
 import contextlib
+from functools import reduce
 import inspect
 import logging
+import math
+import operator
 import os
 from pathlib import Path
 import runpy
@@ -91,7 +94,7 @@ def parse(argv: Sequence[str]) -> tuple[str, str]:
     if name.startswith(('config.', 'noconfig.')):  # --noconfig.x.y is --config.x.y=False
       _check_field(config, name.removeprefix('no'))
   try:
-    rest = flags.FLAGS(list(argv))
+    rest = flags.FLAGS(_as_flags(argv, config))
   except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
     raise UserError(' '.join(str(error).split())) from None
   if rest[1:]:
@@ -110,6 +113,37 @@ def _check_field(config: ConfigDict, name: str) -> None:
     if not isinstance(where, ConfigDict) or part not in where:
       raise unknown(f'{name}: field', part, where if isinstance(where, ConfigDict) else [])
     where = where[part]
+
+
+def _as_flags(argv: Sequence[str], config: ConfigDict) -> list[str]:
+  """The arguments, with values of fields as the library of flags reads them."""
+  plain = list(argv)
+  for i, argument in enumerate(argv):
+    name, equals, value = argument.partition('=')
+    path = name.lstrip('-')
+    if not path.startswith('config.'):
+      continue
+    default = reduce(operator.getitem, path.split('.')[1:], config)
+    if equals:
+      plain[i] = f'{name}={_literal(path, value, default)}'
+    elif i + 1 < len(argv):
+      plain[i + 1] = _literal(path, argv[i + 1], default)
+  return plain
+
+
+def _literal(name: str, value: str, default: object) -> str:
+  """1e5 as a whole number, where one is wanted; nothing, and None, as a field of no values."""
+  if isinstance(default, tuple) and value in ('', 'None'):
+    return '()'
+  if not isinstance(default, int) or isinstance(default, bool):
+    return value
+  try:
+    number = float(value)
+  except ValueError:
+    number = math.nan
+  if not number.is_integer():
+    raise UserError(f'{name} must be a whole number; got {value!r}')
+  return value if value.lstrip('+-').isdecimal() else str(int(number))
 
 
 def main(argv: Sequence[str]) -> None:

@@ -60,6 +60,10 @@ def make_sampler(config: FrozenConfigDict, chain: Chain) -> Sampler:
 
 
 def _grid(choice: FrozenConfigDict, n: int, usual_spacing: str) -> TimeGrid:
+  if n < 2:
+    raise UserError(
+      f'config.sampling.num_steps = {n} must be at least 2, or 0 for config.model.num_scales'
+    )
   return TimeGrid(n, choice.eps, SPACINGS[choice.grid or usual_spacing](choice.rho))
 
 

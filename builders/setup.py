@@ -30,7 +30,7 @@ from samplers import ode
 from samplers.base import Sampler
 from samplers.time_grids import SPACINGS
 import sampling
-from sde_lib import check_eps, ScoreFn, SDE, subVPSDE, VESDE, VPSDE
+from sde_lib import ScoreFn, SDE, subVPSDE, VESDE, VPSDE
 from training.optim import adam
 
 FEWEST = 10  # samples that can be compared with data: an Inception score has ten parts
@@ -79,6 +79,7 @@ def build(config: ConfigDict) -> Setup:
   training, optim = config.training, config.optim
   try:
     sde = _SDES[training.sde](config.model)
+    _check_times(config, sde)
     model = _score_model(config, sde)
     true_score_fn = _true_score_fn(config, sde)
     sampler = make_sampler(config, model.chain)
@@ -193,6 +194,16 @@ def _check(config: FrozenConfigDict) -> None:
     raise UserError('config.model.scale_by_sigma is for config.training.sde = vesde')
 
 
+def _check_times(config: FrozenConfigDict, sde: SDE) -> None:
+  """Raises UserError unless the smallest times lie on the SDE."""
+  for name in ('training.eps', 'sampling.eps'):
+    if not field(config, name) < sde.T:
+      raise UserError(
+        f'config.{name} = {field(config, name)} must be below T = {sde.T}, the last time of '
+        f'{config.training.sde}'
+      )
+
+
 def _check_ebm(config: FrozenConfigDict) -> None:
   """Raises UserError unless contrastive divergence goes with the rest."""
   if not (config.model.output == ENERGY and config.training.single_scale):
@@ -243,8 +254,12 @@ def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
   ve = training.sde == 'vesde'
   fourier = model.get('embedding_type') == 'fourier'
   chain = sde.chain(model.num_scales)
-  if not training.continuous:
-    chain.check()
+  if not (training.continuous or chain.can_be_taken):
+    raise UserError(
+      f'config.model.num_scales = {model.num_scales} must be above config.model.beta_max = '
+      f'{model.beta_max} where config.training.continuous = False: the steps of the chain are '
+      'beta / num_scales, which must be below 1'
+    )
   usual_output = ('scaled_score' if model.scale_by_sigma else 'score') if ve else 'noise'
   preconditioning, net = PRECONDITIONINGS[model.output or usual_output], make(model)
   precision = model.precision
@@ -266,7 +281,6 @@ def _objective(
   config: FrozenConfigDict, model: ScoreModel, true_score_fn: Diffused | None
 ) -> Objective:
   training = config.training
-  check_eps(model.sde, training.eps)
   times: TimeLaw = ChainTimes(model.chain)
   if training.single_scale:
     times = OneTime(training.eps)

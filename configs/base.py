@@ -117,7 +117,7 @@ def _default() -> ConfigDict:
   optim.eps = 1e-8
   optim.weight_decay = 0.0
   optim.warmup = 5000
-  optim.grad_clip = 1.0
+  optim.grad_clip = 1.0  # norm that gradients are clipped at; 0 or below: they are not clipped
 
   config.ebm = ebm = ConfigDict()  # of the objective cd, contrastive divergence
   ebm.n_steps = 10  # of Langevin dynamics, from a sample of the replay buffer

@@ -127,6 +127,34 @@ def test_a_wrong_command_line_is_refused(tmp_path, arguments):
   assert not (tmp_path / 'run').exists()
 
 
+READ = """
+import main, sys
+main.parse(['main.py', '--config=configs/vp/digits.py', '--mode=train', *sys.argv[1:]])
+config = main._CONFIG.value
+print(config.model.attn_resolutions, config.training.n_iters, config.sampling.labels, config.seed,
+      config.eval.enable_sampling, config.optim.lr)
+"""
+
+
+@pytest.mark.parametrize(
+  'arguments, read',
+  [
+    ('--config.training.n_iters=1e5 --config.model.attn_resolutions=',
+     '() 100000 () 42 True 0.002'),
+    ('--config.training.n_iters 2e3 --config.model.attn_resolutions None --config.seed 7.0',
+     '() 2000 () 7 True 0.002'),
+    ('--config.model.attn_resolutions=None --noconfig.eval.enable_sampling --config.optim.lr=1e-5',
+     '() 2000 () 42 False 1e-05'),
+    ('--config.eval.enable_sampling --config.sampling.labels= --config.model.attn_resolutions=4,8',
+     '(4, 8) 2000 () 42 True 0.002'),
+  ],
+)  # fmt: skip
+def test_whole_numbers_and_nothing_are_read_as_they_are_meant(arguments, read):
+  words = [sys.executable, '-c', READ, *arguments.split()]
+  done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
+  assert done.stdout.strip() == read
+
+
 @pytest.mark.parametrize(
   'arguments',
   [[], ['--mode=train'], ['--config=configs/vp/digits.py'], ['--confg=x', '--mode=eval']],

@@ -194,7 +194,9 @@ def test_steps_are_the_released_ones_at_the_chains_own_number(fields, released):
     ('data.image_size', 9, 'multiple of 2'),
     ('optim.optimizer', 'adam', 'did you mean .Adam.'),
     ('sampling.num_steps', -3, 'at least 0'),
-    ('sampling.eps', 1.5, '0 <= eps < T'),
+    ('sampling.num_steps', 1, r'config\.sampling\.num_steps = 1 must be at least 2, or 0 for'),
+    ('sampling.eps', 1.5, r'config\.sampling\.eps = 1\.5 must be below T = 1\.0'),
+    ('training.eps', 1.0, r'config\.training\.eps = 1\.0 must be below T = 1\.0'),
     ('sampling.probability_flow', True, 'does not go with'),
   ],
 )
@@ -218,7 +220,7 @@ def test_values_that_do_not_go_together_are_told():
   config = config_of('vp', 'digits')
   config.training.continuous = False
   config.model.num_scales = 10  # the DDPM chain needs more than beta_max = 20
-  with pytest.raises(UserError, match='more steps than beta_max'):
+  with pytest.raises(UserError, match=r'config\.model\.num_scales = 10 must be above'):
     build(config)
 
 
