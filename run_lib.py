@@ -307,8 +307,9 @@ def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop
 
     try:
       rng = setup.keys.key('snapshot', step)
-      n = training.snapshot_samples
-      samples, *_ = make_drawing(setup).samples_in_turn(state.ema_params, rng, n, progress)
+      n, drawing = training.snapshot_samples, make_drawing(setup)
+      labels = drawing.classes_in_turn(n)
+      samples, _ = drawing.samples_of(state.ema_params, rng, n, labels, progress)
     except InterruptedError:
       return
     except FloatingPointError as error:  # training can do without

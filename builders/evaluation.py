@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import logging
 
 from etils import epath
 from ml_collections import FrozenConfigDict
@@ -14,7 +15,8 @@ from evaluation.bits_per_dim import BitsPerDim
 from evaluation.draw import Drawing
 from evaluation.evaluate import CheckpointRange, Measurement
 from evaluation.held_out_loss import HeldOutLoss
-from evaluation.reference import Images, ReferenceFile
+from evaluation.labels import count_classes, in_turn, LabelLaw
+from evaluation.reference import Images, Reference, ReferenceFile
 from evaluation.sample import SampleRequest
 from evaluation.sample_quality import Comparison, SampleQuality
 from evaluation.tasks import (
@@ -30,6 +32,8 @@ from evaluation.tasks import (
 )
 from likelihood import Likelihood
 from runtime.errors import UserError
+
+logger = logging.getLogger('score_sde')
 
 
 def checkpoint_range(config: FrozenConfigDict) -> CheckpointRange:
@@ -107,13 +111,47 @@ def make_drawing(setup: Setup) -> Drawing:
 def make_sample_quality(setup: Setup) -> SampleQuality:
   """Samples, compared with data if `eval.features` says by what."""
   wanted, file = setup.config.eval, reference_file(setup)
+  reference = file.load() if file else None
   return SampleQuality(
     drawing=make_drawing(setup),
     n=wanted.num_samples,
     batch_size=wanted.batch_size,
     keys=setup.keys,
-    comparison=Comparison(file.network, file.load()) if file else None,
+    law=_label_law(setup, file, reference),
+    comparison=Comparison(file.network, reference) if file and reference else None,
   )
+
+
+def _label_law(
+  setup: Setup, file: ReferenceFile | None, reference: Reference | None
+) -> LabelLaw | None:
+  """The classes of the samples of an evaluation, of a model that is told them.
+
+  They are as frequent as in what the samples are compared with; in turn if that is nothing, or has
+  no classes.
+  """
+  classes = setup.model.num_classes
+  if not classes:
+    return None
+  if file is None or reference is None:
+    return in_turn(classes)
+  counts = reference.class_counts
+  if counts is None:
+    split = setup.config.eval.stats_split
+    logger.warning(
+      '%s does not say how frequent the classes are, as earlier files do not: counting them in the '
+      'data, split %s. --mode stats makes it anew, with them', file.path, split,
+    )  # fmt: skip
+    counts = count_classes(load_source(setup.config, split))
+  if not counts:
+    logger.warning('%s is of data without labels: samples are of all classes in turn', file.path)
+    return in_turn(classes)
+  if len(counts) != classes:
+    raise UserError(
+      f'{file.path} is of {len(counts)} classes, and config.model.num_classes = {classes}; make it '
+      'again with --mode stats, or name another in config.eval.stats_path'
+    )
+  return LabelLaw('as frequent as in the reference', counts)
 
 
 def reference_file(setup: Setup) -> ReferenceFile | None:

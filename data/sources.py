@@ -354,7 +354,12 @@ def train_batches(
 
 
 def eval_batches(
-  source: Source, batch_size: int, *, process_index: int = 0, process_count: int = 1
+  source: Source,
+  batch_size: int,
+  *,
+  start: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
 ) -> Batches:
   """Every image once, in order; the last batch is filled up with the last image, masked out.
 
@@ -369,7 +374,7 @@ def eval_batches(
     indices = k * batch_size + rows
     return source.batch(np.minimum(indices, len(source) - 1)) | {'mask': indices < len(source)}
 
-  return _prefetch(batch, 0, -(-len(source) // batch_size), _nbytes(source, rows))
+  return _prefetch(batch, start, -(-len(source) // batch_size), _nbytes(source, rows))
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray:

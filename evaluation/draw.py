@@ -73,22 +73,20 @@ class Drawing:
     )
     return self.codec.to_stored(processes.gather(x)), nfe
 
-  def samples_in_turn(
-    self, params: Params, rng: Array, n: int, progress: Callable[[float], None], first: int = 0
-  ) -> tuple[np.ndarray, int, np.ndarray | None]:
-    """Draws samples number `first` to `first` + n, of the classes 0, 1, 2, ... in turn.
-
-    Returns:
-      What `samples` returns, and the labels int32 [n], or None of a model that knows no classes.
-    """
-    labels, of_rows = self.classes_in_turn(first, n), None
-    if labels is not None:
-      of_rows = processes.shard(labels, self.devices.batch)
+  def samples_of(
+    self,
+    params: Params,
+    rng: Array,
+    n: int,
+    labels: np.ndarray | None,
+    progress: Callable[[float], None],
+  ) -> tuple[np.ndarray, int]:
+    """Draws n samples of the classes `labels` [n], or of all together, by parameters alone."""
+    of_rows = None if labels is None else processes.shard(labels, self.devices.batch)
     score_fn = self.score_fn(params, of_rows)
-    samples, nfe = self.samples(rng, score_fn, n, observe=lambda fraction, _: progress(fraction))
-    return samples, nfe, labels
+    return self.samples(rng, score_fn, n, observe=lambda fraction, _: progress(fraction))
 
-  def classes_in_turn(self, first: int, n: int) -> np.ndarray | None:
-    """Labels 0, 1, 2, ... int32 [n] of samples `first` to `first` + n, or None without classes."""
+  def classes_in_turn(self, n: int) -> np.ndarray | None:
+    """The classes 0, 1, 2, ... over and over, int32 [n], or None of a model that knows none."""
     classes = self.model.num_classes
-    return np.arange(first, first + n, dtype=np.int32) % classes if classes else None
+    return np.arange(n, dtype=np.int32) % classes if classes else None

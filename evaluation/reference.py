@@ -2,12 +2,12 @@
 
 The file, `assets/stats/<dataset>_<resolution>_<features>.npz` unless the config names another,
 holds the features' mean [d] and cov [d, d] in float64 over all images, the features [M, d] of at
-most `KEPT` of them, and in `provenance` how they came about, as JSON. The released
-`cifar10_stats.npz`, pool_3 [50000, 2048] alone, is read as well.
+most `KEPT` of them, in `class_counts` [K] how many images each class has, and in `provenance` how
+they came about, as JSON. Earlier files have no `class_counts`. The released `cifar10_stats.npz`,
+pool_3 [50000, 2048] alone, is read as well.
 """
 
 import dataclasses
-from functools import partial
 import hashlib
 import json
 import logging
@@ -25,7 +25,7 @@ from evaluation.features import FeatureNetwork
 from evaluation.metrics import Moments
 from runtime import processes
 from runtime.errors import cannot_write, UserError
-from workdir import artifacts, rounds, versions
+from workdir import artifacts, versions
 from workdir.progress import Bar
 
 logger = logging.getLogger('score_sde')
@@ -43,12 +43,14 @@ class Reference:
     mean: float64 [d].
     cov: float64 [d, d].
     features: of some of the images, float32 [M, d].
+    class_counts: how many images each class has, empty without labels; None if not known.
   """
 
   n: int
   mean: np.ndarray
   cov: np.ndarray
   features: np.ndarray
+  class_counts: tuple[int, ...] | None = None
 
   @property
   def identity(self) -> str:
@@ -117,27 +119,34 @@ class ReferenceFile:
   def _make(self, source: sources.Source, size: int, mesh: Mesh) -> None:
     n, path = len(source), self.path
     provenance = self._provenance() | {'count': n}
-    mark = zlib.crc32(json.dumps([provenance, size]).encode())
+    mark = zlib.crc32(json.dumps([provenance, size, source.num_classes]).encode())
     folder = path.parent / f'.{path.stem}-{mark:08x}'  # not of other data, network or rounds
-    extract, total, kept = self.network.compile(mesh), None, []
+    extract, sums = self.network.compile(mesh), _Sums.read(folder, source.num_classes)
     chosen = np.linspace(0, n - 1, min(n, KEPT)).round().astype(int)
-    with Bar('features', n, unit='images') as bar:
-      for i, batch in enumerate(sources.eval_batches(source, size, **processes.share())):
+    with Bar('features', n, min(sums.rounds * size, n), unit='images') as bar:
+      batches = sources.eval_batches(source, size, start=sums.rounds, **processes.share())
+      for i, batch in enumerate(batches, sums.rounds):
         begin, end = i * size, min((i + 1) * size, n)
-        make = partial(_features, extract, batch, end - begin)
-        arrays = rounds.kept_or_made(folder / f'{i}.npz', 'features', end - begin, make)
-        features = arrays['features']
-        total = Moments.of(features) if total is None else total + Moments.of(features)
-        kept.append(features[chosen[(chosen >= begin) & (chosen < end)] - begin])
+        features = extract(batch['data'])[: end - begin]
+        kept = features[chosen[(chosen >= begin) & (chosen < end)] - begin]
+        artifacts.write_npz(_rows(folder, i), features=kept)
+        labels = processes.gather(batch['label'])[: end - begin] if source.num_classes else None
+        sums = sums.with_round(features, labels)
+        sums.write(folder)
         bar.update(end)
-    assert total is not None  # there are images
-    text = json.dumps(provenance | {'versions': versions.here()}, indent=2)
-    artifacts.write_npz(
-      path, mean=total.mean, cov=total.cov, features=np.concatenate(kept), provenance=text
-    )
-    processes.wait_for_all('features')
+    assert sums.moments is not None  # there are images
     if jax.process_index() == 0:
+      rows = [artifacts.read_npz(_rows(folder, i))['features'] for i in range(sums.rounds)]
+      artifacts.write_npz(
+        path,
+        mean=sums.moments.mean,
+        cov=sums.moments.cov,
+        features=np.concatenate(rows),
+        class_counts=sums.class_counts,
+        provenance=json.dumps(provenance | {'versions': versions.here()}, indent=2),
+      )
       folder.rmtree()
+    processes.wait_for_all('features')
 
   def _provenance(self) -> dict[str, Any]:
     images = self.images
@@ -190,16 +199,72 @@ class ReferenceFile:
     return reference
 
 
-def _features(extract: Any, batch: sources.Batch, n: int) -> rounds.Arrays:
-  return {'features': extract(batch['data'])[:n]}
+@dataclasses.dataclass(frozen=True)
+class _Sums:
+  """What is known of the features of the images of the first rounds.
+
+  Attributes:
+    rounds: how many.
+    moments: of the features; None before the first round.
+    class_counts: how many of the images are of each class, int64 [K].
+  """
+
+  rounds: int
+  moments: Moments | None
+  class_counts: np.ndarray
+
+  def with_round(self, features: np.ndarray, labels: np.ndarray | None) -> '_Sums':
+    """The sums with one round more, of features [n, d] and labels [n] if there are any."""
+    moments, counts = Moments.of(features), self.class_counts
+    if labels is not None:
+      counts = counts + np.bincount(labels, minlength=len(counts))
+    return _Sums(self.rounds + 1, self.moments + moments if self.moments else moments, counts)
+
+  def write(self, folder: epath.Path) -> None:
+    """Replaces the sums in a folder, of a round less."""
+    assert self.moments is not None
+    artifacts.write_large_npz(
+      folder / 'sums.npz',
+      rounds=self.rounds,
+      n=self.moments.n,
+      mean=self.moments.mean,
+      scatter=self.moments.scatter,
+      class_counts=self.class_counts,
+    )
+
+  @classmethod
+  def read(cls, folder: epath.Path, num_classes: int) -> '_Sums':
+    """Those in a folder, as far as the rows of their rounds are there as well."""
+    path, none = folder / 'sums.npz', cls(0, None, np.zeros(num_classes, np.int64))
+    if not processes.from_first(path.exists()):
+      return none
+    there = artifacts.read_npz(path)
+    rounds = int(there['rounds'])
+    if not processes.from_first(all(_rows(folder, i).exists() for i in range(rounds))):
+      return none
+    moments = Moments(int(there['n']), there['mean'], there['scatter'])
+    return cls(rounds, moments, there['class_counts'])
 
 
-def _parse(arrays: rounds.Arrays) -> tuple[Reference, dict[str, Any]]:
+def _rows(folder: epath.Path, i: int) -> epath.Path:
+  """The file of the features of round i that are kept."""
+  return folder / f'{i}.npz'
+
+
+def _parse(arrays: dict[str, np.ndarray]) -> tuple[Reference, dict[str, Any]]:
   if 'pool_3' in arrays:
     features = arrays['pool_3'].reshape(len(arrays['pool_3']), -1)
     moments = Moments.of(features)
     provenance = {'features': 'inception'}
     return Reference(moments.n, moments.mean, moments.cov, features), provenance
-  provenance = json.loads(str(arrays['provenance']))
-  n = provenance['count']
-  return Reference(n, arrays['mean'], arrays['cov'], arrays['features']), provenance
+  provenance, counts = json.loads(str(arrays['provenance'])), arrays.get('class_counts')
+  return (
+    Reference(
+      provenance['count'],
+      arrays['mean'],
+      arrays['cov'],
+      arrays['features'],
+      None if counts is None else tuple(counts.tolist()),
+    ),
+    provenance,
+  )

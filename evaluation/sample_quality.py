@@ -15,6 +15,7 @@ from evaluation import metrics
 from evaluation.draw import Drawing
 from evaluation.evaluate import Measurement
 from evaluation.features import FeatureNetwork
+from evaluation.labels import LabelLaw
 from evaluation.metrics import Moments
 from evaluation.reference import Reference
 from models.score import Params
@@ -73,6 +74,7 @@ class SampleQuality(Measurement):
     n: how many.
     batch_size: of all devices together.
     keys: of the run.
+    law: of the classes of the samples, where the model is told them.
     comparison: with data, if any.
   """
 
@@ -80,11 +82,16 @@ class SampleQuality(Measurement):
   n: int
   batch_size: int
   keys: Keys
+  law: LabelLaw | None = None
   comparison: Comparison | None = None
 
   def is_in(self, report: Report) -> bool:
     compared = self.comparison is None or self.comparison.is_in(report)
-    return report.get('samples') == self.n and compared
+    return (
+      compared
+      and report.get('samples') == self.n
+      and report.get('labels') == (self.law.report() if self.law else None)
+    )
 
   def measure(self, params: Params, step: int, folder: epath.Path) -> Report:
     """Leaves `samples.png` and `samples_<round>.npz` in the folder, and features beside them.
@@ -98,11 +105,15 @@ class SampleQuality(Measurement):
     nfes, seconds, feature_seconds = [], 0.0, 0.0
     # The last round is as large as the others, so that samples do not depend on their number.
     size = min(self.batch_size, self.n)
+    law, labels = self.law.mark if self.law else '', self._labels(size)
     with Bar('sample', self.n, unit='samples') as bar:
       for i, first in enumerate(range(0, self.n, size)):
         n = min(size, self.n - first)
-        make = partial(self._draw_round, params, step, i, size, n, partial(_show, bar, first, n))
-        arrays = rounds.kept_or_made(folder / f'samples_{i}.npz', 'samples', n, make)
+        of_round = None if labels is None else labels[first : first + size]
+        make = partial(
+          self._draw_round, params, step, i, size, n, of_round, partial(_show, bar, first, n)
+        )
+        arrays = rounds.kept_or_made(folder / f'samples_{i}.npz', 'samples', n, make, law)
         samples = arrays['samples']
         nfes.append(int(arrays['nfe']))
         seconds += float(arrays['seconds'])
@@ -111,17 +122,23 @@ class SampleQuality(Measurement):
         if network and extract:
           path = folder / f'features_{network.name}_{i}.npz'
           make = partial(_features_round, extract, samples)
-          arrays = rounds.kept_or_made(path, 'features', n, make, network.version)
+          arrays = rounds.kept_or_made(path, 'features', n, make, network.version + law)
           features.append(arrays['features'])
           feature_seconds += float(arrays['seconds'])
         bar.update(first + n)
     artifacts.write_png(folder / 'samples.png', picture)
-    report = {'samples': self.n, 'nfe': float(np.mean(nfes)), 'sample_seconds': seconds}
+    report: Report = {'samples': self.n, 'nfe': float(np.mean(nfes)), 'sample_seconds': seconds}
+    if self.law:
+      report['labels'] = self.law.report()
     if self.comparison:
       began = time.monotonic()
       report |= self.comparison.report(np.concatenate(features), mesh)
       report |= {'feature_seconds': feature_seconds, 'distance_seconds': time.monotonic() - began}
     return report
+
+  def _labels(self, size: int) -> np.ndarray | None:
+    """The classes of all samples, those of the last round that are not kept among them."""
+    return self.law.labels(math.ceil(self.n / size) * size) if self.law else None
 
   def _draw_round(
     self,
@@ -130,11 +147,12 @@ class SampleQuality(Measurement):
     i: int,
     size: int,
     n: int,
+    labels: np.ndarray | None,
     progress: Callable[[float], None],
   ) -> Arrays:
-    """The first n of round i, in which `size` samples are drawn."""
+    """The first n of round i, in which `size` samples are drawn, of the classes `labels`."""
     rng = jax.random.fold_in(self.keys.key('sample', step), i)
-    samples, nfe, labels = self.drawing.samples_in_turn(params, rng, size, progress, i * size)
+    samples, nfe = self.drawing.samples_of(params, rng, size, labels, progress)
     extra = {} if labels is None else {'labels': labels[:n]}
     return {'samples': samples[:n], 'nfe': np.array(nfe, np.int64), **extra}
 

@@ -1,6 +1,6 @@
 """What a run leaves behind: metrics, arrays, pictures. Files appear whole or not at all."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import hashlib
 import io
@@ -92,9 +92,31 @@ def read_json(path: epath.Path) -> Any:
 
 def write_npz(path: epath.Path, **arrays: ArrayLike) -> None:
   """Writes arrays as a compressed npz."""
+  _write_npz(path, np.savez_compressed, arrays)
+
+
+def write_large_npz(path: epath.Path, **arrays: ArrayLike) -> None:
+  """Writes arrays as an npz as they are: to compress them would take far longer than to write."""
+  _write_npz(path, np.savez, arrays)
+
+
+def _write_npz(path: epath.Path, save: Callable[..., None], arrays: dict[str, ArrayLike]) -> None:
   buffer = io.BytesIO()
-  np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # none is `allow_pickle`
+  save(buffer, **arrays)
   write(path, buffer.getvalue())
+
+
+def read_npz(path: epath.Path) -> dict[str, np.ndarray]:
+  """Reads arrays of a file that can be made again.
+
+  Raises:
+    UserError: if it is damaged.
+  """
+  try:
+    with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
+      return dict(arrays)
+  except Exception as error:  # zipfile, zlib and NumPy raise many kinds
+    raise UserError(f'{path} is damaged ({error}); move it away, and it is made again') from None
 
 
 def write_png(path: epath.Path, picture: Image.Image) -> None:

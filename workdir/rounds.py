@@ -7,7 +7,6 @@ from etils import epath
 import numpy as np
 
 from runtime import processes
-from runtime.errors import UserError
 from workdir import artifacts
 
 Arrays = dict[str, np.ndarray]
@@ -27,7 +26,7 @@ def kept_or_made(
     UserError: if the file is damaged.
   """
   if processes.from_first(path.exists()):
-    kept = _read(path)
+    kept = {'seconds': np.array(0.0), 'version': np.array('')} | artifacts.read_npz(path)
     if len(kept.get(name, ())) == n and str(kept['version']) == version:
       return kept
   began = time.monotonic()
@@ -37,11 +36,3 @@ def kept_or_made(
     made['version'] = np.array(version)
   artifacts.write_npz(path, **made)
   return made
-
-
-def _read(path: epath.Path) -> Arrays:
-  try:
-    with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
-      return {'seconds': np.array(0.0), 'version': np.array(''), **arrays}
-  except Exception as error:  # zipfile, zlib and NumPy raise many kinds
-    raise UserError(f'{path} is damaged ({error}); move it away, and it is made again') from None

@@ -259,6 +259,54 @@ def test_statistics_that_are_stopped_go_on_and_end_the_same(stats, tmp_path):
   assert told['count'] == 1500 and told['split'] == 'train' and told['versions']
 
 
+def test_statistics_keep_of_many_images_only_what_is_used(tmp_path, monkeypatch):
+  """On disk lie the features of `KEPT` images, and sums; whatever is stopped, in whatever round."""
+  monkeypatch.setattr(reference, 'KEPT', 20)
+  setup = setup_with(tmp_path / 'few.npz')
+  source = sources.load('digits', 'train', image_size=8, num_channels=1)
+  write, on_disk = reference.artifacts.write_large_npz, []
+
+  def look_and_stop(path, **arrays):
+    if len(on_disk) in (0, 4, 9):  # the rows of a round are there, its sums are not
+      on_disk.append(0)
+      raise KeyboardInterrupt
+    write(path, **arrays)
+    on_disk.append(sum(len(load(p)['features']) for p in path.parent.glob('[0-9]*.npz')))
+
+  monkeypatch.setattr(reference.artifacts, 'write_large_npz', look_and_stop)
+  file = reference_file(setup)
+  for _ in range(3):
+    with pytest.raises(KeyboardInterrupt):
+      file.make(source, 100, setup.devices.mesh)
+  file.make(source, 100, setup.devices.mesh)
+  assert max(on_disk) == 20 and len(on_disk) == 15 + 3
+  pixels = source.gather(np.arange(1500)).reshape(1500, -1) / 255
+  found = file.load()
+  np.testing.assert_allclose(found.mean, pixels.mean(0), rtol=1e-6)
+  np.testing.assert_allclose(found.cov, np.cov(pixels.T), rtol=1e-5, atol=1e-9)
+  chosen = np.linspace(0, 1499, 20).round().astype(int)
+  np.testing.assert_allclose(found.features, pixels[chosen], rtol=1e-6)
+  labels = source.batch(np.arange(1500))['label']
+  assert found.class_counts == tuple(np.bincount(labels).tolist())
+  assert [path.name for path in tmp_path.iterdir()] == ['few.npz']
+
+
+def test_statistics_that_were_stopped_at_the_very_end_are_written(stats, tmp_path, monkeypatch):
+  """Once all rounds are done, and the file is not there yet."""
+  setup = setup_with(tmp_path / 'again.npz')
+  source = sources.load('digits', 'train', image_size=8, num_channels=1)
+
+  def stop(*_, **__):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(reference.versions, 'here', stop)
+    reference_file(setup).make(source, 512, setup.devices.mesh)
+  reference_file(setup).make(source, 512, setup.devices.mesh)
+  np.testing.assert_array_equal(load(stats)['features'], load(tmp_path / 'again.npz')['features'])
+  assert [path.name for path in tmp_path.iterdir()] == ['again.npz']
+
+
 def test_statistics_of_two_folders_of_one_name_are_two_files(tmp_path):
   paths = [
     reference.Images('folder', '', str(tmp_path / where / 'images'), 'train', (8, 8, 1)).usual_path(

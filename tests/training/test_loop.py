@@ -207,7 +207,7 @@ def test_pixels_become_whole_numbers(how, expected, centered):
   setup = tiny_setup(sampling__uint8=how, data__centered=centered)
   setup = dataclasses.replace(setup, sampler=constant)
   drawing = make_drawing(setup)
-  images, nfe, _ = drawing.samples_in_turn({}, jax.random.key(0), 4, progress=lambda _: None)
+  images, nfe = drawing.samples_of({}, jax.random.key(0), 4, None, progress=lambda _: None)
   assert images.shape == (4, 8, 8, 1) and images.dtype == np.uint8 and nfe == 7
   assert [int(image.max()) for image in images] == [0, 255, expected, expected]
 
