@@ -30,9 +30,11 @@ import math
 import operator
 import os
 from pathlib import Path
+import re
 import runpy
 import sys
 import threading
+import zlib
 
 from absl import flags
 from ml_collections import config_flags, ConfigDict
@@ -44,7 +46,9 @@ from runtime.errors import Failure, unknown, UserError
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, [:variant] of it.')
 _MODES = ['train', 'train_classifier', 'eval', 'sample', 'stats', 'import']
 _MODE = flags.DEFINE_enum('mode', None, _MODES, 'What to do.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder; by default runs/<config>[-<variant>].')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder; by default runs/<config>[-<variant>][-<field>=<value>].'
+)
 _EVAL_FOLDER = flags.DEFINE_string('eval_folder', 'eval', 'Folder of an evaluation in workdir.')
 _SAMPLE_FOLDER = flags.DEFINE_string('sample_folder', 'sample', 'Folder of samples in workdir.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'One of the processes of a pod or job.')
@@ -66,8 +70,47 @@ def default_workdir(path: str, variant: str) -> str:
   return str(Path('runs', *inside)) + (f'-{variant}' if variant else '')
 
 
-def parse(argv: Sequence[str]) -> tuple[str, str]:
-  """Parses the flags; returns the path of the config file and the variant.
+def workdir_of(usual: str, as_in_file: ConfigDict, config: ConfigDict, begins: bool) -> str:
+  """The workdir of a config that is `usual` but for fields that the command line sets.
+
+  Where these change what is learned, it is another: runs/ve/cifar10-seed=1. If they only concern
+  how a run is used, or the usual one was made with the same values, it is the usual one.
+
+  Args:
+    usual: the workdir of the config as it stands in its file.
+    as_in_file: that config.
+    config: the config with all that was set.
+    begins: whether a new run may begin there; otherwise the usual one is used as it is, if there
+      is no other.
+  """
+  from etils import epath
+
+  from workdir import same_config
+
+  of_file, now = (dict(same_config.flatten(c.to_dict())) for c in (as_in_file, config))
+  different = {k: now[k] for k in sorted(now) if now[k] != of_file[k] and k in same_config.LEARNED}
+  if not different:
+    return usual
+  there = epath.Path(usual) / 'config.json'
+  if there.exists() and not same_config.changes(there, config.to_dict()).keys() & {
+    *same_config.LEARNED
+  }:
+    return usual  # of a run that began when there was no other name for it
+  name = ''.join(f'-{k.rpartition(".")[2]}={_in_a_name(v)}' for k, v in different.items())
+  if len(name) > 100:
+    name = f'{name[:90]}-{zlib.crc32(name.encode()):08x}'
+  other = usual + name
+  return other if begins or Path(other).is_dir() else usual
+
+
+def _in_a_name(value: object) -> str:
+  """A value as part of the name of a folder."""
+  text = ','.join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+  return re.sub(r'[^\w.,+-]', '-', text)
+
+
+def parse(argv: Sequence[str]) -> tuple[str, str, ConfigDict]:
+  """Parses the flags; returns the path of the config file, the variant, and the config as it is.
 
   Raises:
     UserError: if a flag, a field of the config or a value of either is wrong.
@@ -103,7 +146,7 @@ def parse(argv: Sequence[str]) -> tuple[str, str]:
     raise UserError(f'--mode is missing; allowed: {", ".join(_MODES)}')
   if (_MODE.value == 'import') != bool(_CHECKPOINT.value):
     raise UserError('--mode import and --checkpoint FILE go together')
-  return path, variant
+  return path, variant, config
 
 
 def _check_field(config: ConfigDict, name: str) -> None:
@@ -147,8 +190,7 @@ def _literal(name: str, value: str, default: object) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-  path, variant = parse(argv)
-  workdir = _WORKDIR.value or default_workdir(path, variant)
+  path, variant, as_in_file = parse(argv)
   start.use_large_pages()
   start.prepare(_DETERMINISTIC.value)
   # Now, not above: the libraries take seconds, which --help and a wrong flag should not cost.
@@ -167,6 +209,10 @@ def main(argv: Sequence[str]) -> None:
   with logging_redirect_tqdm(), _told_in_one_line():
     import run_lib
 
+    workdir = _WORKDIR.value
+    if not workdir:
+      usual, begins = default_workdir(path, variant), _MODE.value in ('train', 'import')
+      workdir = workdir_of(usual, as_in_file, _CONFIG.value, begins)
     if _MODE.value == 'train':
       run_lib.train(_CONFIG.value, workdir)
     elif _MODE.value == 'train_classifier':

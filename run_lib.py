@@ -43,15 +43,16 @@ from training import checkpoints as checkpoints_lib
 from training import classifier, loop, released_checkpoints
 from training.checkpoints import Checkpoints
 from training.step import TrainState
-from workdir import artifacts, page, reports, versions
+from workdir import artifacts, page, reports, same_config, versions
 from workdir.progress import Bar, Stop
 from workdir.reports import Report
 from workdir.same_config import (
   check_unchanged,
-  FIXED_IN_CLASSIFIER,
   FIXED_IN_EVAL,
-  FIXED_IN_RUN,
   FIXED_NOISE,
+  LEARNED,
+  LEARNED_BY_CLASSIFIER,
+  MODEL,
 )
 
 logger = logging.getLogger('score_sde')
@@ -68,12 +69,11 @@ def train(config: ConfigDict, workdir: str) -> None:
   check_shared(setup.config, 'training.snapshot_samples')
   check_shared(setup.config, 'training.batch_size', 'training.grad_accum')
   source, held_out = (load_source(setup.config, split) for split in ('train', 'test'))
-  at_snapshot = partial(_at_snapshot, setup, root)
-  with open_workdir(root, setup, FIXED_IN_RUN if checkpoints_lib.exist(root) else ()):
-    _note_machine(root)
+  _check_goes_on(root, setup, LEARNED)
+  with open_workdir(root):
     loop.train(
       score_task(setup), make_schedule(setup.config), setup.devices, setup.keys,
-      root, source, held_out, at_snapshot,
+      root, source, held_out, partial(_at_start, setup, root), partial(_at_snapshot, setup, root),
     )  # fmt: skip
     page.write(root)  # now that the last checkpoint is there
 
@@ -95,10 +95,11 @@ def train_classifier(config: ConfigDict, workdir: str) -> Report:
   source, held_out = (load_source(setup.config, split, 'classifier') for split in ('train', 'test'))
   check_unchanged(root / 'config.json', setup.config.to_dict(), FIXED_NOISE)
   folder = classifier.folder(root)
-  with open_workdir(folder, setup, FIXED_IN_CLASSIFIER if checkpoints_lib.exist(folder) else ()):
+  _check_goes_on(folder, setup, LEARNED_BY_CLASSIFIER)
+  with open_workdir(folder):
     state = loop.train(
       classifier_task(setup), make_schedule(setup.config, 'classifier'), setup.devices, setup.keys,
-      folder, source, held_out,
+      folder, source, held_out, partial(_at_start, setup, folder),
     )  # fmt: skip
     report = {'step': int(state.step)}
     report |= classifier.evaluate(
@@ -131,11 +132,13 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   out = root / eval_folder
   if not checkpoints_lib.exist(root) and not setup.config.eval.wait:
     raise UserError(f'{root} holds no checkpoints to evaluate; train first (--mode train)')
-  check_unchanged(root / 'config.json', setup.config.to_dict(), FIXED_IN_RUN)
+  _check_model(root, setup)
   measurements, all_reports = make_measurements(setup), []
-  with open_workdir(out, setup, FIXED_IN_EVAL), Checkpoints(root) as checkpoints:
+  _check_results(out, setup)
+  with open_workdir(out), Checkpoints(root) as checkpoints:
     for step in checkpoint_range(setup.config).steps(checkpoints):
       params = checkpoints.restore_averages(step, _abstract_state(setup))[0]
+      write_config(out, setup, step)
       folder, report = step_folder(out, step), reports.read(out, step)
       for measurement in measurements:
         if not measurement.is_in(report):
@@ -175,7 +178,9 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
     log_prob = make_classifier(setup).bind(of_classes)
   out = root / sample_folder
   folder = step_folder(out, step)
-  with open_workdir(out, setup, FIXED_IN_EVAL):
+  _check_results(out, setup)
+  with open_workdir(out):
+    write_config(out, setup, step)
     report = draw_samples(make_drawing(setup), setup.keys, request, params, log_prob, folder)
     page.write(root)
   logger.info('%(samples)d samples, %(nfe)d evaluations each', report)
@@ -227,7 +232,7 @@ def _newest(setup: Setup, root: epath.Path) -> tuple[int, Params]:
   """Step and parameters of the newest checkpoint."""
   if not checkpoints_lib.exist(root):
     raise UserError(f'{root} holds no checkpoints; train first (--mode train)')
-  check_unchanged(root / 'config.json', setup.config.to_dict(), FIXED_IN_RUN)
+  _check_model(root, setup)
   with Checkpoints(root) as checkpoints:
     newest = checkpoints.restore_latest_averages(_abstract_state(setup))
   if newest is None:  # an object store shows those that broke off
@@ -252,23 +257,63 @@ def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
     checkpoint, setup.model, (1, *setup.data_shape), setup.tx, setup.config.model.ema_rate
   )
   state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
-  with open_workdir(root, setup, ()), Checkpoints(root) as checkpoints:
+  with open_workdir(root), Checkpoints(root) as checkpoints:
+    write_config(root, setup, int(state.step))
     checkpoints.save(state, keep=True)
   logger.info('imported %s, of step %d, to %s', checkpoint, int(state.step), root / 'checkpoints')
 
 
 @contextlib.contextmanager
-def open_workdir(folder: epath.Path, setup: Setup, fixed: tuple[str, ...]) -> Iterator[None]:
-  """Has a folder to itself; its config agrees in the `fixed` fields, and is written to it."""
-  check_unchanged(folder / 'config.json', setup.config.to_dict(), fixed)
+def open_workdir(folder: epath.Path) -> Iterator[None]:
+  """Has a folder to itself."""
   with contextlib.ExitStack() as stack:
     try:
       folder.mkdir(parents=True, exist_ok=True)
       stack.enter_context(artifacts.claimed(folder))
-      artifacts.write_json(folder / 'config.json', setup.config.to_dict())
     except OSError as error:
       raise cannot_write(folder, error, 'choose another') from error
     yield
+
+
+def write_config(folder: epath.Path, setup: Setup, step: int) -> None:
+  """Writes the config with which a folder is used from a step on, once that is sure to go well."""
+  try:
+    same_config.write(folder, setup.config.to_dict(), step)
+  except OSError as error:
+    raise cannot_write(folder, error, 'choose another') from error
+
+
+def _check_goes_on(root: epath.Path, setup: Setup, learned: tuple[str, ...]) -> None:
+  """Raises UserError if there are checkpoints, and the config would have other things learned."""
+  if checkpoints_lib.exist(root):
+    way_out = (
+      'What is learned must not change in mid-run: give back these values, or choose a new '
+      '--workdir'
+    )
+    check_unchanged(root / 'config.json', setup.config.to_dict(), learned, way_out)
+
+
+def _check_model(root: epath.Path, setup: Setup) -> None:
+  """Raises UserError if the checkpoints of a workdir are of another model."""
+  way_out = 'Give back these values, or choose another --workdir'
+  check_unchanged(root / 'config.json', setup.config.to_dict(), MODEL, way_out)
+
+
+def _check_results(out: epath.Path, setup: Setup) -> None:
+  """Raises UserError if a folder holds results of another config."""
+  there = [*out.glob('report_*.json'), *out.glob('step_*')] if out.exists() else []
+  if there:
+    way_out = 'Give back these values, or choose another folder (--eval_folder, --sample_folder)'
+    check_unchanged(out / 'config.json', setup.config.to_dict(), FIXED_IN_EVAL, way_out)
+
+
+def _at_start(setup: Setup, root: epath.Path, state: TrainState) -> None:
+  """Writes down with what a run goes on, now that its state is there; says what changed."""
+  step = int(state.step)
+  if step and (changed := same_config.changes(root / 'config.json', setup.config.to_dict())):
+    logger.info('it goes on with another config: %s', same_config.told(changed))
+  write_config(root, setup, step)
+  _note_machine(root)
 
 
 def _note_machine(root: epath.Path) -> None:

@@ -29,7 +29,7 @@ from training.checkpoints import Checkpoints
 from training.loop import abstract_state, Task
 from training.step import apply_gradients, Batch, Metrics, TrainState
 from workdir.progress import Bar
-from workdir.same_config import check_unchanged, FIXED_IN_CLASSIFIER
+from workdir.same_config import check_unchanged, CLASSIFIER
 
 logger = logging.getLogger('score_sde')
 
@@ -118,7 +118,7 @@ def load(
   where = folder(root)
   if not checkpoints_lib.exist(where):
     raise UserError(f'{root} holds no classifier; train it first (--mode train_classifier)')
-  check_unchanged(where / 'config.json', config, FIXED_IN_CLASSIFIER)
+  check_unchanged(where / 'config.json', config, CLASSIFIER)
   with Checkpoints(where) as checkpoints:
     newest = checkpoints.restore_latest_averages(abstract_state(task, devices, keys))
   if newest is None:  # an object store shows those that broke off

@@ -94,12 +94,14 @@ def train(
   root: epath.Path,
   source: sources.Source,
   held_out: sources.Source,
+  at_start: Callable[[TrainState], None] = lambda state: None,
   at_snapshot: Callable[[TrainState, Stop], None] = lambda state, stop: None,
 ) -> TrainState:
   """Trains to the end, from the newest checkpoint in `root` if there is one.
 
-  `at_snapshot` is called once a snapshot is saved, and again on resuming there: the run may have
-  been stopped in the middle of it.
+  `at_start` is called once the state is there, before anything is written: what cannot be restored
+  leaves the folder as it is. `at_snapshot` is called once a snapshot is saved, and again on
+  resuming there: the run may have been stopped in the middle of it.
 
   Returns:
     The state after the last step.
@@ -114,6 +116,7 @@ def train(
   with Stop() as stop, Checkpoints(root) as checkpoints:
     start = state = restore_or_init(task, devices, keys, root, checkpoints)
     step = int(state.step)
+    at_start(state)
     if step and (step % schedule.snapshot_freq == 0 or step >= n_iters):
       at_snapshot(state, stop)
     evaluate = jax.jit(task.evaluate, out_shardings=devices.replicated)

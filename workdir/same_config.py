@@ -1,6 +1,10 @@
-"""Which fields of a config must stay as they are where a folder of a run is used again."""
+"""Which fields of a config must stay as they are where a folder of a run is used again.
+
+Every field stands in `LEARNED` or in `MAY_CHANGE`: a test fails on a new one that is in neither.
+"""
 
 from collections.abc import Iterator, Mapping
+import itertools
 import json
 from typing import Any
 
@@ -10,56 +14,129 @@ from configs.base import saved
 from runtime.errors import UserError
 from workdir import artifacts
 
-# What a checkpoint depends on, which must not change when its run goes on or is evaluated; and
-# what samples depend on beside it, which must not change within an eval folder.
-FIXED_IN_RUN = (
-  'model', 'training.sde', 'training.continuous', 'training.objective', 'training.single_scale',
-  'data.image_size', 'data.num_channels', 'data.centered', 'data.dim', 'ebm.buffer_size',
+# How parameters are read: what network they are of, and what its input and its output mean. It must
+# agree wherever a checkpoint is used.
+MODEL = (
+  'model.name', 'model.nf', 'model.ch_mult', 'model.num_res_blocks', 'model.attn_resolutions',
+  'model.resamp_with_conv', 'model.conditional', 'model.nonlinearity', 'model.normalization',
+  'model.resblock_type', 'model.embedding_type', 'model.fourier_scale', 'model.fir',
+  'model.fir_kernel', 'model.progressive', 'model.progressive_input', 'model.progressive_combine',
+  'model.skip_rescale', 'model.init_scale', 'model.interpolation', 'model.num_layers',
+  'model.num_scales', 'model.sigma_min', 'model.sigma_max', 'model.beta_min', 'model.beta_max',
+  'model.scale_by_sigma', 'model.output', 'model.num_classes', 'training.sde',
+  'training.continuous', 'training.objective', 'training.single_scale', 'data.image_size',
+  'data.num_channels', 'data.centered', 'data.dim', 'ebm.buffer_size',
 )  # fmt: skip
+# What is learned: the model, the data, the loss, and the optimiser whose state goes on. It must not
+# change while a run goes on.
+LEARNED = (
+  *MODEL, 'seed', 'data.dataset', 'data.category', 'data.random_flip',
+  'data.uniform_dequantization', 'training.reduce_mean', 'training.likelihood_weighting',
+  'training.eps', 'training.label_dropout', 'ebm.regularization', 'optim.optimizer',
+)  # fmt: skip
+# How it is learned, for how long, and what is made of it. Of `data.path` the images are compared,
+# which may have moved.
+MAY_CHANGE = (
+  'data.path', 'data.tfds_dir', 'model.ema_rate', 'model.ema_warmup', 'model.dropout',
+  'model.dtype', 'model.precision', 'model.remat', 'training.batch_size', 'training.n_iters',
+  'training.n_jitted_steps', 'training.grad_accum', 'training.skip_nonfinite', 'training.log_freq',
+  'training.eval_freq', 'training.snapshot_freq', 'training.snapshot_freq_for_preemption',
+  'training.wandb', 'training.snapshot_sampling', 'training.snapshot_samples', 'optim.lr',
+  'optim.beta1', 'optim.eps', 'optim.weight_decay', 'optim.warmup', 'optim.grad_clip',
+  'ebm.n_steps', 'ebm.step_size', 'ebm.restart', 'classifier', 'sampling', 'eval',
+)  # fmt: skip
+# What samples and numbers depend on beside the checkpoint: it must not change within a folder of
+# them.
 FIXED_IN_EVAL = (
-  *FIXED_IN_RUN, 'model.dtype', 'model.precision', 'training.reduce_mean',
+  *MODEL, 'model.dtype', 'model.precision', 'training.reduce_mean',
   'training.likelihood_weighting', 'training.eps', 'data.dataset', 'data.category', 'data.path',
   'data.uniform_dequantization', 'sampling', 'eval.batch_size', 'seed',
 )  # fmt: skip
-# How images are perturbed; what a classifier of such images depends on.
+# How images are perturbed; what a classifier of such images depends on; what it learns.
 FIXED_NOISE = (
   'training.sde', 'model.sigma_min', 'model.sigma_max', 'model.beta_min', 'model.beta_max',
   'data.image_size', 'data.num_channels', 'data.centered', 'data.dim',
 )  # fmt: skip
-FIXED_IN_CLASSIFIER = (
+CLASSIFIER = (
   *FIXED_NOISE, 'classifier.num_classes', 'classifier.blocks_per_group',
   'classifier.channel_multiplier',
 )  # fmt: skip
-# Of a fixed section, unless they are named themselves.
-_FREE = (
-  'model.dropout', 'model.ema_rate', 'model.ema_warmup', 'model.dtype', 'model.remat',
-  'model.precision',
+LEARNED_BY_CLASSIFIER = (
+  *CLASSIFIER, 'seed', 'data.dataset', 'data.category', 'data.random_flip',
+  'data.uniform_dequantization', 'training.eps', 'optim.optimizer',
 )  # fmt: skip
 
+Changes = dict[str, tuple[Any, Any]]  # of a field: its value there, and now
 
-def check_unchanged(path: epath.Path, config: Mapping[str, Any], fixed: tuple[str, ...]) -> None:
+
+def changes(path: epath.Path, config: Mapping[str, Any]) -> Changes:
+  """What differs between the config saved at `path` and this one; nothing if none is saved."""
+  if not path.exists():
+    return {}
+  before = saved(artifacts.read_json(path), path).to_dict()
+  old, new = dict(flatten(_as_json(before))), dict(flatten(_as_json(config)))
+  return {
+    name: (old.get(name), new.get(name))
+    for name in sorted(old.keys() | new.keys())
+    if _comparable(name, old.get(name)) != _comparable(name, new.get(name))
+  }
+
+
+def check_unchanged(
+  path: epath.Path,
+  config: Mapping[str, Any],
+  fixed: tuple[str, ...],
+  way_out: str = 'Give back these values, or choose another folder',
+) -> None:
   """Compares a config with the one saved at `path`, if any, in the fields or sections `fixed`.
 
   Raises:
-    UserError: if they differ; it names the fields.
+    UserError: if they differ; it names the fields, and says what to do: `way_out`.
   """
-  if not path.exists():
+  different = {k: v for k, v in changes(path, config).items() if is_among(k, fixed)}
+  if different:
+    raise UserError(f'{path.parent} was made with another config: {told(different)}. {way_out}')
+
+
+def is_among(name: str, fields: tuple[str, ...]) -> bool:
+  """Whether a field stands in a table, by itself or with its section."""
+  return name in fields or name.partition('.')[0] in fields
+
+
+def told(different: Changes) -> str:
+  """Changes, in words."""
+  return '; '.join(f'config.{k}: {old!r} there, {new!r} now' for k, (old, new) in different.items())
+
+
+def write(folder: epath.Path, config: Mapping[str, Any], step: int) -> None:
+  """Writes `config.json`, with which a run goes on from a step.
+
+  Where another one is there, both are kept, in `configs/step_<step>.json`.
+  """
+  path, history, new = folder / 'config.json', folder / 'configs', _as_json(config)
+  before = artifacts.read_json(path) if path.exists() else None
+  if before == new:
     return
-  # Through JSON, so that tuples are lists on both sides.
-  before = saved(artifacts.read_json(path), path).to_dict()
-  old, new = (json.loads(json.dumps(side)) for side in (before, config))
-  old, new = dict(flatten(old)), dict(flatten(new))
-  changes = [
-    f'config.{name}: {old.get(name)!r} there, {new.get(name)!r} now'
-    for name in sorted(old.keys() | new.keys())
-    if old.get(name) != new.get(name)
-    and (name in fixed or (name not in _FREE and any(name.startswith(f'{f}.') for f in fixed)))
-  ]
-  if changes:
-    raise UserError(
-      f'{path.parent} was made with another config: {"; ".join(changes)}. Give back these values, '
-      'or choose another folder'
-    )
+  if before is not None:
+    if not history.exists():
+      artifacts.write_json(history / 'step_0.json', before)
+    artifacts.write_json(_free(history, step), new)
+  artifacts.write_json(path, new)
+
+
+def _free(history: epath.Path, step: int) -> epath.Path:
+  names = (f'step_{step}{f"-{i}" if i > 1 else ""}.json' for i in itertools.count(1))
+  return next(path for path in map(history.joinpath, names) if not path.exists())
+
+
+def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+  """A config as it comes back from its file, with lists for tuples."""
+  return json.loads(json.dumps(config))
+
+
+def _comparable(name: str, value: Any) -> Any:
+  """A value, but for what is written in several ways and means the same."""
+  return value.lower() if name == 'data.dataset' and isinstance(value, str) else value
 
 
 def flatten(tree: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:

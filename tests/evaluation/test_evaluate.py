@@ -28,7 +28,7 @@ from runtime.errors import UserError
 from training.checkpoints import Checkpoints
 from workdir import artifacts, reports
 from workdir.rounds import kept_or_made
-from workdir.same_config import check_unchanged, FIXED_IN_EVAL, FIXED_IN_RUN
+from workdir.same_config import check_unchanged, FIXED_IN_EVAL, LEARNED
 
 
 @pytest.fixture(scope='module')
@@ -359,7 +359,7 @@ def test_what_may_change_in_a_run_and_in_an_evaluation(tmp_path, name, value, in
   path = epath.Path(tmp_path / 'config.json')
   artifacts.write_json(path, config.to_dict())
   config.update_from_flattened_dict({name: value})
-  for fixed, refused in ((FIXED_IN_RUN, in_run), (FIXED_IN_EVAL, in_eval)):
+  for fixed, refused in ((LEARNED, in_run), (FIXED_IN_EVAL, in_eval)):
     with pytest.raises(UserError, match=name) if refused else contextlib.nullcontext():
       check_unchanged(path, config.to_dict(), fixed)
 
