@@ -246,14 +246,20 @@ def _told_in_one_line() -> Iterator[None]:
   """Turns what devices raise, where a run is not to blame, into a `Failure`."""
   import jax
 
+  from runtime import devices
+
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
     reason = str(error).partition('\n')[0][:200]
-    if 'RESOURCE_EXHAUSTED' in reason:
+    if devices.out_of_memory(error):
+      batch = {
+        'train': 'config.training.batch_size, more config.training.grad_accum',
+        'train_classifier': 'config.classifier.batch_size',
+      }.get(_MODE.value or '', 'config.eval.batch_size')
       raise Failure(
-        f'out of memory ({reason}); try a smaller batch, config.training.grad_accum, '
-        'config.model.remat or config.model.dtype = bfloat16'
+        f'out of memory ({reason}); try a smaller {batch}, config.model.remat or '
+        'config.model.dtype = bfloat16'
       ) from error
     if jax.process_count() > 1:
       raise Failure(

@@ -38,6 +38,7 @@ from evaluation.sample import draw_samples
 from evaluation.stats import noise_scales
 from models.score import Params
 from runtime import processes
+from runtime.devices import out_of_memory
 from runtime.errors import cannot_write, UserError
 from training import checkpoints as checkpoints_lib
 from training import classifier, loop, released_checkpoints
@@ -353,12 +354,22 @@ def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop
     try:
       rng = setup.keys.key('snapshot', step)
       n, drawing = training.snapshot_samples, make_drawing(setup)
-      labels = drawing.classes_in_turn(n)
-      samples, _ = drawing.samples_of(state.ema_params, rng, n, labels, progress)
+      # What a step has room for; points take next to none.
+      most = n if setup.config.data.dim else training.batch_size // training.grad_accum
+      samples = drawing.in_rounds(state.ema_params, rng, n, most, progress)
     except InterruptedError:
       return
     except FloatingPointError as error:  # training can do without
       logger.warning('step %d: no picture: %s', step, error)
+      return
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+      if not out_of_memory(error):
+        raise
+      logger.warning(
+        'step %d: no picture: out of memory for %d samples at a time. Training goes on; set '
+        'config.training.snapshot_samples below that, or config.training.snapshot_sampling = False',
+        step, min(n, most),
+      )  # fmt: skip
       return
   artifacts.write_png(path, setup.codec.pictures.overview(samples))
   logger.info('step %d: samples are in %s', step, path)

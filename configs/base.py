@@ -108,7 +108,7 @@ def _default() -> ConfigDict:
   training.snapshot_freq_for_preemption = 10_000
   training.wandb = ''  # project of Weights & Biases that metrics also go to
   training.snapshot_sampling = True
-  training.snapshot_samples = 64  # images in the grid of each snapshot
+  training.snapshot_samples = 64  # in the grid of each snapshot, classes in turn
 
   config.optim = optim = ConfigDict()
   optim.optimizer = 'Adam'

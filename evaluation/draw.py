@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 import dataclasses
+from functools import partial
+import math
 
+import jax
 from jax import Array
 import numpy as np
 
@@ -86,7 +89,29 @@ class Drawing:
     score_fn = self.score_fn(params, of_rows)
     return self.samples(rng, score_fn, n, observe=lambda fraction, _: progress(fraction))
 
+  def in_rounds(
+    self, params: Params, rng: Array, n: int, most: int, progress: Callable[[float], None]
+  ) -> np.ndarray:
+    """Draws n samples, of all classes in turn, `most` at a time where they are more than that."""
+    if n <= most:
+      return self.samples_of(params, rng, n, self.classes_in_turn(n), progress)[0]
+    rounds = math.ceil(n / most)
+    labels, parts = self.classes_in_turn(rounds * most), list[np.ndarray]()
+    for i in range(rounds):  # the last is as large as the others, so that one program draws all
+      of_round = None if labels is None else labels[i * most :][:most]
+      of_all = partial(_fraction_of_all, progress, i, rounds)
+      key = jax.random.fold_in(rng, i)
+      parts.append(self.samples_of(params, key, most, of_round, of_all)[0])
+    return np.concatenate(parts)[:n]
+
   def classes_in_turn(self, n: int) -> np.ndarray | None:
     """The classes 0, 1, 2, ... over and over, int32 [n], or None of a model that knows none."""
     classes = self.model.num_classes
     return np.arange(n, dtype=np.int32) % classes if classes else None
+
+
+def _fraction_of_all(
+  progress: Callable[[float], None], i: int, rounds: int, fraction: float
+) -> None:
+  """Tells of a fraction of round i."""
+  progress((i + fraction) / rounds)

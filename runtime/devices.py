@@ -96,3 +96,14 @@ class Keys:
 
 def _key(seed: int, purpose: int, step: int) -> Array:
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
+
+
+def out_of_memory(error: BaseException) -> bool:
+  """Whether what was raised says that memory is short, of a device or of the host.
+
+  That is a status of XLA's; but where no room is left, libraries of NVIDIA's fail in ways of their
+  own.
+  """
+  signs = ('RESOURCE_EXHAUSTED', 'OUT_OF_MEMORY', 'ALLOC_FAILED')
+  told = isinstance(error, jax.errors.JaxRuntimeError)
+  return isinstance(error, MemoryError) or (told and any(sign in str(error) for sign in signs))

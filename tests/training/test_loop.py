@@ -1,6 +1,7 @@
 """The objective, the training step and what surrounds it, on small problems with known answers."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 from analytic import gaussian
@@ -9,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from PIL import Image
 import pytest
 
 from builders.evaluation import make_drawing
 from builders.setup import build, Setup
 from builders.training import make_schedule, score_task
 from configs import base, own
+from configs.toy import two_moons
 from data import sources
 from data.points import load as load_points
 import losses
@@ -189,6 +192,81 @@ def test_a_picture_that_cannot_be_drawn_does_not_stop_training(tmp_path, caplog)
   run_lib._at_snapshot(setup, root, state, SimpleNamespace(signal=0))
   assert 'no picture: the solver came to t = 0.3' in caplog.text
   assert (root / 'index.html').exists() and not list(root.glob('samples/*'))
+
+
+def drawn_snapshot(setup: Setup, root: Path) -> np.ndarray | None:
+  """The picture of step 6."""
+  state = SimpleNamespace(step=6, ema_params=None)
+  run_lib._at_snapshot(setup, epath.Path(root), state, SimpleNamespace(signal=0))
+  path = root / 'samples' / 'iter_6' / 'sample.png'
+  return np.asarray(Image.open(path)) if path.exists() else None
+
+
+def test_a_snapshot_is_drawn_in_rounds_of_a_micro_batch(tmp_path):
+  """Where it is no larger than one, it is drawn at once, with the same key as ever."""
+  shapes, keys, seen = [], [], []
+
+  def noise(rng, score_fn, shape, **_):
+    shapes.append(shape[0])
+    keys.append(rng)
+    seen.extend(score_fn.labels.tolist())
+    return jax.random.normal(rng, shape), 1
+
+  fields = {'training__batch_size': 16, 'model__num_classes': 10}
+  for accum, n in ((1, 8), (2, 8), (4, 10)):
+    setup = tiny_setup(training__grad_accum=accum, training__snapshot_samples=n, **fields)
+    drawn_snapshot(dataclasses.replace(setup, sampler=noise), tmp_path / str(accum))
+  assert shapes == [8, 8, 4, 4, 4]
+  assert seen[-12:] == [*range(10), 0, 1]
+  assert keys[0] == setup.keys.key('snapshot', 6) == keys[1] and len(set(map(str, keys))) == 4
+  one, two, rounds = (
+    np.asarray(Image.open(p)) for p in sorted(tmp_path.glob('*/samples/iter_6/sample.png'))
+  )
+  np.testing.assert_array_equal(one, two)
+  assert rounds.shape == (3 * 66 + 2, 4 * 66 + 2, 3) and rounds[:66].std() > 0
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 40000000000 bytes.'),
+    MemoryError(),
+  ],
+)
+def test_a_snapshot_that_memory_is_too_short_for_does_not_stop_training(tmp_path, caplog, error):
+  """Whenever training comes by, there is one line that names the fields."""
+
+  def fail(*_, **__):
+    raise error
+
+  setup = tiny_setup(training__batch_size=4, training__snapshot_samples=8)
+  setup = dataclasses.replace(setup, sampler=fail)
+  for _ in range(2):
+    caplog.clear()
+    assert drawn_snapshot(setup, tmp_path) is None
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert 'out of memory for 4 samples at a time. Training goes on' in line
+    assert 'config.training.snapshot_samples below that' in line
+  with pytest.raises(jax.errors.JaxRuntimeError, match='another error'):
+    error = jax.errors.JaxRuntimeError('INTERNAL: another error')
+    drawn_snapshot(setup, tmp_path)
+
+
+def test_training_goes_on_to_its_end_without_memory_for_pictures(tmp_path, monkeypatch, caplog):
+  def fail(*_, **__):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')
+
+  build = run_lib.build
+  monkeypatch.setattr(
+    run_lib, 'build', lambda config: dataclasses.replace(build(config), sampler=fail)
+  )
+  config = two_moons.get_config()  # whose network compiles soonest
+  config.training.update(n_iters=4, snapshot_freq=2, n_jitted_steps=1, eval_freq=4)
+  run_lib.train(config, str(tmp_path))
+  assert caplog.text.count('no picture: out of memory') == 2
+  run_lib.train(config, str(tmp_path))  # which finds the picture of the last step missing
+  assert caplog.text.count('no picture: out of memory') == 3
+  assert (tmp_path / 'checkpoints' / '4').exists()
 
 
 def test_parts_of_a_batch_that_cannot_be_are_told():
