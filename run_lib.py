@@ -45,6 +45,7 @@ from training import classifier, loop, released_checkpoints
 from training.checkpoints import Checkpoints
 from training.step import TrainState
 from workdir import artifacts, page, reports, same_config, versions
+from workdir.origin import set_aside_former
 from workdir.progress import Bar, Stop
 from workdir.reports import Report
 from workdir.same_config import (
@@ -102,7 +103,7 @@ def train_classifier(config: ConfigDict, workdir: str) -> Report:
       classifier_task(setup), make_schedule(setup.config, 'classifier'), setup.devices, setup.keys,
       folder, source, held_out, partial(_at_start, setup, folder),
     )  # fmt: skip
-    report = {'step': int(state.step)}
+    report = {'step': int(state.step), 'checkpoint': checkpoints_lib.identity(state.ema_params)}
     report |= classifier.evaluate(
       make_classifier(setup), setup.codec, state.ema_params, held_out, classifier_times(setup),
       setup.config.eval.batch_size, setup.devices, setup.keys,
@@ -120,8 +121,8 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   `eval.enable_bpd`, their bits per dimension, or those of the training images. With
   `eval.enable_sampling`, `eval.num_samples` samples in `<eval_folder>/step_<step>/`: a grid
   `samples.png`, and `samples_<round>.npz` with uint8 [N, H, W, C]; and, with `eval.features`, how
-  far they are from the data, as `evaluation` measures it. What is there already is not made again.
-  `<eval_folder>/table.md` compares the checkpoints.
+  far they are from the data, as `evaluation` measures it. What is there already, of the same
+  checkpoint, is not made again. `<eval_folder>/table.md` compares the checkpoints.
 
   Returns:
     For each checkpoint, what `<eval_folder>/report_<step>.json` holds.
@@ -139,8 +140,10 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   with open_workdir(out), Checkpoints(root) as checkpoints:
     for step in checkpoint_range(setup.config).steps(checkpoints):
       params = checkpoints.restore_averages(step, _abstract_state(setup))[0]
+      origin = checkpoints_lib.origin(root, step, params)
+      folder, report = step_folder(out, step), origin.claim_report(out)
+      origin.claim(folder)
       write_config(out, setup, step)
-      folder, report = step_folder(out, step), reports.read(out, step)
       for measurement in measurements:
         if not measurement.is_in(report):
           report |= measurement.measure(params, step, folder)
@@ -172,15 +175,17 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
   """
   setup, root = build(config), epath.Path(workdir).expanduser()
   step, params = _newest(setup, root)
-  request, log_prob = make_sample_request(setup), None
+  request, log_prob, used = make_sample_request(setup), None, [params]
   if setup.config.sampling.labels and not setup.model.num_classes:
     task = classifier_task(setup)
     of_classes = classifier.load(root, setup.config.to_dict(), task, setup.devices, setup.keys)
     log_prob = make_classifier(setup).bind(of_classes)
+    used.append(of_classes)
   out = root / sample_folder
   folder = step_folder(out, step)
   _check_results(out, setup)
   with open_workdir(out):
+    checkpoints_lib.origin(root, step, *used).claim(folder)
     write_config(out, setup, step)
     report = draw_samples(make_drawing(setup), setup.keys, request, params, log_prob, folder)
     page.write(root)
@@ -259,6 +264,7 @@ def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
   )
   state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
   with open_workdir(root), Checkpoints(root) as checkpoints:
+    set_aside_former(root)
     write_config(root, setup, int(state.step))
     checkpoints.save(state, keep=True)
   logger.info('imported %s, of step %d, to %s', checkpoint, int(state.step), root / 'checkpoints')
@@ -311,6 +317,8 @@ def _check_results(out: epath.Path, setup: Setup) -> None:
 def _at_start(setup: Setup, root: epath.Path, state: TrainState) -> None:
   """Writes down with what a run goes on, now that its state is there; says what changed."""
   step = int(state.step)
+  if not checkpoints_lib.exist(root):
+    set_aside_former(root)
   if step and (changed := same_config.changes(root / 'config.json', setup.config.to_dict())):
     logger.info('it goes on with another config: %s', same_config.told(changed))
   write_config(root, setup, step)
@@ -341,7 +349,10 @@ def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop
   """A grid of samples; left out, and drawn by the next run, if a signal comes."""
   step, training = int(state.step), setup.config.training
   path = root / 'samples' / f'iter_{step}' / 'sample.png'
-  if not training.snapshot_sampling or processes.from_first(path.exists()):
+  if not training.snapshot_sampling:
+    return
+  checkpoints_lib.origin(root, step, state.ema_params).claim(path.parent)
+  if processes.from_first(path.exists()):
     return
 
   with Bar('sample', 100, unit='%') as bar:

@@ -11,8 +11,10 @@ import contextlib
 import dataclasses
 import gc
 import itertools
+import json
 import logging
 import sys
+import time
 from typing import Any, TypeVar
 import zlib
 
@@ -28,11 +30,13 @@ from runtime import processes
 from runtime.errors import Failure, UserError
 from training.step import AnyState, TrainState
 from workdir.artifacts import is_remote
+from workdir.origin import Origin
 
 logger = logging.getLogger('score_sde')
 
 Restored = TypeVar('Restored')
 
+_FOLDERS = ('checkpoints', 'checkpoints-meta')  # of a workdir
 # What says that a checkpoint is out of reach, not that it is damaged: of Python, of TensorStore.
 _UNREADABLE = (PermissionError, ConnectionError, TimeoutError)
 _UNREADABLE_STATUS = (
@@ -68,6 +72,25 @@ def _mixed_sum(leaf: Array, number: Array) -> Array:
   for factor in (0x85EBCA6B, 0xC2B2AE35):  # MurmurHash3's, https://github.com/aappleby/smhasher
     mixed = (mixed ^ (mixed >> 15)) * np.uint32(factor)
   return (mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32)
+
+
+def identity(*params: Params) -> str:
+  """What tells moving averages of checkpoints from others: their checksums, in hexadecimal."""
+  return '-'.join(f'{int(checksums({"params": p})["params"]):08x}' for p in params)
+
+
+def origin(root: epath.Path, step: int, *params: Params) -> Origin:
+  """The checkpoint of a step, of which these averages are, as results carry it."""
+  return Origin(step, identity(*params), _begun(root, step))
+
+
+def _begun(root: epath.Path, step: int) -> float:
+  """When a checkpoint began to be written, in seconds since 1970; now, if it is not whole yet."""
+  for name in _FOLDERS:
+    path = root / name / str(step) / '_CHECKPOINT_METADATA'
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+      return json.loads(path.read_text())['init_timestamp_nsecs'] / 1e9
+  return time.time()
 
 
 def earlier_checksum(state: Any) -> np.ndarray:
@@ -106,8 +129,8 @@ class Checkpoints:
 
   def __init__(self, workdir: epath.PathLike):
     root = epath.Path(workdir)
-    self._kept = _manager(root / 'checkpoints', max_to_keep=None)
-    self._meta = _manager(root / 'checkpoints-meta', max_to_keep=2)
+    kept, meta = (root / name for name in _FOLDERS)
+    self._kept, self._meta = _manager(kept, max_to_keep=None), _manager(meta, max_to_keep=2)
     self._damaged: list[epath.Path] = []
 
   def __enter__(self) -> 'Checkpoints':
@@ -220,7 +243,7 @@ class Checkpoints:
 
 def exist(workdir: epath.PathLike) -> bool:
   """Whether a workdir holds a checkpoint of either kind."""
-  folders = (epath.Path(workdir) / name for name in ('checkpoints', 'checkpoints-meta'))
+  folders = (epath.Path(workdir) / name for name in _FOLDERS)
   return any(path.name.isdigit() for f in folders if f.exists() for path in f.iterdir())
 
 
