@@ -90,6 +90,8 @@ class Known:
   mean there: x <- (I - P) x + P (alpha(t) y + sigma(t) z). Inpainting is P = `Mask`, colorization
   is P = `Gray`, super-resolution is P = `BlockMean`. The paper writes colorization as inpainting
   in a basis of colours whose first vector is grey, which is the same.
+
+  At t = 0 the mean has the known part of y itself; that of `Mask` to the bit.
   """
 
   y: Array  # [B, ...], of which only P y is read
@@ -100,7 +102,10 @@ class Known:
     x, x_mean = update
     mean, std = self.sde.marginal_prob(self.y, t)
     known = mean + expand(std, x) * jax.random.normal(rng, x.shape)
-    return x + self.project(known - x), x_mean + self.project(mean - x_mean)
+    # x + P (known - x) would round what is known to the digits of x.
+    return x - self.project(x) + self.project(known), x_mean - self.project(x_mean) + self.project(
+      mean
+    )
 
 
 @flax.struct.dataclass

@@ -254,7 +254,8 @@ class PCSampler:
       x = _correct_at_eps(self, score_fn, constraint, rng_steps, steps, x)
       nfe += self.corrector.nfe
     if self.noise_removal and self.chain and self.predictor.nfe:
-      x = x_mean
+      last = jax.random.fold_in(rng_steps, self.grid.n)
+      x = base.constrain_clean(constraint, last, x_mean)
     elif self.noise_removal:
       last = jax.random.fold_in(rng_steps, self.grid.n)
       x, nfe = base.tweedie(self.sde, self.grid.eps, score_fn, constraint, last, x), nfe + 1

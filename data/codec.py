@@ -104,7 +104,7 @@ class Codec(abc.ABC):
     return jnp.where(jax.random.bernoulli(rng, self.label_dropout, labels.shape), null, labels)
 
   def to_stored(self, x: np.ndarray) -> np.ndarray:
-    """Samples [N, ...] of a network as a dataset has them.
+    """Samples [N, ...] of a network as a dataset has them; what `scaled` made comes back.
 
     Raises:
       FloatingPointError: if some are not finite.
@@ -183,9 +183,12 @@ class ImageCodec(Codec):
     return 2 * x - 1 if self.centered else x
 
   def _finite_to_stored(self, x: np.ndarray) -> np.ndarray:
-    x = (x + 1) / 2 if self.centered else x
+    levels = 255 * ((x + 1) / 2 if self.centered else x)
     half = 0.5 if self.nearest_level else 0.0
-    return np.clip(255 * x + half, 0, 255).astype(np.uint8)
+    stored = np.clip(levels + half, 0, 255).astype(np.uint8)
+    # What is known of an image is on a level, where truncation would go by rounding errors.
+    nearest = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+    return np.where(self.scaled(nearest) == x, nearest, stored)
 
 
 def _spread(rng: Array, levels: Array) -> Array:

@@ -61,8 +61,11 @@ class Drawing:
     n: int,
     constraint: Constraint | None = None,
     observe: Callable[[float, Array], None] | None = None,
+    to_stored: Callable[[np.ndarray], np.ndarray] | None = None,
   ) -> tuple[np.ndarray, int]:
     """Draws n samples [n, ...] of a score, the same on every process; n suits the devices.
+
+    `to_stored` makes of x_0 what a dataset has; by default it is the codec's.
 
     Returns:
       The samples as a dataset has them, and the number of score evaluations that each took.
@@ -74,7 +77,7 @@ class Drawing:
     x, nfe = self.sampler(
       rng, score_fn, shape, sharding=rows, constraint=constraint, observe=observe
     )
-    return self.codec.to_stored(processes.gather(x)), nfe
+    return (to_stored or self.codec.to_stored)(processes.gather(x)), nfe
 
   def samples_of(
     self,

@@ -1,6 +1,8 @@
 """What `--mode sample` draws: samples, of a class if wanted, or what an image leaves open."""
 
+from collections.abc import Callable
 import dataclasses
+from functools import partial
 import math
 
 from etils import epath
@@ -77,11 +79,13 @@ def draw_samples(
       labels = request.labels
       of_rows = None if labels is None else processes.shard(labels[rows % n], rows_sharding)
       score_fn, constraint = drawing.score_fn(params, of_rows, log_prob), None
+      to_stored: Callable[[np.ndarray], np.ndarray] = codec.to_stored
       if problem and inputs:
-        y = processes.shard(inputs.y[rows // n], rows_sharding)
+        y = inputs.y[rows // n]
         score_fn, constraint = problem.conditioning.condition(
-          score_fn, inputs.operator, y, drawing.model.sde, codec
+          score_fn, inputs.operator, processes.shard(y, rows_sharding), drawing.model.sde, codec
         )
+        to_stored = partial(problem.to_stored, y=y, operator=inputs.operator, codec=codec)
 
       def progress(fraction: float, x: Array, first: int = first) -> None:
         bar.update(min(total, first + fraction * size))
@@ -89,7 +93,7 @@ def draw_samples(
           stages.append(processes.gather(x[: codec.pictures.filmed]))
 
       rng = jax.random.fold_in(keys.key('draw'), i)
-      samples, nfe = drawing.samples(rng, score_fn, size, constraint, progress)
+      samples, nfe = drawing.samples(rng, score_fn, size, constraint, progress, to_stored)
       parts.append(samples)
       bar.update(min(total, first + size))
   samples = np.concatenate(parts)[:total]

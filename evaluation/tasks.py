@@ -10,6 +10,7 @@ import dataclasses
 from pathlib import Path
 
 from jax import Array
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -26,6 +27,7 @@ from controllable_generation import (
 from data import geometry
 from data.codec import Codec
 from data.folder import image_files
+from evaluation.known_levels import with_block_means
 from runtime.errors import UserError
 from samplers.base import Constraint
 from sde_lib import ScoreFn, SDE
@@ -57,6 +59,19 @@ class Task(abc.ABC):
       UserError: if a file cannot be read, or the task does not go with the network's images.
     """
 
+  @abc.abstractmethod
+  def keep_known(
+    self, stored: np.ndarray, levels: np.ndarray, known: np.ndarray, operator: Operator
+  ) -> np.ndarray:
+    """Stored samples, uint8 [N, H, W, C], of which the known part is that of the input exactly.
+
+    Args:
+      stored: the samples as the codec stores them, uint8 [N, H, W, C].
+      levels: the samples before they were rounded, in levels of 0 to 255.
+      known: what was measured, in levels, like `levels`.
+      operator: that measured it.
+    """
+
 
 @dataclasses.dataclass(frozen=True)
 class Inpaint(Task):
@@ -80,6 +95,12 @@ class Inpaint(Task):
     known = mask.astype(np.float32)
     return known * _read_all(files, codec), Mask(known)
 
+  def keep_known(
+    self, stored: np.ndarray, levels: np.ndarray, known: np.ndarray, operator: Operator
+  ) -> np.ndarray:
+    where = np.asarray(operator(jnp.ones(stored.shape[1:]))) > 0
+    return np.where(where, np.rint(known).astype(np.uint8), stored)
+
 
 @dataclasses.dataclass(frozen=True)
 class Colorize(Task):
@@ -89,6 +110,11 @@ class Colorize(Task):
     if codec.pixel_shape[-1] != 3:
       raise UserError('config.sampling.task = colorize needs a model of colour images')
     return _read_all(files, codec).mean(-1, keepdims=True).repeat(3, axis=-1), Gray()
+
+  def keep_known(
+    self, stored: np.ndarray, levels: np.ndarray, known: np.ndarray, operator: Operator
+  ) -> np.ndarray:
+    return with_block_means(levels, known, (1, 1, stored.shape[-1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +133,11 @@ class SuperResolve(Task):
     small = _read_all(files, codec, size // factor)
     return small.repeat(factor, axis=1).repeat(factor, axis=2), BlockMean(factor)
 
+  def keep_known(
+    self, stored: np.ndarray, levels: np.ndarray, known: np.ndarray, operator: Operator
+  ) -> np.ndarray:
+    return with_block_means(levels, known, (self.factor, self.factor, 1))
+
 
 @dataclasses.dataclass(frozen=True)
 class Deblur(Task):
@@ -117,9 +148,19 @@ class Deblur(Task):
   def measure(self, files: list[Path], codec: Codec) -> tuple[np.ndarray, Operator]:
     return _read_all(files, codec), GaussianBlur(self.blur_std)
 
+  def keep_known(
+    self, stored: np.ndarray, levels: np.ndarray, known: np.ndarray, operator: Operator
+  ) -> np.ndarray:
+    return stored  # it is known but for noise
+
 
 class Conditioning(abc.ABC):
   """How samples are made to agree with a measurement."""
+
+  @property
+  @abc.abstractmethod
+  def exact(self) -> bool:
+    """Whether there is no noise in what is known."""
 
   @abc.abstractmethod
   def condition(
@@ -132,6 +173,10 @@ class Conditioning(abc.ABC):
 class ByConstraint(Conditioning):
   """What is known is put at the noise level of every step (Appendix I)."""
 
+  @property
+  def exact(self) -> bool:
+    return True
+
   def condition(
     self, score_fn: ScoreFn, operator: Operator, y: Array, sde: SDE, codec: Codec
   ) -> tuple[ScoreFn, Constraint | None]:
@@ -143,6 +188,10 @@ class ByPosterior(Conditioning):
   """The score of p(x | y), for measurements with noise; black to white is 1 to `noise_std`."""
 
   noise_std: float
+
+  @property
+  def exact(self) -> bool:
+    return self.noise_std == 0
 
   def condition(
     self, score_fn: ScoreFn, operator: Operator, y: Array, sde: SDE, codec: Codec
@@ -176,6 +225,18 @@ class InverseProblem:
     stems = [file.stem for file in files]
     names = stems if len(set(stems)) == len(stems) else [f'{i}_{s}' for i, s in enumerate(stems)]
     return Inputs(names, y, operator)
+
+  def to_stored(self, x: np.ndarray, y: np.ndarray, operator: Operator, codec: Codec) -> np.ndarray:
+    """Samples x [N, ...] as a dataset has them, of which exactly y is measured if it has no noise.
+
+    Raises:
+      FloatingPointError: if some are not finite.
+    """
+    stored = codec.to_stored(x)
+    if not self.conditioning.exact:
+      return stored
+    levels, known = (255 * (v.astype(np.float64) - codec.low) / codec.unit for v in (x, y))
+    return self.task.keep_known(stored, levels, known, operator)
 
 
 def _input_files(path: str) -> list[Path]:

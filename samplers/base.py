@@ -196,6 +196,11 @@ def constrain(constraint: Constraint | None, rng: Array, update: Update, t: Arra
 @partial(jax.jit, static_argnums=(0, 1))
 def tweedie(sde, eps, score_fn, constraint, rng, x):
   """E[x_0 | x_eps = x] [B, ...], the last step of samplers; one score evaluation."""
-  t = jnp.full(x.shape[:1], eps)
-  mean = sde.reverse(score_fn).denoise(x, t)
-  return constrain(constraint, rng, (mean, mean), t)[1]
+  mean = sde.reverse(score_fn).denoise(x, jnp.full(x.shape[:1], eps))
+  return constrain_clean(constraint, rng, mean)
+
+
+@jax.jit
+def constrain_clean(constraint: Constraint | None, rng: Array, mean: Array) -> Array:
+  """Denoised samples [B, ...], which are of time 0, as the constraint, if any, lets them be."""
+  return constrain(constraint, rng, (mean, mean), jnp.zeros(mean.shape[:1]))[1]

@@ -31,12 +31,12 @@ def test_all_levels_lie_between_low_and_high(centered):
 @pytest.mark.parametrize('centered', CENTERED)
 @pytest.mark.parametrize('nearest_level', [False, True])
 def test_an_image_comes_back_from_where_its_levels_are(centered, nearest_level):
-  """Exactly from half a level above it, if truncated, or from itself, if rounded."""
+  """Exactly, also from half a level above it, if truncated, or half below, if rounded."""
   of = codec(centered=centered, nearest_level=nearest_level)
-  x = of.scaled(IMAGES) + (0.0 if nearest_level else of.unit / 512)
-  back = of.to_stored(x)
-  assert back.dtype == np.uint8
-  np.testing.assert_array_equal(back, IMAGES)
+  for away in (0.0, of.unit / (-600 if nearest_level else 600)):
+    back = of.to_stored(of.scaled(IMAGES) + np.float32(away))
+    assert back.dtype == np.uint8
+    np.testing.assert_array_equal(back, IMAGES)
 
 
 @pytest.mark.parametrize(('nearest_level', 'expected'), [(False, 127), (True, 128)])

@@ -14,6 +14,7 @@ from builders.evaluation import make_drawing, make_sample_request
 from builders.setup import build, Setup
 from configs.vp.digits import get_config
 from controllable_generation import GaussianBlur
+from evaluation.known_levels import with_block_means
 from evaluation.sample import draw_samples
 from runtime.errors import UserError
 from sde_lib import expand, SDE
@@ -46,10 +47,13 @@ class Gaussians:
     return (alpha * expand(self.mean, x) - x) / (0.04 * alpha**2 + sigma**2)
 
 
-def setup_of(num_classes: int = 0, batch_size: int = 4, num_channels: int = 1, **fields) -> Setup:
+def setup_of(
+  num_classes: int = 0, batch_size: int = 4, num_channels: int = 1, others=(), **fields
+) -> Setup:
   """The set-up of the digits with that model; a field of `sampling` is passed by its name."""
   config = get_config()
   config.update_from_flattened_dict(FIELDS | {f'sampling.{k}': v for k, v in fields.items()})
+  config.update_from_flattened_dict(dict(others))
   config.eval.batch_size = batch_size
   config.data.num_channels = num_channels
   setup = build(config)
@@ -108,6 +112,66 @@ def test_inpainting_keeps_what_is_known(tmp_path, inputs, conditioning):
   assert len(np.unique(samples.reshape(6, -1), axis=0)) == 6
   names = {p.name for p in (tmp_path / 'out').iterdir()}
   assert names == {'samples.png', 'samples.npz', *(f'{n}_{i}.png' for n in 'ab' for i in range(3))}
+
+
+# Each SDE, time of the end, codec, and way to the end, of steps of the chain or not.
+EXACTLY = {
+  've': {'training.sde': 'vesde', 'sampling.method': 'pc', 'sampling.eps': 1e-3},
+  'vp': {'data.centered': True, 'sampling.method': 'pc', 'sampling.eps': 0.05},
+  'vp chain': {'sampling.method': 'pc', 'model.num_scales': 30, 'sampling.uint8': 'round'},
+  'vp noisy': {'data.centered': True, 'sampling.noise_removal': False},
+  'subvp': {'training.sde': 'subvpsde', 'data.uniform_dequantization': True},
+  'subvp posterior': {'training.sde': 'subvpsde', 'sampling.conditioning': 'posterior'},
+  'adaptive': {'data.centered': False, 'sampling.method': 'adaptive_sde', 'sampling.sde_rtol': 0.5},
+}
+
+
+@pytest.mark.parametrize(
+  ('task', 'name'),
+  [('inpaint', name) for name in EXACTLY]
+  + [(task, name) for task in ('colorize', 'superres') for name in ('vp', 'vp chain', 'subvp')],
+)
+def test_what_is_known_comes_back_exactly(tmp_path, task, name):
+  """All 256 levels of pixels that are not painted; sums over colours; sums over blocks."""
+  rng = np.random.default_rng(0)
+  colours = rng.integers(0, 256, (16, 16, 3), np.uint8)
+  colours[..., 0] = np.arange(256).reshape(16, 16)
+  image = colours[:8, :8] if task == 'superres' else colours
+  Image.fromarray(image).save(tmp_path / 'image.png')
+  mask = np.arange(256).reshape(16, 16) % 11 > 0
+  Image.fromarray(np.uint8(255 * mask)).save(tmp_path / 'mask.png')
+  places = {'input': str(tmp_path / 'image.png'), 'mask': str(tmp_path / 'mask.png')}
+  others = {'data.image_size': 16} | EXACTLY[name]
+  setup = setup_of(num_channels=3, task=task, factor=2, num_samples=2, others=others, **places)
+  samples = draw(setup, tmp_path / 'out')['samples'].astype(int)
+  for sample in samples:
+    if task == 'inpaint':
+      np.testing.assert_array_equal(sample[mask], colours[mask])
+    elif task == 'colorize':
+      np.testing.assert_array_equal(sample.sum(-1), colours.astype(int).sum(-1))
+    else:
+      sums = sample.reshape(8, 2, 8, 2, 3).sum((1, 3))
+      np.testing.assert_array_equal(sums, 4 * image.astype(int))
+  assert np.abs(samples[0] - samples[1]).max() > 10  # what is not known is drawn
+
+
+def test_levels_are_moved_no_further_than_their_mean_asks():
+  """And never beyond 0 or 255; what agrees already is only rounded."""
+  rng = np.random.default_rng(0)
+  known = rng.integers(0, 256, (5, 4, 4, 3)).astype(np.float64)
+  right = known + 0.4 * rng.uniform(-1, 1, known.shape)
+  means = np.repeat(known.mean(-1, keepdims=True), 3, -1)
+  gray = (1, 1, 3)
+  right += means - right.mean(-1, keepdims=True)
+  assert np.abs(with_block_means(right, means, gray) - right).max() < 1
+  far = known + rng.normal(0, 200, known.shape)
+  for wanted in (means, np.zeros_like(far), np.full_like(far, 255.0)):
+    got = with_block_means(far, wanted, gray).astype(int)
+    np.testing.assert_array_equal(got.sum(-1), np.rint(wanted.sum(-1)))
+    inside = (got > 0) & (got < 255)
+    shift = np.where(inside, got - far, np.nan)
+    spread = np.nanmax(shift, -1, initial=-1e9) - np.nanmin(shift, -1, initial=1e9)
+    assert spread.max() <= 1 + 1e-9
 
 
 def test_superresolution_keeps_the_means_of_blocks(tmp_path, inputs):
