@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import logging
 import math
+import os
 import secrets
 from types import TracebackType
 from typing import Any
@@ -19,7 +21,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from runtime import processes
-from runtime.errors import UserError
+from runtime.errors import cannot_write, UserError
 
 logger = logging.getLogger('score_sde')
 
@@ -32,8 +34,9 @@ def is_remote(path: epath.Path) -> bool:
 def write(path: epath.Path, data: bytes) -> None:
   """Writes a file, by way of a temporary name beside it; on process 0 only.
 
-  That name is this call's own: training and an evaluation may write the same page. An object store
-  shows a file whole or not at all, and has no renaming.
+  That name is this call's own: training and an evaluation may write the same page. It is short, so
+  that every name that a disk takes can be written. An object store shows a file whole or not at
+  all, and has no renaming.
   """
   if jax.process_index() > 0:
     return
@@ -41,12 +44,36 @@ def write(path: epath.Path, data: bytes) -> None:
   if is_remote(path):
     path.write_bytes(data)
     return
-  temporary = path.parent / f'.{path.name}.{secrets.token_hex(4)}.tmp'
+  temporary = path.parent / f'.{secrets.token_hex(8)}.tmp'
   try:
     temporary.write_bytes(data)
     temporary.replace(path)
   finally:
     temporary.unlink(missing_ok=True)  # where the disk is full
+
+
+def check_can_write(folder: epath.Path, longest: str) -> None:
+  """Sees to it, before long work, that its results can be written: a file of such a long name.
+
+  Raises:
+    UserError: if not.
+    Failure: if the disk is full.
+  """
+  failed: OSError | None = None
+  probe = folder / ('.' + 'x' * (len(os.fsencode(longest)) - 1))
+  try:
+    write(probe, b'')
+    if jax.process_index() == 0:
+      probe.unlink()
+  except OSError as error:
+    failed = error
+  if not processes.from_first(failed is not None):
+    return
+  if failed and failed.errno == errno.ENAMETOOLONG:
+    raise UserError(
+      f'{folder / longest} is too long a name for a file; rename what it is named for'
+    )
+  raise cannot_write(folder, failed or OSError('another process cannot'), 'choose another')
 
 
 @contextlib.contextmanager

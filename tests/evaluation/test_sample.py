@@ -14,6 +14,7 @@ from builders.evaluation import make_drawing, make_sample_request
 from builders.setup import build, Setup
 from configs.vp.digits import get_config
 from controllable_generation import GaussianBlur
+from evaluation import sample as sample_lib
 from evaluation.known_levels import with_block_means
 from evaluation.sample import draw_samples
 from runtime.errors import UserError
@@ -246,3 +247,106 @@ def test_mistakes_are_told_in_one_line(tmp_path, inputs, monkeypatch, fields, sa
   with pytest.raises(UserError, match=said) as error:
     draw_requested(setup_of(**fields), tmp_path / 'out')
   assert '\n' not in str(error.value) and not (tmp_path / 'out').exists()
+
+
+# What is stopped, and what cannot be written.
+
+
+def counted(setup: Setup, drawn: list[int], stop_at: int = -1) -> Setup:
+  """The same, but that it notes each round in `drawn`, and is interrupted where that is so long."""
+
+  def draw(*args, **kwargs):
+    if len(drawn) == stop_at:
+      drawn.append(-1)
+      raise KeyboardInterrupt
+    drawn.append(len(drawn))
+    return setup.sampler(*args, **kwargs)
+
+  return dataclasses.replace(setup, sampler=draw)
+
+
+def files_in(folder) -> dict[str, bytes]:
+  """What is in a folder, but for how long it took."""
+  arrays = dict(np.load(folder / 'samples.npz'))
+  del arrays['seconds']
+  parts = {f'samples.npz/{name}': array.tobytes() for name, array in arrays.items()}
+  return parts | {p.name: p.read_bytes() for p in folder.iterdir() if p.name != 'samples.npz'}
+
+
+def test_drawing_that_is_stopped_goes_on_and_leaves_the_same_files(tmp_path):
+  fields = {'labels': (3, 1), 'num_samples': 14, 'trajectory': True}
+  setup, whole = setup_of(5, **fields), tmp_path / 'whole'
+  draw(setup, whole)
+  stopped, drawn = tmp_path / 'stopped', []
+  for at in (0, 2, 4):  # of four rounds; each time it goes on, and all but the last is kept
+    with pytest.raises(KeyboardInterrupt):
+      draw_requested(counted(setup, drawn, at), stopped)
+  draw_requested(counted(setup, drawn), stopped)
+  assert drawn.count(-1) == 3 and len(drawn) == 4 + 3
+  assert files_in(stopped) == files_in(whole)
+  assert len(list(whole.iterdir())) == 14 + 4  # no rounds among them
+  stamp = (stopped / 'samples.npz').stat().st_mtime_ns
+  draw_requested(counted(setup, drawn), stopped)  # all is there
+  assert len(drawn) == 4 + 3 and (stopped / 'samples.npz').stat().st_mtime_ns == stamp
+
+
+def test_pictures_that_were_stopped_are_written_and_nothing_is_drawn_again(tmp_path, monkeypatch):
+  setup, drawn = setup_of(num_samples=10), []
+  draw(setup, tmp_path / 'whole')
+  write = sample_lib.artifacts.write_png
+
+  def stop(path, picture):
+    if path.name == 'sample_7.png':
+      raise KeyboardInterrupt
+    write(path, picture)
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(sample_lib.artifacts, 'write_png', stop)
+    draw_requested(counted(setup, drawn), tmp_path / 'stopped')
+  draw_requested(counted(setup, drawn), tmp_path / 'stopped')
+  assert drawn == [0, 1, 2] and files_in(tmp_path / 'stopped') == files_in(tmp_path / 'whole')
+
+
+@pytest.mark.parametrize('what', ['image', 'mask'])
+def test_samples_of_other_inputs_are_drawn_anew(tmp_path, inputs, what):
+  mask, drawn = tmp_path / 'mask.png', []
+  setup = setup_of(task='inpaint', input=str(inputs), mask=str(mask))
+  draw_requested(counted(setup, drawn), tmp_path / 'out')
+  before = np.load(tmp_path / 'out' / 'samples.npz')['samples']
+  changed = inputs / 'b.png' if what == 'image' else mask
+  Image.fromarray(255 - np.asarray(Image.open(changed))).save(changed)
+  draw_requested(counted(setup, drawn), tmp_path / 'out')
+  assert drawn == [0, 1, 2, 3]
+  assert not np.array_equal(np.load(tmp_path / 'out' / 'samples.npz')['samples'], before)
+
+
+@pytest.mark.parametrize('stem', ['x' * 240, 'x' * 249, 'é' * 124])
+def test_a_long_name_is_a_name(tmp_path, inputs, stem):
+  (inputs / 'a.png').rename(inputs / f'{stem}.png')
+  setup = setup_of(task='superres', factor=2, input=str(inputs), num_samples=2)
+  draw(setup, tmp_path / 'out')
+  assert (tmp_path / 'out' / f'{stem}_1.png').exists()
+
+
+@pytest.mark.parametrize(('stem', 'n'), [('x' * 250, 1), ('x' * 249, 11), ('é' * 125, 1)])
+def test_a_name_that_is_too_long_is_told_before_anything_is_drawn(tmp_path, inputs, stem, n):
+  (inputs / 'a.png').rename(inputs / f'{stem}.png')
+  setup = setup_of(task='superres', factor=2, input=str(inputs), num_samples=n)
+  with pytest.raises(UserError, match='is too long a name for a file') as error:
+    draw_requested(counted(setup, drawn := []), tmp_path / 'out')
+  assert '\n' not in str(error.value) and drawn == []
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_drawn(tmp_path):
+  (tmp_path / 'out').write_text('a file')
+  with pytest.raises(UserError, match=r'cannot write to .*out .*; choose another'):
+    draw_requested(counted(setup_of(), drawn := []), tmp_path / 'out')
+  assert drawn == []
+
+
+def test_classes_that_come_in_turn_are_said(tmp_path, caplog):
+  caplog.set_level('INFO', logger='score_sde')
+  draw_requested(setup_of(3, num_samples=5, num_steps=2), tmp_path)
+  assert 'samples are of the classes 0, 1, 2 in turn' in caplog.text
+  assert sample_lib._classes(np.array([4, 4])) == 'class 4'
+  assert sample_lib._classes(np.arange(3000) % 1000) == '1000 classes in turn, 0, 1 ... 999'
