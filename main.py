@@ -21,6 +21,7 @@ what is in it. Ends with 0 when done, 1 if the machine failed (a full disk, a lo
 wrong input, 128 + n after signal n; repeated, a command goes on.
 """
 
+import ast
 from collections.abc import Iterator, Sequence
 import contextlib
 from functools import reduce
@@ -178,6 +179,8 @@ def _literal(name: str, value: str, default: object) -> str:
   """1e5 as a whole number, where one is wanted; nothing, and None, as a field of no values."""
   if isinstance(default, tuple) and value in ('', 'None'):
     return '()'
+  if name == 'config.sampling.labels':
+    return _labels(value)
   if not isinstance(default, int) or isinstance(default, bool):
     return value
   try:
@@ -187,6 +190,16 @@ def _literal(name: str, value: str, default: object) -> str:
   if not number.is_integer():
     raise UserError(f'{name} must be a whole number; got {value!r}')
   return value if value.lstrip('+-').isdecimal() else str(int(number))
+
+
+def _labels(value: str) -> str:
+  """Classes, numbers or names with or without quotation marks, as Python writes them: cat,3."""
+  try:
+    parsed = ast.literal_eval(value)
+  except (SyntaxError, ValueError):
+    words = (word.strip() for word in value.split(','))
+    parsed = tuple(int(word) if word.isdecimal() else word for word in words if word)
+  return repr(tuple(parsed) if isinstance(parsed, tuple | list) else (parsed,))
 
 
 def main(argv: Sequence[str]) -> None:

@@ -6,10 +6,12 @@ A workdir holds `config.json`, `machine.json`, `index.html` which shows the run,
 classifier. All of it can be stopped at any moment and started again, with the same final result.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
+import dataclasses
 from functools import partial
 import logging
+import os
 
 from etils import epath
 import jax
@@ -32,6 +34,8 @@ from builders.training import (
   score_task,
 )
 from configs.base import saved
+from data import sources
+from data.classes import check_same, describe, numbers_of
 from data.noise_scales import NoiseScales
 from evaluation.evaluate import step_folder
 from evaluation.sample import draw_samples
@@ -42,7 +46,7 @@ from runtime.devices import out_of_memory
 from runtime.errors import cannot_write, UserError
 from training import checkpoints as checkpoints_lib
 from training import classifier, loop, released_checkpoints
-from training.checkpoints import Checkpoints
+from training.checkpoints import Checkpoints, Notes
 from training.step import TrainState
 from workdir import artifacts, page, reports, same_config, versions
 from workdir.origin import set_aside_former
@@ -72,10 +76,16 @@ def train(config: ConfigDict, workdir: str) -> None:
   check_shared(setup.config, 'training.batch_size', 'training.grad_accum')
   source, held_out = (load_source(setup.config, split) for split in ('train', 'test'))
   _check_goes_on(root, setup, LEARNED)
+  notes = _note_data(root, setup, source, setup.model.num_classes)
+  numbers_of(
+    [label for label in setup.config.sampling.labels if isinstance(label, str)],
+    source.class_names, source.num_classes,
+  )  # fmt: skip
   with open_workdir(root):
     loop.train(
       score_task(setup), make_schedule(setup.config), setup.devices, setup.keys,
       root, source, held_out, partial(_at_start, setup, root), partial(_at_snapshot, setup, root),
+      notes,
     )  # fmt: skip
     page.write(root)  # now that the last checkpoint is there
 
@@ -98,10 +108,11 @@ def train_classifier(config: ConfigDict, workdir: str) -> Report:
   check_unchanged(root / 'config.json', setup.config.to_dict(), FIXED_NOISE)
   folder = classifier.folder(root)
   _check_goes_on(folder, setup, LEARNED_BY_CLASSIFIER)
+  notes = _note_data(folder, setup, source, source.num_classes)
   with open_workdir(folder):
     state = loop.train(
       classifier_task(setup), make_schedule(setup.config, 'classifier'), setup.devices, setup.keys,
-      folder, source, held_out, partial(_at_start, setup, folder),
+      folder, source, held_out, partial(_at_start, setup, folder), notes=notes,
     )  # fmt: skip
     report = {'step': int(state.step), 'checkpoint': checkpoints_lib.identity(state.ema_params)}
     report |= classifier.evaluate(
@@ -140,6 +151,11 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   with open_workdir(out), Checkpoints(root) as checkpoints:
     for step in checkpoint_range(setup.config).steps(checkpoints):
       params = checkpoints.restore_averages(step, _abstract_state(setup))[0]
+      if setup.model.num_classes:
+        trained = checkpoints_lib.notes(root, step).classes
+        for measurement in measurements:
+          if measurement.class_names:
+            check_same(trained, measurement.class_names, root, _RENAME)
       origin = checkpoints_lib.origin(root, step, params)
       folder, report = step_folder(out, step), origin.claim_report(out)
       origin.claim(folder)
@@ -175,7 +191,8 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
   """
   setup, root = build(config), epath.Path(workdir).expanduser()
   step, params = _newest(setup, root)
-  request, log_prob, used = make_sample_request(setup), None, [params]
+  names = _class_names(setup, root if setup.model.num_classes else classifier.folder(root))
+  request, log_prob, used = make_sample_request(setup, names), None, [params]
   if setup.config.sampling.labels and not setup.model.num_classes:
     task = classifier_task(setup)
     of_classes = classifier.load(root, setup.config.to_dict(), task, setup.devices, setup.keys)
@@ -312,6 +329,75 @@ def _check_results(out: epath.Path, setup: Setup) -> None:
   if there:
     way_out = 'Give back these values, or choose another folder (--eval_folder, --sample_folder)'
     check_unchanged(out / 'config.json', setup.config.to_dict(), FIXED_IN_EVAL, way_out)
+
+
+# What to do where classes have other names than those that a model was trained with.
+_RENAME = 'Give the folders back their names, or choose a --workdir of a model of these classes'
+
+
+def _note_data(root: epath.Path, setup: Setup, source: sources.Source, told_classes: int) -> Notes:
+  """What to write down of the training data with each checkpoint; says what the classes are.
+
+  Raises:
+    UserError: if a run would go on with other classes, which it is told, or with other images.
+  """
+  if source.class_names:
+    logger.info('%s', describe(source.class_names, source.class_counts()))
+  there, now = checkpoints_lib.notes(root), source.fingerprint()
+  if told_classes:
+    check_same(there.classes, source.class_names, root, _RENAME)
+  if checkpoints_lib.exist(root) and now:
+    _check_images(root, setup, there.images, now)
+  return dataclasses.replace(there, classes=tuple(source.class_names), images=now)
+
+
+def _check_images(root: epath.Path, setup: Setup, there: str, now: str) -> None:
+  """Raises UserError if `data.path` was changed to another folder of other images.
+
+  Fingerprints tell the images, where those that the run began with were written down.
+  """
+  path = setup.config.data.path
+  former, _ = same_config.changes(root / 'config.json', setup.config.to_dict()).get(
+    'data.path', (path, path)
+  )
+  moved = bool(former) and _place(former) != _place(path)
+  if there == now or not (there or moved):
+    return
+  if not moved:
+    logger.warning(
+      'the images in %s are not those of before: files came, went or were changed. The run goes on '
+      'with what is there', path,
+    )  # fmt: skip
+    return
+  what = 'holds other images' if there else 'cannot be compared with it, as earlier code noted less'
+  raise UserError(
+    f'{root} was trained with the images in config.data.path = {former!r}, and {path!r} {what}. '
+    'What is learned must not change in mid-run: give back that path, or choose a new --workdir'
+  )
+
+
+def _place(path: str) -> str:
+  return os.path.realpath(os.path.expanduser(path))
+
+
+def _class_names(setup: Setup, root: epath.Path) -> Sequence[str]:
+  """The names of the classes that a model was trained with; of one of earlier code, the data's.
+
+  Raises:
+    UserError: if the data lie here, in a folder, and their classes have other names.
+  """
+  data, trained = setup.config.data, checkpoints_lib.notes(root).classes
+  if not (setup.model.num_classes or setup.config.sampling.labels):
+    return ()
+  at_hand = data.dataset.lower() == 'digits' or (
+    data.dataset.lower() == 'folder' and os.path.isdir(os.path.expanduser(data.path))
+  )
+  if not at_hand:
+    return trained
+  section = 'model' if setup.model.num_classes else 'classifier'
+  now = load_source(setup.config, 'train', section).class_names
+  check_same(trained, now, root, _RENAME)
+  return now
 
 
 def _at_start(setup: Setup, root: epath.Path, state: TrainState) -> None:

@@ -1,6 +1,6 @@
 """From a config to what is evaluated, and to what is drawn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import logging
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from builders.data import load_source
 from builders.setup import explicit_matching, Setup
+from data.classes import numbers_of
 from evaluation import features
 from evaluation.bits_per_dim import BitsPerDim
 from evaluation.draw import Drawing
@@ -181,8 +182,8 @@ def reference_images(config: FrozenConfigDict) -> Images:
   )
 
 
-def make_sample_request(setup: Setup) -> SampleRequest:
-  """What a config wants drawn by `--mode sample`.
+def make_sample_request(setup: Setup, class_names: Sequence[str] = ()) -> SampleRequest:
+  """What a config wants drawn by `--mode sample`; it may name classes by `class_names`.
 
   Raises:
     UserError: if there is no such class, or the fields do not go together.
@@ -191,21 +192,22 @@ def make_sample_request(setup: Setup) -> SampleRequest:
   return SampleRequest(
     n=choice.num_samples,
     batch_size=setup.config.eval.batch_size,
-    labels=_wanted_labels(setup),
+    labels=_wanted_labels(setup, class_names),
     problem=_inverse_problem(choice) if choice.task else None,
     trajectory=choice.trajectory,
   )
 
 
-def _wanted_labels(setup: Setup) -> np.ndarray | None:
+def _wanted_labels(setup: Setup, names: Sequence[str]) -> np.ndarray | None:
   """`sampling.labels` over and over, int32 [n]; without them, all classes that the model knows."""
-  labels, classes = setup.config.sampling.labels, setup.model.num_classes
+  classes = setup.model.num_classes
   known = classes or setup.config.classifier.num_classes
-  if wrong := [label for label in labels if not 0 <= label < known]:
-    allowed = f'0 to {known - 1}' if known else 'none, as neither model nor classifier has classes'
-    raise UserError(f'config.sampling.labels has {wrong[0]}; allowed: {allowed}')
+  labels = numbers_of(setup.config.sampling.labels, names, known)
   if not labels and not classes:
     return None
+  if labels and names:
+    shown = dict.fromkeys(f'{label} {names[label]}' for label in labels)
+    logger.info('drawing the classes %s', ', '.join(shown))
   in_turn = np.array(labels or range(classes), np.int32)
   return np.resize(in_turn, setup.config.sampling.num_samples)
 

@@ -164,7 +164,7 @@ def _default() -> ConfigDict:
   sampling.guidance_scale = 1.0  # of classes: 0 ignores them, 1 is p(x | y), more is more typical
   # What follows is for --mode sample.
   sampling.num_samples = 16  # for a task, of each input
-  sampling.labels = ()  # classes, over and over; empty for all that the model knows, in turn
+  sampling.labels = ()  # classes, by number or name, over and over; empty for all in turn
   sampling.task = ''  # inpaint, colorize, superres or deblur; empty for samples of everything
   sampling.input = ''  # an image of a task, or a folder of images
   sampling.mask = ''  # of inpaint: an image, white where pixels are known

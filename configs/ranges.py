@@ -41,11 +41,11 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
 )
 _MAY_BE_INFINITE = ('sampling.s_tmax',)
 # Fields of several numbers: their type, how many at least, the least of them, all that in words.
-_SEQUENCES: tuple[tuple[str, type[int] | tuple[type[int], type[float]], int, float, str], ...] = (
+_SEQUENCES: tuple[tuple[str, type | tuple[type, ...], int, float, str], ...] = (
   ('model.ch_mult', int, 1, 1, 'positive whole numbers'),
   ('model.attn_resolutions', int, 0, 1, 'positive whole numbers, or none'),
   ('model.fir_kernel', (int, float), 2, 0, 'two numbers or more, at least 0'),
-  ('sampling.labels', int, 0, 0, 'numbers of classes, from 0 on'),
+  ('sampling.labels', (int, str), 0, 0, 'numbers of classes, from 0 on, or their names'),
 )
 
 
@@ -65,7 +65,9 @@ def check(config: FrozenConfigDict) -> None:
   for name, kind, fewest, least, words in _SEQUENCES:
     values = field(config, name)
     if values is not None and not (
-      len(values) >= fewest and all(isinstance(v, kind) and v >= least for v in values)
+      len(values) >= fewest
+      and all(isinstance(v, kind) for v in values)
+      and all(v >= least for v in values if not isinstance(v, str))
     ):
       raise UserError(f'config.{name} must be {words}; got {values}')
 

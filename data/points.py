@@ -15,6 +15,7 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
+from data.sources import Source
 from runtime.errors import unknown, UserError
 from sde_lib import expand, SDE
 
@@ -250,11 +251,10 @@ def distribution(name: str, dim: int) -> Distribution:
 
 
 @dataclasses.dataclass(frozen=True)
-class PointSource:
-  """Points as a dataset, with random access; a `sources.Source`."""
+class PointSource(Source):
+  """Points as a dataset, with random access."""
 
   points: np.ndarray  # float32 [n, dim]
-  num_classes = 0
 
   def __len__(self) -> int:
     return len(self.points)

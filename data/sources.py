@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data import geometry
-from data.folder import find
+from data.folder import find, fingerprint
 from data.tfds import parse_example, prepared_builder, tfrecord_spans
 from runtime.errors import unknown, UserError
 
@@ -34,31 +34,46 @@ Batches = Generator[Batch, None, None]
 
 
 class Source(Protocol):
-  """Images or points, with random access."""
+  """Images or points, with random access.
+
+  Attributes:
+    class_names: of the classes, in the order of their labels; empty where there are no labels.
+  """
+
+  class_names: Sequence[str] = ()
 
   @property
   def num_classes(self) -> int:
     """How many classes there are; 0 where there are no labels."""
+    return len(self.class_names)
 
   def __len__(self) -> int: ...
 
   def batch(self, indices: np.ndarray) -> Batch:
     """What `indices` [n] stand for: 'data' [n, ...], and 'label' int32 [n] if there are labels."""
 
+  def class_counts(self) -> Sequence[int] | None:
+    """How many examples each class has, if that is soon known."""
+    return None
+
+  def fingerprint(self) -> str:
+    """What tells the files of a user from others, wherever they lie; empty where there are none."""
+    return ''
+
 
 _MEMORY_LIMIT = 4 * 2**30  # bytes; a larger set is decoded anew each time
+_COUNTED = 200_000  # images, at most, whose labels are looked at when training begins
 _AHEAD_LIMIT = 2**30  # bytes of batches that are prepared ahead, but at least two
 _DIGITS = Path(__file__).parent.parent / 'assets' / 'digits.npz'
 
 
-class ImageSource:
+class ImageSource(Source):
   """`source[i]` is image i, uint8 [image_size, image_size, num_channels]; `batch` takes many.
 
   Decoded images are kept in memory if all of them fit under 4 GiB.
 
   Attributes:
     shape: of an image.
-    class_names: of the classes, in the order of their labels; empty where there are no labels.
   """
 
   def __init__(
@@ -67,10 +82,16 @@ class ImageSource:
     length: int,
     read: Callable[[int], tuple[np.ndarray, int]],
     class_names: Sequence[str] = (),
+    label: Callable[[int], int] | None = None,
+    fingerprint: Callable[[], str] = lambda: '',
   ):
-    """`read(i)` decodes image i, of `shape`, and its label; it is called from several threads."""
+    """`read(i)` decodes image i, of `shape`, and its label; it is called from several threads.
+
+    `label(i)` is the label alone, which takes no time; `fingerprint()` that of the files.
+    """
     self.shape = shape
     self.class_names = tuple(class_names)
+    self._label, self._fingerprint = label, fingerprint
     self._length = length
     self._read = read
     fits = length * int(np.prod(shape)) <= _MEMORY_LIMIT
@@ -78,10 +99,14 @@ class ImageSource:
     self._labels = np.zeros(length if fits else 0, np.int32)
     self._decoded = np.zeros(length, bool)
 
-  @property
-  def num_classes(self) -> int:
-    """How many classes there are; 0 where there are no labels."""
-    return len(self.class_names)
+  def class_counts(self) -> Sequence[int] | None:
+    if self._label is None or not self.num_classes or self._length > _COUNTED:
+      return None
+    labels = np.array([self._label(i) for i in range(self._length)])
+    return np.bincount(labels, minlength=self.num_classes).tolist()
+
+  def fingerprint(self) -> str:
+    return self._fingerprint()
 
   def __len__(self) -> int:
     return self._length
@@ -114,7 +139,8 @@ class ImageSource:
 class _Records:
   """`read(i)` opens image i, in any size and mode, and tells its label, 0 where there are none.
 
-  `where(i)` names the image in an error message.
+  `where(i)` names the image in an error message; `label(i)` is its label alone, if that takes no
+  time; `files` are the user's.
   """
 
   length: int
@@ -122,6 +148,8 @@ class _Records:
   where: Callable[[int], str]
   fit: Callable[[Image.Image, int], Image.Image]
   class_names: Sequence[str] = ()
+  label: Callable[[int], int] | None = None
+  files: Sequence[Path] = ()
 
 
 def _digits(split: str, _: str) -> _Records:
@@ -134,6 +162,7 @@ def _digits(split: str, _: str) -> _Records:
     lambda i: f'digits {split} {i}',
     geometry.stretch,
     [str(digit) for digit in range(10)],
+    labels.__getitem__,
   )
 
 
@@ -145,6 +174,8 @@ def _folder(split: str, path: str) -> _Records:
     lambda i: str(files[i]),
     geometry.short_side_then_crop,
     class_names,
+    labels.__getitem__,
+    files,
   )
 
 
@@ -187,8 +218,11 @@ def _tfds(name: str, split: str, path: str, data_dir: str, held_out: str, fit: A
     image = Image.open(io.BytesIO(features['image'].bytes_list.value[0]))
     return image, features['label'].int64_list.value[0] if class_names else 0
 
+  def label(i: int) -> int:
+    return parse_example(records[i])['label'].int64_list.value[0]
+
   where = f'TFDS dataset {name}, split {split}, image'
-  return _Records(length, read, lambda i: f'{where} {i}', fit, class_names)
+  return _Records(length, read, lambda i: f'{where} {i}', fit, class_names, label)
 
 
 def _tfrecords(split: str, path: str) -> _Records:
@@ -214,7 +248,8 @@ def _tfrecords(split: str, path: str) -> _Records:
     data = np.frombuffer(features['data'].bytes_list.value[0], np.uint8)
     return Image.fromarray(data.reshape(shape).transpose(1, 2, 0).squeeze()), 0
 
-  return _Records(len(spans), read, lambda i: f'{spans[i][0]}, byte {spans[i][1]}', geometry.stored)
+  where = lambda i: f'{spans[i][0]}, byte {spans[i][1]}'  # noqa: E731
+  return _Records(len(spans), read, where, geometry.stored, files=files)
 
 
 _LOCAL = {'digits': _digits, 'folder': _folder, 'FFHQ': _tfrecords, 'CelebAHQ': _tfrecords}
@@ -284,7 +319,14 @@ def load(
 
   _, label = read(0)  # a wrong path or image_size shows now, not in the first training step
   # TFDS has -1 for every image of a split whose labels are secret.
-  return ImageSource(shape, records.length, read, records.class_names if label >= 0 else ())
+  return ImageSource(
+    shape,
+    records.length,
+    read,
+    records.class_names if label >= 0 else (),
+    records.label,
+    functools.partial(fingerprint, path, records.files),
+  )
 
 
 def _open(name: str, split: str, path: str, data_dir: str, category: str) -> _Records:

@@ -1,6 +1,6 @@
 """The likelihood of images, in bits per dimension."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from functools import cached_property, partial
 import math
@@ -58,6 +58,10 @@ class BitsPerDim(Measurement):
   def name(self) -> str:
     """In a report, and in the names of files."""
     return f'bpd_{self.split}'
+
+  @property
+  def class_names(self) -> Sequence[str]:
+    return self.source.class_names
 
   def is_in(self, report: Report) -> bool:
     return report.get(f'{self.name}_repeats') == self.repeats

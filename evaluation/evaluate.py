@@ -1,7 +1,7 @@
 """What is evaluated: which checkpoints of a run, and what a measurement of one is."""
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 import logging
 import time
@@ -21,6 +21,11 @@ WAIT_SECONDS = 30.0  # between two looks for a new checkpoint
 
 class Measurement(abc.ABC):
   """Something that is measured of a checkpoint, and its part of the report."""
+
+  @property
+  def class_names(self) -> Sequence[str]:
+    """The classes of the data that it is measured on, whose labels a model may be told."""
+    return ()
 
   @abc.abstractmethod
   def is_in(self, report: Report) -> bool:

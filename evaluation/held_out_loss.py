@@ -1,6 +1,6 @@
 """The loss of training, on held-out data; where the true score is known, the error of the score."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from functools import cached_property
 import time
@@ -59,6 +59,10 @@ class HeldOutLoss(Measurement):
       return {name: total(objective) for name, objective in self.objectives.items()}
 
     return jax.jit(loss_sums, out_shardings=self.devices.replicated)
+
+  @property
+  def class_names(self) -> Sequence[str]:
+    return self.held_out.class_names
 
   def is_in(self, report: Report) -> bool:
     return all(name in report for name in self.objectives)

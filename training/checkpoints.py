@@ -9,6 +9,7 @@ a checksum.
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
+from functools import partial
 import gc
 import itertools
 import json
@@ -74,6 +75,43 @@ def _mixed_sum(leaf: Array, number: Array) -> Array:
   return (mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Notes:
+  """What is written down with a checkpoint, beside its arrays; empty where earlier code wrote it.
+
+  Attributes:
+    classes: the names of the classes of the training data, in the order of their labels.
+    images: the fingerprint of the training images.
+    begun_from: the checkpoint whose parameters the run began with, if it did: where it lay, and
+      its checksum.
+  """
+
+  classes: tuple[str, ...] = ()
+  images: str = ''
+  begun_from: str = ''
+
+
+def notes(root: epath.Path, step: int | None = None) -> Notes:
+  """What is written down with the checkpoint of a step in a workdir, or with the newest."""
+  steps = sorted(_steps(root), reverse=True) if step is None else [step]
+  for there in map(partial(_metadata, root), steps):
+    if written := there.get('custom_metadata'):
+      known = {field.name for field in dataclasses.fields(Notes)}
+      found = Notes(**{name: value for name, value in written.items() if name in known})
+      return dataclasses.replace(found, classes=tuple(found.classes))
+    if there:
+      break
+  return Notes()
+
+
+def _metadata(root: epath.Path, step: int) -> dict[str, Any]:
+  """What Orbax writes down with a checkpoint; nothing if it is not whole, or damaged."""
+  for name in _FOLDERS:
+    with contextlib.suppress(OSError, ValueError):
+      return json.loads((root / name / str(step) / '_CHECKPOINT_METADATA').read_text())
+  return {}
+
+
 def identity(*params: Params) -> str:
   """What tells moving averages of checkpoints from others: their checksums, in hexadecimal."""
   return '-'.join(f'{int(checksums({"params": p})["params"]):08x}' for p in params)
@@ -86,11 +124,8 @@ def origin(root: epath.Path, step: int, *params: Params) -> Origin:
 
 def _begun(root: epath.Path, step: int) -> float:
   """When a checkpoint began to be written, in seconds since 1970; now, if it is not whole yet."""
-  for name in _FOLDERS:
-    path = root / name / str(step) / '_CHECKPOINT_METADATA'
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-      return json.loads(path.read_text())['init_timestamp_nsecs'] / 1e9
-  return time.time()
+  nanoseconds = _metadata(root, step).get('init_timestamp_nsecs')
+  return nanoseconds / 1e9 if nanoseconds else time.time()
 
 
 def earlier_checksum(state: Any) -> np.ndarray:
@@ -125,10 +160,14 @@ def _average_name(i: int) -> str:
 
 
 class Checkpoints:
-  """The checkpoints of one workdir; a context manager that waits for the last one to be written."""
+  """The checkpoints of one workdir; a context manager that waits for the last one to be written.
 
-  def __init__(self, workdir: epath.PathLike):
+  With each that is saved, `notes` are written down.
+  """
+
+  def __init__(self, workdir: epath.PathLike, notes: Notes | None = None):
     root = epath.Path(workdir)
+    self._notes = dataclasses.asdict(notes or Notes())
     kept, meta = (root / name for name in _FOLDERS)
     self._kept, self._meta = _manager(kept, max_to_keep=None), _manager(meta, max_to_keep=2)
     self._damaged: list[epath.Path] = []
@@ -160,7 +199,7 @@ class Checkpoints:
     parts = on_disk(state)
     item = {'state': parts, 'checksums': checksums(parts)}
     with _told(manager):
-      begun = manager.save(step, args=ocp.args.StandardSave(item))
+      begun = manager.save(step, args=ocp.args.StandardSave(item), custom_metadata=self._notes)
     if not begun:  # Orbax goes forward only
       raise Failure(
         f'checkpoint {step} cannot be written to {manager.directory}, where there is one of step '
@@ -243,8 +282,12 @@ class Checkpoints:
 
 def exist(workdir: epath.PathLike) -> bool:
   """Whether a workdir holds a checkpoint of either kind."""
-  folders = (epath.Path(workdir) / name for name in _FOLDERS)
-  return any(path.name.isdigit() for f in folders if f.exists() for path in f.iterdir())
+  return bool(_steps(epath.Path(workdir)))
+
+
+def _steps(root: epath.Path) -> set[int]:
+  folders = (root / name for name in _FOLDERS)
+  return {int(p.name) for f in folders if f.exists() for p in f.iterdir() if p.name.isdigit()}
 
 
 def _free_name(folder: epath.Path) -> epath.Path:

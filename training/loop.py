@@ -17,7 +17,7 @@ from models.score import Params
 from runtime import processes
 from runtime.devices import Devices, Keys
 from runtime.errors import UserError
-from training.checkpoints import Checkpoints
+from training.checkpoints import Checkpoints, Notes
 from training.step import Batch, finite_step, Metrics, TrainState
 from workdir.artifacts import Metrics as MetricsFile
 from workdir.progress import Stop, TrainLog
@@ -96,12 +96,14 @@ def train(
   held_out: sources.Source,
   at_start: Callable[[TrainState], None] = lambda state: None,
   at_snapshot: Callable[[TrainState, Stop], None] = lambda state, stop: None,
+  notes: Notes | None = None,
 ) -> TrainState:
   """Trains to the end, from the newest checkpoint in `root` if there is one.
 
   `at_start` is called once the state is there, before anything is written: what cannot be restored
   leaves the folder as it is. `at_snapshot` is called once a snapshot is saved, and again on
-  resuming there: the run may have been stopped in the middle of it.
+  resuming there: the run may have been stopped in the middle of it. `notes` are written down with
+  every checkpoint.
 
   Returns:
     The state after the last step.
@@ -113,7 +115,7 @@ def train(
     SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written; the code is 128 + signal.
   """
   n_iters = schedule.n_iters
-  with Stop() as stop, Checkpoints(root) as checkpoints:
+  with Stop() as stop, Checkpoints(root, notes) as checkpoints:
     start = state = restore_or_init(task, devices, keys, root, checkpoints)
     step = int(state.step)
     at_start(state)
