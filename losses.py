@@ -8,27 +8,29 @@ minimise. Its forerunners, explicit, implicit and sliced score matching, ask for
 
 from collections.abc import Callable
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jaxtyping import Float
 
+from runtime.shapes import Data, Key, PerRow
 from sde_lib import Chain, expand, ScoreFn, SDE
 
-# (score_fn, x [B, ...], t [B], key) -> loss [B], whose expectation over x ~ p_t is least at the
-# score of p_t.
-Matching = Callable[[ScoreFn, Array, Array, Array], Array]
+# (score_fn, x, t, key) -> loss, whose expectation over x ~ p_t is least at the score of p_t.
+Matching = Callable[[ScoreFn, Data, PerRow, Key], PerRow]
 
 
 # The times that training draws.
 
 
+@runtime_checkable
 class TimeLaw(Protocol):
   """A distribution of training times."""
 
-  def __call__(self, rng: Array, n: int) -> Array:
-    """Draws n times [n]."""
+  def __call__(self, rng: Key, n: int) -> PerRow:
+    """Draws n times."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class UniformTimes:
     if not 0 <= self.eps < self.T:
       raise ValueError(f'training times need 0 <= eps < T = {self.T}; got eps = {self.eps}')
 
-  def __call__(self, rng: Array, n: int) -> Array:
+  def __call__(self, rng: Key, n: int) -> PerRow:
     return jax.random.uniform(rng, (n,), minval=self.eps, maxval=self.T)
 
 
@@ -52,7 +54,7 @@ class ChainTimes:
 
   chain: Chain
 
-  def __call__(self, rng: Array, n: int) -> Array:
+  def __call__(self, rng: Key, n: int) -> PerRow:
     return self.chain.time(jax.random.randint(rng, (n,), 0, self.chain.N))
 
 
@@ -62,23 +64,23 @@ class OneTime:
 
   t: float
 
-  def __call__(self, rng: Array, n: int) -> Array:
+  def __call__(self, rng: Key, n: int) -> PerRow:
     del rng
     return jnp.full(n, self.t)
 
 
-# How a time counts: (sde, t [B], sigma [B]) -> [B], the factor of sigma times the error of the
-# score, which is of unit scale at every level of noise.
-Weight = Callable[[SDE, Array, Array], Array]
+# How a time counts: (sde, t, sigma) -> the factor of sigma times the error of the score, which is
+# of unit scale at every level of noise.
+Weight = Callable[[SDE, PerRow, PerRow], PerRow]
 
 
-def by_variance(sde: SDE, t: Array, sigma: Array) -> Array:
+def by_variance(sde: SDE, t: PerRow, sigma: PerRow) -> PerRow:
   """The squared error of the score counts sigma(t)^2: for samples (Sec. 3.3)."""
   del sde, t
   return jnp.ones_like(sigma)
 
 
-def by_likelihood(sde: SDE, t: Array, sigma: Array) -> Array:
+def by_likelihood(sde: SDE, t: PerRow, sigma: PerRow) -> PerRow:
   """It counts g(t)^2, for likelihood (https://arxiv.org/abs/2101.09258)."""
   return sde.diffusion_coef(t) / sigma
 
@@ -102,10 +104,12 @@ class Objective:
   reduce_mean: bool = False
 
 
-# What may be asked of a score at x [B, ...] and times t [B]; each is a loss [B].
+# What may be asked of a score at x and times t; each is a loss of every row.
 
 
-def explicit_score_matching(true_score_fn: ScoreFn, score_fn: ScoreFn, x: Array, t: Array) -> Array:
+def explicit_score_matching(
+  true_score_fn: ScoreFn, score_fn: ScoreFn, x: Data, t: PerRow
+) -> PerRow:
   """1/2 ||s(x) - grad log p(x)||^2, where the true score is known (Hyvarinen 2005, Eq. 2).
 
   https://jmlr.org/papers/v6/hyvarinen05a.html. The others have this expectation but for a constant.
@@ -113,14 +117,14 @@ def explicit_score_matching(true_score_fn: ScoreFn, score_fn: ScoreFn, x: Array,
   return 0.5 * _square(score_fn(x, t) - true_score_fn(x, t))
 
 
-def implicit_score_matching(score_fn: ScoreFn, x: Array, t: Array) -> Array:
+def implicit_score_matching(score_fn: ScoreFn, x: Data, t: PerRow) -> PerRow:
   """tr(ds/dx) + 1/2 ||s(x)||^2, integrated by parts (Hyvarinen 2005, Theorem 1).
 
   The trace is exact, and costs one derivative for each dimension.
   """
   axes = jnp.eye(x[0].size, dtype=x.dtype).reshape(-1, 1, *x.shape[1:])
 
-  def along(axis: Array) -> tuple[Array, Array]:
+  def along(axis: Float[Array, ' 1 *d']) -> tuple[Data, PerRow]:
     v = jnp.broadcast_to(axis, x.shape)
     score, slope = jax.jvp(lambda x: score_fn(x, t), [x], [v])
     return score, _dot(v, slope)
@@ -129,8 +133,8 @@ def implicit_score_matching(score_fn: ScoreFn, x: Array, t: Array) -> Array:
   return slopes.sum(0) + 0.5 * _square(scores[0])
 
 
-def sliced_score_matching(score_fn: ScoreFn, x: Array, t: Array, v: Array) -> Array:
-  """v^T (ds/dx) v + 1/2 (v^T s)^2 for random directions v like x, E[v v^T] = I.
+def sliced_score_matching(score_fn: ScoreFn, x: Data, t: PerRow, v: Data) -> PerRow:
+  """v^T (ds/dx) v + 1/2 (v^T s)^2 for random directions v, E[v v^T] = I.
 
   SSM of Song et al. 2019, https://arxiv.org/abs/1905.07088.
   """
@@ -138,7 +142,7 @@ def sliced_score_matching(score_fn: ScoreFn, x: Array, t: Array, v: Array) -> Ar
   return _dot(v, slope) + 0.5 * jnp.square(_dot(v, score))
 
 
-def hutchinson_score_matching(score_fn: ScoreFn, x: Array, t: Array, v: Array) -> Array:
+def hutchinson_score_matching(score_fn: ScoreFn, x: Data, t: PerRow, v: Data) -> PerRow:
   """v^T (ds/dx) v + 1/2 ||s||^2: implicit score matching with Hutchinson's estimate of the trace.
 
   Of less variance than `sliced_score_matching` (SSM-VR of the same paper).
@@ -154,22 +158,22 @@ MATCHINGS: dict[str, Matching] = {
 }
 
 
-def _signs(rng: Array, x: Array) -> Array:
+def _signs(rng: Key, x: Data) -> Data:
   return jax.random.rademacher(rng, x.shape, x.dtype)
 
 
-def _dot(u: Array, v: Array) -> Array:
+def _dot(u: Data, v: Data) -> PerRow:
   return (u * v).reshape(len(u), -1).sum(-1)
 
 
-def _square(x: Array) -> Array:
+def _square(x: Data) -> PerRow:
   return _dot(x, x)
 
 
 def score_matching_loss(
-  objective: Objective, score_fn: ScoreFn, x0: Array, t: Array, z: Array, rng: Array
-) -> Array:
-  """The loss of each example [B] at given times and noise, of any kind.
+  objective: Objective, score_fn: ScoreFn, x0: Data, t: PerRow, z: Data, rng: Key
+) -> PerRow:
+  """The loss of each example at given times and noise, of any kind.
 
   What is asked of the score at x_t = alpha x_0 + sigma z is weighed by sigma^2, as in `dsm_loss`,
   which so is this loss of `explicit_score_matching`, but for a constant at each time.
@@ -187,8 +191,8 @@ def score_matching_loss(
   return 2 / x0[0].size * loss if objective.reduce_mean else loss
 
 
-def dsm_loss(objective: Objective, score_fn: ScoreFn, x0: Array, t: Array, z: Array) -> Array:
-  """The denoising score matching loss of each example [B] at given times and noise (Eq. 7).
+def dsm_loss(objective: Objective, score_fn: ScoreFn, x0: Data, t: PerRow, z: Data) -> PerRow:
+  """The denoising score matching loss of each example at given times and noise (Eq. 7).
 
   w^2 ||sigma s(x_t, t) + z||^2 with x_t = alpha x_0 + sigma z: the squared error of the score, but
   for a constant, times sigma^2 and the square of the weight w.
@@ -196,9 +200,9 @@ def dsm_loss(objective: Objective, score_fn: ScoreFn, x0: Array, t: Array, z: Ar
   Args:
     objective: which kernels, weight and reduction over dimensions.
     score_fn: the score that is trained.
-    x0: data [B, ...].
-    t: times [B].
-    z: standard normal noise, like x0.
+    x0: data.
+    t: their times.
+    z: standard normal noise.
   """
   alpha, sigma = objective.kernels.kernel(t)
   x = expand(alpha, x0) * x0 + expand(sigma, x0) * z

@@ -8,7 +8,7 @@ in samplers/, and what a sampler is, in samplers/base.py.
 from collections.abc import Callable
 import dataclasses
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import flax
 import jax
@@ -25,6 +25,7 @@ from samplers.time_grids import TimeGrid
 from sde_lib import Chain, check_eps, expand, ReverseSDE, ScoreFn, SDE
 
 
+@runtime_checkable
 class Predictor(Protocol):
   """Moves x from one time of a grid to the next."""
 
@@ -34,6 +35,7 @@ class Predictor(Protocol):
     """One step of the reverse process for x [B, ...], from times step.t [B]."""
 
 
+@runtime_checkable
 class Corrector(Protocol):
   """Moves x towards p_t, at the time t where a step begins."""
 

@@ -11,8 +11,8 @@ smallest time: those are a sampler's, or a training's.
 Models may also be trained on the N noise scales of a `Chain`: SMLD for the VE SDE, DDPM for the VP
 SDE. Its steps are at the times t_i = i / (N - 1) T, i = 0 ... N - 1.
 
-Shapes: x is [B, ...], any data shape; t is [B]. Scalars per example broadcast against x by
-`expand`. Equation numbers are those of Song et al. 2021, https://arxiv.org/abs/2011.13456.
+The types are those of `runtime.shapes`; numbers per row broadcast against data by `expand`.
+Equation numbers are those of Song et al. 2021, https://arxiv.org/abs/2011.13456.
 """
 
 import abc
@@ -23,12 +23,15 @@ import math
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jaxtyping import Shaped
 
-ScoreFn = Callable[[Array, Array], Array]  # (x [B, ...], t [B]) -> grad_x log p_t(x), like x
+from runtime.shapes import Data, Key, PerRow, PerStep, PerTime, StepPerRow, Steps, Times
+
+ScoreFn = Callable[[Data, PerRow], Data]  # (x, t) -> grad_x log p_t(x)
 
 
-def expand(v: Array, x: Array) -> Array:
-  """Gives per-example values v [B] the singleton axes that they need to broadcast to x [B, ...]."""
+def expand(v: Shaped[Array, ' b ...'], x: Shaped[Array, ' b ...']) -> Shaped[Array, ' b ...']:
+  """Gives v, numbers per row, the axes of length 1 that they need to broadcast against x."""
   return v.reshape(v.shape + (1,) * (x.ndim - v.ndim))
 
 
@@ -54,37 +57,37 @@ class SDE(abc.ABC):
       return float(self.sigma(jnp.float32(self.T)))
 
   @abc.abstractmethod
-  def alpha(self, t: Array) -> Array:
-    """alpha(t) [B]: how much of x_0 is left at time t."""
+  def alpha(self, t: Times) -> PerTime:
+    """alpha(t): how much of x_0 is left at time t."""
 
   @abc.abstractmethod
-  def sigma(self, t: Array) -> Array:
-    """sigma(t) [B]: standard deviation of the noise in x_t given x_0."""
+  def sigma(self, t: Times) -> PerTime:
+    """sigma(t): standard deviation of the noise in x_t given x_0."""
 
-  def drift_coef(self, t: Array) -> Array:
-    """f(t) [B], where the drift is f(t) x: by default d log(alpha) / dt by differentiation."""
+  def drift_coef(self, t: Times) -> PerTime:
+    """f(t), where the drift is f(t) x: by default d log(alpha) / dt by differentiation."""
     return _derivative(lambda t: jnp.log(self.alpha(t)), t)
 
-  def diffusion_coef(self, t: Array) -> Array:
-    """g(t) [B]: by default from d(sigma^2) / dt - 2 f sigma^2, by differentiation."""
+  def diffusion_coef(self, t: Times) -> PerTime:
+    """g(t): by default from d(sigma^2) / dt - 2 f sigma^2, by differentiation."""
     growth = _derivative(lambda t: jnp.square(self.sigma(t)), t)
     g2 = growth - 2 * self.drift_coef(t) * jnp.square(self.sigma(t))
     return jnp.sqrt(jnp.maximum(g2, 0.0))  # a rounding may fall below
 
-  def log_snr(self, t: Array) -> Array:
-    """lambda(t) = log(alpha(t) / sigma(t)) [B]: half the logarithm of the signal-to-noise ratio.
+  def log_snr(self, t: Times) -> PerTime:
+    """lambda(t) = log(alpha(t) / sigma(t)): half the logarithm of the signal-to-noise ratio.
 
     It falls as t grows; it is infinite at t = 0 if no noise is left there.
     """
     return jnp.log(self.alpha(t)) - jnp.log(self.sigma(t))
 
-  def time_of_log_snr(self, log_snr: Array) -> Array:
-    """The time t [B] at which `log_snr(t)` has the given value [B]: its inverse.
+  def time_of_log_snr(self, log_snr: PerTime) -> Times:
+    """The time t at which `log_snr(t)` has the given value: its inverse.
 
     By default found by bisection in [0, T], to rounding; SDEs that know a formula override it.
     """
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: object, bounds: tuple[Times, Times]) -> tuple[Times, Times]:
       early, late = bounds
       middle = (early + late) / 2
       above = self.log_snr(middle) > log_snr  # then t is later
@@ -99,24 +102,24 @@ class SDE(abc.ABC):
     """The SDE itself, as a `Chain` has one."""
     return self
 
-  def sde(self, x: Array, t: Array) -> tuple[Array, Array]:
-    """Drift [B, ...] and diffusion [B] of the forward SDE (Eq. 5)."""
+  def sde(self, x: Data, t: PerRow) -> tuple[Data, PerRow]:
+    """Drift and diffusion of the forward SDE (Eq. 5)."""
     return expand(self.drift_coef(t), x) * x, self.diffusion_coef(t)
 
-  def kernel(self, t: Array) -> tuple[Array, Array]:
-    """alpha and sigma [B] of the perturbation kernel p(x_t | x_0)."""
+  def kernel(self, t: Times) -> tuple[PerTime, PerTime]:
+    """alpha and sigma of the perturbation kernel p(x_t | x_0)."""
     return self.alpha(t), self.sigma(t)
 
-  def marginal_prob(self, x: Array, t: Array) -> tuple[Array, Array]:
-    """Mean [B, ...] and standard deviation [B] of p(x_t | x_0 = x) (Appendix C)."""
+  def marginal_prob(self, x: Data, t: PerRow) -> tuple[Data, PerRow]:
+    """Mean and standard deviation of p(x_t | x_0 = x) (Appendix C)."""
     return expand(self.alpha(t), x) * x, self.sigma(t)
 
-  def prior_sampling(self, rng: Array, shape: tuple[int, ...]) -> Array:
+  def prior_sampling(self, rng: Key, shape: tuple[int, ...]) -> Data:
     """Draws x_T of the given shape."""
     return self.prior_std * jax.random.normal(rng, shape)
 
-  def prior_logp(self, z: Array) -> Array:
-    """Log-density [B] of z [B, ...] under the prior, in nats."""
+  def prior_logp(self, z: Data) -> PerRow:
+    """Log-density of z under the prior, in nats."""
     logp = jax.scipy.stats.norm.logpdf(z, scale=self.prior_std)
     return logp.reshape(z.shape[0], -1).sum(-1)
 
@@ -129,7 +132,7 @@ class SDE(abc.ABC):
     return Chain(self, N)
 
 
-def _derivative(function: Callable[[Array], Array], t: Array) -> Array:
+def _derivative(function: Callable[[Times], PerTime], t: Times) -> PerTime:
   """The derivative of an elementwise function at t."""
   return jax.jvp(function, (t,), (jnp.ones_like(t),))[1]
 
@@ -142,12 +145,12 @@ class ReverseSDE:
   score_fn: ScoreFn
   probability_flow: bool = False
 
-  def sde(self, x: Array, t: Array) -> tuple[Array, Array]:
-    """Drift [B, ...] and diffusion [B] of the reverse process; dt is negative."""
+  def sde(self, x: Data, t: PerRow) -> tuple[Data, PerRow]:
+    """Drift and diffusion of the reverse process; dt is negative."""
     return self.of_forward(x, t, *self.forward.sde(x, t))
 
-  def of_forward(self, x: Array, t: Array, f: Array, G: Array) -> tuple[Array, Array]:
-    """Drift and diffusion of the reversal of what has the drift f [B, ...] and diffusion G [B].
+  def of_forward(self, x: Data, t: PerRow, f: Data, G: PerRow) -> tuple[Data, PerRow]:
+    """Drift and diffusion of the reversal of what has the drift f and diffusion G.
 
     They are f - G^2 s(x, t) and G, or f - G^2 s(x, t) / 2 and 0 of the probability flow. That is so
     in continuous time, and for a step x_{i+1} = x_i + f_i(x_i) + G_i z_i (Appendix E).
@@ -155,8 +158,8 @@ class ReverseSDE:
     score = (0.5 if self.probability_flow else 1.0) * self.score_fn(x, t)
     return f - expand(G**2, x) * score, jnp.zeros_like(G) if self.probability_flow else G
 
-  def denoise(self, x: Array, t: Array) -> Array:
-    """E[x_0 | x_t = x], [B, ...], by Tweedie's formula (Efron 2011)."""
+  def denoise(self, x: Data, t: PerRow) -> Data:
+    """E[x_0 | x_t = x] by Tweedie's formula (Efron 2011)."""
     alpha, sigma = (expand(v, x) for v in (self.forward.alpha(t), self.forward.sigma(t)))
     return (x + sigma**2 * self.score_fn(x, t)) / alpha
 
@@ -188,39 +191,39 @@ class Chain:
   def check(self) -> None:
     """Raises ValueError if these steps do not exist."""
 
-  def index(self, t: Array) -> Array:
-    """The step i [B], in 0 ... N - 1, that is nearest to time t; the inverse of `time`."""
+  def index(self, t: Times) -> Steps:
+    """The step i, in 0 ... N - 1, that is nearest to time t; the inverse of `time`."""
     return self._clip(jnp.round(t / self.sde.T * (self.N - 1)))
 
-  def time(self, i: Array) -> Array:
-    """t_i [B], the time of step i."""
+  def time(self, i: Steps) -> Times:
+    """t_i, the time of step i."""
     return i / (self.N - 1) * self.sde.T
 
-  def marginal(self, i: Array) -> tuple[Array, Array]:
-    """alpha and sigma [B] of the kernel p(x_i | x_0); by default the SDE's at t_i."""
+  def marginal(self, i: Steps) -> tuple[PerTime, PerTime]:
+    """alpha and sigma of the kernel p(x_i | x_0); by default the SDE's at t_i."""
     return self.sde.kernel(self.time(i))
 
-  def kernel(self, t: Array) -> tuple[Array, Array]:
-    """alpha and sigma [B] of the kernel p(x_i | x_0) of the step i at time t."""
+  def kernel(self, t: Times) -> tuple[PerTime, PerTime]:
+    """alpha and sigma of the kernel p(x_i | x_0) of the step i at time t."""
     return self.marginal(self.index(t))
 
-  def discretize(self, x: Array, t: Array, i: Array) -> tuple[Array, Array]:
-    """f [B, ...] and G [B] of the step x_{i+1} = x_i + f_i(x_i) + G_i z_i (Appendix E).
+  def discretize(self, x: Data, t: PerRow, i: StepPerRow) -> tuple[Data, PerRow]:
+    """f and G of the step x_{i+1} = x_i + f_i(x_i) + G_i z_i (Appendix E).
 
     By default an Euler-Maruyama step of length 1 / N.
 
     Args:
-      x: [B, ...].
-      t: [B], the time of a sampler at this step; in [0, T] as the chain's own times are, or in
-        [eps, T]. SMLD and DDPM do not read it.
-      i: the step [B].
+      x: at this step.
+      t: the time of a sampler at this step; in [0, T] as the chain's own times are, or in [eps, T].
+        SMLD and DDPM do not read it.
+      i: the step.
     """
     del i
     drift, diffusion = self.sde.sde(x, t)
     return drift / self.N, diffusion / math.sqrt(self.N)
 
-  def ancestral(self, x: Array, score: Array, i: Array) -> tuple[Array, Array]:
-    """Mean [B, ...] and standard deviation [B] of the ancestral step from x_i to x_{i-1}.
+  def ancestral(self, x: Data, score: Data, i: StepPerRow) -> tuple[Data, PerRow]:
+    """Mean and standard deviation of the ancestral step from x_i to x_{i-1}.
 
     It is the posterior p(x_{i-1} | x_i, x_0) with x_0 estimated from the score (Appendix F). The
     step from i = 0 ends in clean data.
@@ -234,11 +237,11 @@ class Chain:
     # At i = 0 the sub-VP chain has sigma_t = 0 already, and nothing is left to do.
     return mean, jnp.where(i > 0, jnp.sqrt(variance) * sigma_s / sigma_t, 0.0)
 
-  def langevin_alpha(self, i: Array) -> Array:
-    """alpha_i [B] in the step size of a Langevin corrector (Algorithms 4 and 5)."""
+  def langevin_alpha(self, i: Steps) -> PerTime:
+    """alpha_i in the step size of a Langevin corrector (Algorithms 4 and 5)."""
     return jnp.ones(jnp.shape(i))
 
-  def _clip(self, i: Array) -> Array:
+  def _clip(self, i: PerTime) -> Steps:
     return jnp.clip(i, 0, self.N - 1).astype(jnp.int32)
 
 
@@ -262,23 +265,23 @@ class VESDE(SDE):
   def prior_std(self) -> float:
     return self.sigma_max
 
-  def alpha(self, t: Array) -> Array:
+  def alpha(self, t: Times) -> PerTime:
     return jnp.ones_like(t)
 
-  def sigma(self, t: Array) -> Array:
+  def sigma(self, t: Times) -> PerTime:
     return self.sigma_min * (self.sigma_max / self.sigma_min) ** t
 
-  def log_snr(self, t: Array) -> Array:
+  def log_snr(self, t: Times) -> PerTime:
     return -math.log(self.sigma_min) - t * math.log(self.sigma_max / self.sigma_min)
 
-  def time_of_log_snr(self, log_snr: Array) -> Array:
+  def time_of_log_snr(self, log_snr: PerTime) -> Times:
     """t = -(lambda + log sigma_min) / log(sigma_max / sigma_min)."""
     return -(log_snr + math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
 
-  def drift_coef(self, t: Array) -> Array:
+  def drift_coef(self, t: Times) -> PerTime:
     return jnp.zeros_like(t)
 
-  def diffusion_coef(self, t: Array) -> Array:
+  def diffusion_coef(self, t: Times) -> PerTime:
     return self.sigma(t) * math.sqrt(2 * math.log(self.sigma_max / self.sigma_min))
 
   def chain(self, N: int) -> 'SMLD':
@@ -292,11 +295,11 @@ class SMLD(Chain):
   sde: VESDE
 
   @property
-  def discrete_sigmas(self) -> Array:
-    """The noise scales [N], ascending."""
+  def discrete_sigmas(self) -> PerStep:
+    """The noise scales, ascending."""
     return self.sde.sigma(self.time(jnp.arange(self.N)))
 
-  def discretize(self, x: Array, t: Array, i: Array) -> tuple[Array, Array]:
+  def discretize(self, x: Data, t: PerRow, i: StepPerRow) -> tuple[Data, PerRow]:
     """SMLD's step (Eq. 8): G_i^2 = sigma_i^2 - sigma_{i-1}^2, with sigma_{-1} = 0."""
     del t
     log_ratio = math.log(self.sde.sigma_max / self.sde.sigma_min) / (self.N - 1)  # of neighbours
@@ -325,26 +328,26 @@ class _LinearBeta(SDE):
   def prior_std(self) -> float:
     return 1.0
 
-  def beta(self, t: Array) -> Array:
-    """beta(t) [B]."""
+  def beta(self, t: Times) -> PerTime:
+    """beta(t)."""
     return self.beta_min + t * (self.beta_max - self.beta_min)
 
-  def log_alpha(self, t: Array) -> Array:
-    """log alpha(t) [B]: -1/2 of the integral of beta from 0 to t (Appendix C)."""
+  def log_alpha(self, t: Times) -> PerTime:
+    """log alpha(t): -1/2 of the integral of beta from 0 to t (Appendix C)."""
     return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
 
-  def time_of_log_alpha(self, log_alpha: Array) -> Array:
-    """The time t [B] at which `log_alpha` has the given value [B].
+  def time_of_log_alpha(self, log_alpha: PerTime) -> Times:
+    """The time t at which `log_alpha` has the given value.
 
     The root of a quadratic equation, in the form that does not subtract.
     """
     b, c = 0.5 * self.beta_min, -log_alpha
     return 2 * c / (b + jnp.sqrt(b**2 + c * (self.beta_max - self.beta_min)))
 
-  def alpha(self, t: Array) -> Array:
+  def alpha(self, t: Times) -> PerTime:
     return jnp.exp(self.log_alpha(t))
 
-  def drift_coef(self, t: Array) -> Array:
+  def drift_coef(self, t: Times) -> PerTime:
     return -0.5 * self.beta(t)
 
   def chain(self, N: int) -> '_LinearBetaChain':
@@ -355,18 +358,18 @@ class _LinearBeta(SDE):
 class VPSDE(_LinearBeta):
   """The variance preserving SDE (Eq. 11): alpha^2 + sigma^2 = 1."""
 
-  def sigma(self, t: Array) -> Array:
+  def sigma(self, t: Times) -> PerTime:
     # expm1 keeps the digits that 1 - exp(.) loses near t = 0.
     return jnp.sqrt(-jnp.expm1(2 * self.log_alpha(t)))
 
-  def log_snr(self, t: Array) -> Array:
+  def log_snr(self, t: Times) -> PerTime:
     return self.log_alpha(t) - 0.5 * jnp.log(-jnp.expm1(2 * self.log_alpha(t)))
 
-  def time_of_log_snr(self, log_snr: Array) -> Array:
+  def time_of_log_snr(self, log_snr: PerTime) -> Times:
     """From alpha^2 = 1 / (1 + exp(-2 lambda)), so that log alpha = -1/2 log1p(exp(-2 lambda))."""
     return self.time_of_log_alpha(-0.5 * jax.nn.softplus(-2 * log_snr))
 
-  def diffusion_coef(self, t: Array) -> Array:
+  def diffusion_coef(self, t: Times) -> PerTime:
     return jnp.sqrt(self.beta(t))
 
   def chain(self, N: int) -> 'DDPM':
@@ -377,17 +380,17 @@ class VPSDE(_LinearBeta):
 class subVPSDE(_LinearBeta):
   """The sub-VP SDE (Eq. 12): the mean of the VP SDE and a variance that is never larger."""
 
-  def sigma(self, t: Array) -> Array:
+  def sigma(self, t: Times) -> PerTime:
     return -jnp.expm1(2 * self.log_alpha(t))
 
-  def log_snr(self, t: Array) -> Array:
+  def log_snr(self, t: Times) -> PerTime:
     return self.log_alpha(t) - jnp.log(-jnp.expm1(2 * self.log_alpha(t)))
 
-  def time_of_log_snr(self, log_snr: Array) -> Array:
+  def time_of_log_snr(self, log_snr: PerTime) -> Times:
     """From sigma / alpha = 1 / alpha - alpha = -2 sinh(log alpha) = exp(-lambda)."""
     return self.time_of_log_alpha(-jnp.arcsinh(0.5 * jnp.exp(-log_snr)))
 
-  def diffusion_coef(self, t: Array) -> Array:
+  def diffusion_coef(self, t: Times) -> PerTime:
     return jnp.sqrt(-self.beta(t) * jnp.expm1(4 * self.log_alpha(t)))
 
 
@@ -410,12 +413,12 @@ class _LinearBetaChain(Chain):
       )
 
   @property
-  def discrete_betas(self) -> Array:
-    """beta_i [N] (Appendix B). Raises what `check` does."""
+  def discrete_betas(self) -> PerStep:
+    """beta_i (Appendix B). Raises what `check` does."""
     self.check()
     return jnp.linspace(self.sde.beta_min / self.N, self.sde.beta_max / self.N, self.N)
 
-  def langevin_alpha(self, i: Array) -> Array:
+  def langevin_alpha(self, i: Steps) -> PerTime:
     return 1.0 - self.discrete_betas[i]
 
 
@@ -426,12 +429,12 @@ class DDPM(_LinearBetaChain):
   sde: VPSDE
 
   @property
-  def alphas_cumprod(self) -> Array:
-    """alpha_i^2 [N]: product of 1 - beta_j for j <= i."""
+  def alphas_cumprod(self) -> PerStep:
+    """alpha_i^2: product of 1 - beta_j for j <= i."""
     return jnp.exp(jnp.cumsum(jnp.log1p(-self.discrete_betas)))
 
-  def index(self, t: Array) -> Array:
-    """The last step of the chain that is not after time t [B].
+  def index(self, t: Times) -> Steps:
+    """The last step of the chain that is not after time t.
 
     Sampling from T to eps asks the network of DDPM between two steps; x has then the noise of
     the earlier one, to which the released code's truncation leads too.
@@ -440,18 +443,18 @@ class DDPM(_LinearBetaChain):
     # The time of a step, rounded, may lie before it; that is relative, so that 0.999 stays 0.
     return self._clip(jnp.floor(place * (1 + 2 * jnp.finfo(place.dtype).eps)))
 
-  def marginal(self, i: Array) -> tuple[Array, Array]:
+  def marginal(self, i: Steps) -> tuple[PerTime, PerTime]:
     log_alpha2 = jnp.cumsum(jnp.log1p(-self.discrete_betas))[i]
     return jnp.exp(0.5 * log_alpha2), jnp.sqrt(-jnp.expm1(log_alpha2))
 
-  def discretize(self, x: Array, t: Array, i: Array) -> tuple[Array, Array]:
+  def discretize(self, x: Data, t: PerRow, i: StepPerRow) -> tuple[Data, PerRow]:
     """DDPM's step (Eq. 10)."""
     del t
     beta = self.discrete_betas[i]
     shrink = jnp.expm1(0.5 * jnp.log1p(-beta))  # sqrt(1 - beta) - 1
     return expand(shrink, x) * x, jnp.sqrt(beta)
 
-  def ancestral(self, x: Array, score: Array, i: Array) -> tuple[Array, Array]:
+  def ancestral(self, x: Data, score: Data, i: StepPerRow) -> tuple[Data, PerRow]:
     """DDPM's ancestral step (Eq. 4), whose variance is beta_i, not the posterior's."""
     beta = self.discrete_betas[i]
     mean = (x + expand(beta, x) * score) / expand(jnp.sqrt(1.0 - beta), x)

@@ -15,13 +15,14 @@ from collections.abc import Callable
 import dataclasses
 
 import jax
-from jax import Array
 import jax.numpy as jnp
 
-# (x [B, ...]) -> what the network makes of it, and x as the network saw it; both like x.
-Network = Callable[[Array], tuple[Array, Array]]
-# (F, x, alpha, sigma), all like x or broadcasting to it -> like x.
-Reading = Callable[[Array, Array, Array, Array], Array]
+from runtime.shapes import Data, PerRow, PerRowExpanded
+
+# x -> what the network makes of it, and x as the network saw it.
+Network = Callable[[Data], tuple[Data, Data]]
+# (F, x, alpha, sigma) -> a x + b F.
+Reading = Callable[[Data, Data, PerRowExpanded, PerRowExpanded], Data]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +37,19 @@ class Preconditioning(abc.ABC):
   in_float32: bool = dataclasses.field(default=False, kw_only=True)
 
   @abc.abstractmethod
-  def score(self, network: Network, x: Array, alpha: Array, sigma: Array) -> Array:
-    """grad log p_t(x), like x [B, ...]; alpha and sigma of the noise kernel are [B, 1, ...]."""
+  def score(self, network: Network, x: Data, alpha: PerRowExpanded, sigma: PerRowExpanded) -> Data:
+    """grad log p_t(x); alpha and sigma are those of the noise kernel."""
 
   @abc.abstractmethod
-  def denoised(self, network: Network, x: Array, alpha: Array, sigma: Array) -> Array:
-    """E[x_0 | x_t = x], like x."""
+  def denoised(
+    self, network: Network, x: Data, alpha: PerRowExpanded, sigma: PerRowExpanded
+  ) -> Data:
+    """E[x_0 | x_t = x]."""
 
-  def energy(self, network: Network, x: Array, alpha: Array, sigma: Array) -> Array:
-    """E(x, t) [B], where p_t(x) is proportional to exp(-E(x, t)).
+  def energy(
+    self, network: Network, x: Data, alpha: PerRowExpanded, sigma: PerRowExpanded
+  ) -> PerRow:
+    """E(x, t), where p_t(x) is proportional to exp(-E(x, t)).
 
     Raises:
       ValueError: if the output is not read as an energy.
@@ -59,10 +64,12 @@ class Linear(Preconditioning):
   score_of: Reading
   denoised_of: Reading
 
-  def score(self, network: Network, x: Array, alpha: Array, sigma: Array) -> Array:
+  def score(self, network: Network, x: Data, alpha: PerRowExpanded, sigma: PerRowExpanded) -> Data:
     return self.score_of(network(x)[0], x, alpha, sigma)
 
-  def denoised(self, network: Network, x: Array, alpha: Array, sigma: Array) -> Array:
+  def denoised(
+    self, network: Network, x: Data, alpha: PerRowExpanded, sigma: PerRowExpanded
+  ) -> Data:
     return self.denoised_of(network(x)[0], x, alpha, sigma)
 
 
@@ -73,15 +80,19 @@ class Energy(Preconditioning):
   After Salimans & Ho 2021, https://openreview.net/forum?id=9AS-TF2jRNb.
   """
 
-  def energy(self, network: Network, x: Array, alpha: Array, sigma: Array) -> Array:
+  def energy(
+    self, network: Network, x: Data, alpha: PerRowExpanded, sigma: PerRowExpanded
+  ) -> PerRow:
     output, seen = network(x)
     away = (seen - output).reshape(len(x), -1)
     return 0.5 * jnp.square(away).sum(-1) / sigma.reshape(len(x))
 
-  def score(self, network: Network, x: Array, alpha: Array, sigma: Array) -> Array:
+  def score(self, network: Network, x: Data, alpha: PerRowExpanded, sigma: PerRowExpanded) -> Data:
     return -jax.grad(lambda x: self.energy(network, x, alpha, sigma).sum())(x)
 
-  def denoised(self, network: Network, x: Array, alpha: Array, sigma: Array) -> Array:
+  def denoised(
+    self, network: Network, x: Data, alpha: PerRowExpanded, sigma: PerRowExpanded
+  ) -> Data:
     return (x + sigma**2 * self.score(network, x, alpha, sigma)) / alpha
 
 

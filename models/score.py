@@ -1,7 +1,7 @@
 """From a network and an SDE to a score: the one place that knows how networks are read.
 
 A network sees neither the SDE nor the config. What it is conditioned on is one of the functions
-(chain, t [B]) -> [B] below; what its output means is a `Preconditioning`.
+(chain, t) -> a number for each row, below; what its output means is a `Preconditioning`.
 """
 
 from collections.abc import Callable
@@ -10,44 +10,44 @@ from typing import Any
 
 import flax
 import flax.linen as nn
-from jax import Array
 import jax.numpy as jnp
 
 from models.preconditioning import Network, Preconditioning
 from runtime.precision import products_at
+from runtime.shapes import Data, Key, Labels, PerRow, PerRowExpanded
 from sde_lib import Chain, expand, SDE
 
 Params = Any  # a tree of arrays
-Conditioning = Callable[[Chain, Array], Array]
+Conditioning = Callable[[Chain, PerRow], PerRow]
 
 
-def log_sigma(chain: Chain, t: Array) -> Array:
+def log_sigma(chain: Chain, t: PerRow) -> PerRow:
   """log sigma(t), for Fourier features under the VE SDE."""
   return jnp.log(chain.sde.sigma(t))
 
 
-def noise_time(chain: Chain, t: Array) -> Array:
+def noise_time(chain: Chain, t: PerRow) -> PerRow:
   """(N - 1) (T - t): SMLD's label made continuous, counted from the largest noise scale."""
   return (chain.N - 1) * (chain.sde.T - t)
 
 
-def noise_label(chain: Chain, t: Array) -> Array:
+def noise_label(chain: Chain, t: PerRow) -> PerRow:
   """SMLD's label: the index of the noise scale nearest to t, counted from the largest."""
   return jnp.round(noise_time(chain, t))
 
 
-def scaled_time(chain: Chain, t: Array) -> Array:
+def scaled_time(chain: Chain, t: PerRow) -> PerRow:
   """999 t, DDPM's time step made continuous."""
   del chain
   return 999.0 * t
 
 
-def log_scaled_time(chain: Chain, t: Array) -> Array:
+def log_scaled_time(chain: Chain, t: PerRow) -> PerRow:
   """log(999 t), for Fourier features under the VP and sub-VP SDEs."""
   return jnp.log(scaled_time(chain, t))
 
 
-def chain_time(chain: Chain, t: Array) -> Array:
+def chain_time(chain: Chain, t: PerRow) -> PerRow:
   """(N - 1) t, DDPM's time step: a whole number at the times of the chain."""
   return (chain.N - 1) * t
 
@@ -56,7 +56,7 @@ def chain_time(chain: Chain, t: Array) -> Array:
 class ScoreModel:
   """score(x, t), from a network whose `net.apply` takes (x in [-1, 1], conditioning, train).
 
-  A label-conditional one, with `num_classes`, takes labels [B] or None after these. Its null label
+  A label-conditional one, with `num_classes`, takes labels or None after these. Its null label
   num_classes, or None, makes it the score of all classes together.
 
   Attributes:
@@ -91,20 +91,20 @@ class ScoreModel:
     """Whose perturbation kernels it was trained on."""
     return self.chain.sde if self.continuous else self.chain
 
-  def init(self, rng: Array, shape: tuple[int, ...]) -> Params:
-    """Draws parameters for data of `shape` [B, ...]."""
+  def init(self, rng: Key, shape: tuple[int, ...]) -> Params:
+    """Draws parameters for data of `shape`, a batch's."""
     variables = self.net.init(rng, jnp.zeros(shape), jnp.ones(shape[:1]), False)
     return variables['params']
 
   def bind(
-    self, params: Params, dropout_rng: Array | None = None, labels: Array | None = None
+    self, params: Params, dropout_rng: Key | None = None, labels: Labels | None = None
   ) -> 'ModelScore':
     """The score function at `params`: grad_x log p_t(x), or grad_x log p_t(x | y) with labels.
 
     Args:
       params: of the network.
       dropout_rng: of dropout; None for no dropout.
-      labels: y, int32 [B], one for each row of the x that the score is then evaluated at.
+      labels: y, one for each row of the x that the score is then evaluated at.
 
     Raises:
       ValueError: if there are labels, and the network takes none.
@@ -122,38 +122,38 @@ class ModelScore:
   """
 
   params: Params
-  dropout_rng: Array | None
-  labels: Array | None
+  dropout_rng: Key | None
+  labels: Labels | None
   model: ScoreModel = flax.struct.field(pytree_node=False)
 
-  def __call__(self, x: Array, t: Array) -> Array:
+  def __call__(self, x: Data, t: PerRow) -> Data:
     return self.model.preconditioning.score(self._network(t), x, *self._kernel(x, t))
 
-  def denoised(self, x: Array, t: Array) -> Array:
-    """E[x_0 | x_t = x], like x [B, ...], for t [B]."""
+  def denoised(self, x: Data, t: PerRow) -> Data:
+    """E[x_0 | x_t = x]."""
     return self.model.preconditioning.denoised(self._network(t), x, *self._kernel(x, t))
 
-  def energy(self, x: Array, t: Array) -> Array:
-    """E(x, t) [B], where p_t(x) is proportional to exp(-E(x, t)).
+  def energy(self, x: Data, t: PerRow) -> PerRow:
+    """E(x, t), where p_t(x) is proportional to exp(-E(x, t)).
 
     Raises:
       ValueError: if the network was not trained as an energy.
     """
     return self.model.preconditioning.energy(self._network(t), x, *self._kernel(x, t))
 
-  def log_density(self, x: Array, t: Array) -> Array:
-    """log p_t(x) [B] up to a constant for each t: minus the energy."""
+  def log_density(self, x: Data, t: PerRow) -> PerRow:
+    """log p_t(x) up to a constant for each t: minus the energy."""
     return -self.energy(x, t)
 
-  def _kernel(self, x: Array, t: Array) -> tuple[Array, Array]:
+  def _kernel(self, x: Data, t: PerRow) -> tuple[PerRowExpanded, PerRowExpanded]:
     alpha, sigma = self.model.trained_with.kernel(t)
     return expand(alpha, x), expand(sigma, x)
 
-  def _network(self, t: Array) -> Network:
+  def _network(self, t: PerRow) -> Network:
     """The network at times t, as a function of x."""
     model, rng = self.model, self.dropout_rng
 
-    def network(x: Array) -> tuple[Array, Array]:
+    def network(x: Data) -> tuple[Data, Data]:
       seen = x if model.centered else 2 * x - 1
       with products_at(model.precision):
         output: Any = model.net.apply(

@@ -8,7 +8,7 @@ steps of a time grid, which `GridSampler` walks down.
 from collections.abc import Callable
 import dataclasses
 from functools import cache, partial
-from typing import Any, overload, Protocol
+from typing import Any, overload, Protocol, runtime_checkable
 
 import jax
 from jax import Array
@@ -32,6 +32,7 @@ Memory = Any  # what a solver takes along from step to step, a tree of arrays
 SEGMENTS = 100  # that a run of a fixed number of steps is cut into
 
 
+@runtime_checkable
 class Sampler(Protocol):
   """Draws samples."""
 
@@ -61,6 +62,7 @@ class Sampler(Protocol):
     """
 
 
+@runtime_checkable
 class Solver(Protocol):
   """Takes the steps of a time grid."""
 

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 
 import agreement
+import jaxtyping
 
 from runtime import start
 
@@ -21,6 +22,10 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:  # the workers inherit it
   atexit.register(shutil.rmtree, cache, ignore_errors=True)
   os.environ.setdefault('GLIBC_TUNABLES', '')  # no command that a test calls starts itself anew
   start.prepare()
+
+# Shapes are checked where they are said. Before any of these is imported.
+CHECKED = 'sde_lib', 'losses', 'models.preconditioning', 'models.score'
+jaxtyping.install_import_hook(CHECKED, 'beartype.beartype')
 
 
 def pytest_addoption(parser) -> None:

@@ -411,9 +411,9 @@ def control(name: str, run: str, denoise: bool) -> tuple[jax.Array, int]:
   chosen = ReleasedEulerMaruyama() if predictor == 'euler_maruyama' else PREDICTORS[predictor]()
   sde = chain.sde
   if task == 'colorize':
-    constraint, mask = Rotated(file['gray'], Gray(), sde), np.array([1, 0, 0])
+    constraint, mask = Rotated(jnp.asarray(file['gray']), Gray(), sde), np.array([1, 0, 0])
   else:
-    constraint, mask = Known(file['data'], Mask(file['mask']), sde), file['mask']
+    constraint, mask = Known(jnp.asarray(file['data']), Mask(file['mask']), sde), file['mask']
 
   def prior_sampling(self, rng, shape):
     # The released code begins with clean data where known; to colorize, it means to leave grey out

@@ -169,7 +169,7 @@ def test_prior_logp_is_that_of_the_prior(sde, shape):
 @pytest.mark.parametrize('cls', SDES)
 def test_index_counts_the_steps(cls, N):
   """`index` inverts `time`, compiled or not."""
-  chain, i = cls().chain(N), np.arange(N)
+  chain, i = cls().chain(N), jnp.arange(N)
   for index in (
     lambda i: chain.index(chain.time(i)),
     jax.jit(lambda i: chain.index(chain.time(i))),
@@ -436,7 +436,7 @@ def test_vp_chain_needs_more_steps_than_beta_max(cls, N):
   """Or 1 - beta_i would turn negative; a grid of the SDE itself can have any number of times."""
   chain = cls().chain(N)
   assert not chain.can_be_taken
-  for use in (chain.check, lambda: chain.langevin_alpha(0)):
+  for use in (chain.check, lambda: chain.langevin_alpha(jnp.arange(N))):
     with pytest.raises(ValueError, match='more steps than beta_max'):
       use()
   steps = GridStep.of_grid(chain.sde, np.linspace(1, 1e-3, N))

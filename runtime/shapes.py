@@ -1,0 +1,25 @@
+"""Shapes as types: what the arrays of public signatures are, in jaxtyping's notation.
+
+An axis is a letter: b the rows of a batch, *d what a row of data is made of, be it an image or a
+point. A letter is one length throughout a signature: (x: Data, t: PerRow) -> Data says that the
+result has the shape of x, and t a number for each row of x. In use these are annotations alone; the
+tests check them at run time (tests/conftest.py).
+"""
+
+from jax import Array
+from jaxtyping import Float, Int, PRNGKeyArray
+import numpy as np
+
+Key = PRNGKeyArray  # of random numbers
+Data = Float[Array, 'b *d']
+PerRow = Float[Array, ' b']  # a number for each row of data: a time, a loss, a log-density
+PerRowExpanded = Float[Array, 'b *ones']  # the same, by `sde_lib.expand`
+StepPerRow = Int[Array, ' b']  # of a chain
+Labels = Int[Array, ' b']
+
+# Of elementwise functions, which take one number, those of a time grid, or those of a batch.
+Times = Float[Array, '*b']
+PerTime = Float[Array, '*b']  # alpha, sigma and the like at these times
+Steps = Int[Array, '*b']  # of a chain
+HostTimes = Float[np.ndarray, ' n']  # of a grid, in float64, before JAX has them
+PerStep = Float[Array, ' N']  # a number for each step of a chain
