@@ -4,6 +4,8 @@ from ml_collections import FrozenConfigDict
 
 from data import points, sources
 from data.codec import Codec, ImageCodec, PointCodec
+from data.decoding import Decoder
+from data.deep import Span
 from runtime.errors import UserError
 
 
@@ -19,6 +21,22 @@ def make_codec(config: FrozenConfigDict) -> Codec:
     uniform_dequantization=data.uniform_dequantization,
     nearest_level=config.sampling.uint8 == 'round',
     label_dropout=label_dropout,
+  )
+
+
+def make_decoder(config: FrozenConfigDict) -> Decoder:
+  """How files become the images of a config.
+
+  Raises:
+    UserError: if a field of it has no such value.
+  """
+  data = config.data
+  return Decoder(
+    data.num_channels,
+    fit=data.fit,
+    background=data.background,
+    span=Span(data.black, data.white) if data.white else None,
+    max_pixels=data.max_pixels,
   )
 
 
@@ -39,6 +57,7 @@ def load_source(config: FrozenConfigDict, split: str, section: str = 'model') ->
     path=data.path,
     data_dir=data.tfds_dir,
     category=data.category,
+    decoder=make_decoder(config),
   )
   takes_labels = num_classes > 0 or section == 'classifier'
   if takes_labels and not num_classes == source.num_classes > 0:

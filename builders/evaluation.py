@@ -8,7 +8,7 @@ from etils import epath
 from ml_collections import FrozenConfigDict
 import numpy as np
 
-from builders.data import load_source
+from builders.data import load_source, make_decoder
 from builders.setup import explicit_matching, Setup
 from data.classes import numbers_of
 from evaluation import features
@@ -159,9 +159,14 @@ def reference_file(setup: Setup) -> ReferenceFile | None:
   """The file that samples are compared with, if they are.
 
   Raises:
-    UserError: if the weights of the network cannot be had.
+    UserError: if the weights of the network cannot be had, or it does not see such images.
   """
-  wanted = setup.config.eval
+  wanted, channels = setup.config.eval, setup.config.data.num_channels
+  if wanted.features == 'inception' and channels not in (1, 3):
+    raise UserError(
+      f'config.eval.features = inception sees grey or RGB images, and config.data.num_channels = '
+      f'{channels}; take --config.eval.features=pixels, or none, --config.eval.features='
+    )
   network = features.load(wanted.features, wanted.inception_path)
   if network is None:
     return None
@@ -193,7 +198,7 @@ def make_sample_request(setup: Setup, class_names: Sequence[str] = ()) -> Sample
     n=choice.num_samples,
     batch_size=setup.config.eval.batch_size,
     labels=_wanted_labels(setup, class_names),
-    problem=_inverse_problem(choice) if choice.task else None,
+    problem=_inverse_problem(setup.config) if choice.task else None,
     trajectory=choice.trajectory,
   )
 
@@ -212,9 +217,12 @@ def _wanted_labels(setup: Setup, names: Sequence[str]) -> np.ndarray | None:
   return np.resize(in_turn, setup.config.sampling.num_samples)
 
 
-def _inverse_problem(choice: FrozenConfigDict) -> InverseProblem:
+def _inverse_problem(config: FrozenConfigDict) -> InverseProblem:
+  choice = config.sampling
   make_task, make_conditioning = _TASKS[choice.task], _CONDITIONINGS[choice.conditioning]
-  return InverseProblem(make_task(choice), choice.input, make_conditioning(choice))
+  return InverseProblem(
+    make_task(choice), choice.input, make_conditioning(choice), make_decoder(config)
+  )
 
 
 def _deblur(choice: FrozenConfigDict) -> Deblur:

@@ -13,7 +13,7 @@ from builders.networks import halvings, LABELLED, NETWORKS
 from builders.samplers import make_sampler, METHODS
 from configs import ranges
 from configs.ranges import field
-from data import points
+from data import geometry, points
 from data.codec import Codec
 from data.points import Diffused
 from evaluation import features
@@ -109,6 +109,7 @@ _SDES: dict[str, Callable[[Any], SDE]] = {
 _OPTIMIZERS = {'Adam': adam}
 
 _CHOICES: dict[str, Collection[str]] = {
+  'data.fit': geometry.FITS,
   'training.sde': _SDES,
   'model.name': NETWORKS,
   'model.nonlinearity': ACTIVATIONS,

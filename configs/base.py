@@ -67,6 +67,12 @@ def _default() -> ConfigDict:
   data.path = ''  # an image folder, TFRecord files, or the archive that a dataset is made from
   data.tfds_dir = ''  # where prepared TFDS datasets lie; empty for TFDS's default
   data.category = ''  # of LSUN
+  # What follows is of images in files, and not in the released configs.
+  data.fit = 'crop'  # of images that are not square: crop, pad or stretch
+  data.background = 'white'  # colour behind what is transparent, and beside what is padded
+  data.black = 0.0  # stored values shown as black and as white, in images of more than 8 bits;
+  data.white = 0.0  # white 0: as the files tell, or else the largest value of all of them says
+  data.max_pixels = 178_956_970  # of an image as it is decoded, a limit to memory
   data.dim = 0  # of points, data.points.DISTRIBUTIONS; 0 for images
   data.centered = False
   data.random_flip = True

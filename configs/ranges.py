@@ -10,7 +10,8 @@ from runtime.errors import UserError
 from workdir import same_config
 
 _POSITIVE = (
-  'data.image_size', 'data.num_channels', 'model.nf', 'model.num_res_blocks', 'model.num_layers',
+  'data.image_size', 'data.num_channels', 'data.max_pixels', 'model.nf', 'model.num_res_blocks',
+  'model.num_layers',
   'model.fourier_scale', 'training.batch_size', 'training.n_iters', 'training.n_jitted_steps',
   'training.grad_accum', 'training.log_freq', 'training.eval_freq', 'training.snapshot_freq',
   'training.snapshot_freq_for_preemption', 'training.snapshot_samples', 'training.eps', 'optim.lr',

@@ -48,6 +48,12 @@ def find(path: str, split: str) -> tuple[list[Path], list[int], Sequence[str]]:
   return files[own], [number[name] for name in folders[own]], names
 
 
+def shown(path: object) -> str:
+  """A path, or a part of one, in one line of text, whatever bytes it is made of."""
+  text = os.fsencode(str(path)).decode('utf-8', 'backslashreplace')
+  return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
 def _subfolder(file: Path, root: Path) -> str:
   """The folder in `root` that a file lies in or below; empty for `root` itself."""
   first, *below = file.relative_to(root).parts

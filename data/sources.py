@@ -20,10 +20,11 @@ import sys
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from data import geometry
-from data.folder import find, fingerprint
+from data import deep, geometry
+from data.decoding import Decoder
+from data.folder import find, fingerprint, shown
 from data.tfds import parse_example, prepared_builder, tfrecord_spans
 from runtime.errors import unknown, UserError
 
@@ -137,19 +138,27 @@ class ImageSource(Source):
 
 @dataclasses.dataclass(frozen=True)
 class _Records:
-  """`read(i)` opens image i, in any size and mode, and tells its label, 0 where there are none.
+  """Images as they are stored, in any size and mode.
 
-  `where(i)` names the image in an error message; `label(i)` is its label alone, if that takes no
-  time; `files` are the user's.
+  Attributes:
+    length: how many there are.
+    read: (i) -> image i, opened and not yet loaded, and its label, 0 where there are none.
+    where: (i) -> the name of image i in an error message.
+    fit: the geometry of a dataset that has its own; None: the decoder's.
+    class_names: of the labels, if there are any.
+    upright: images are turned as their EXIF says.
+    label: (i) -> its label alone, if that takes no time.
+    files: of the user, if they are.
   """
 
   length: int
   read: Callable[[int], tuple[Image.Image, int]]
   where: Callable[[int], str]
-  fit: Callable[[Image.Image, int], Image.Image]
+  fit: Callable[[Image.Image, int], Image.Image] | None
   class_names: Sequence[str] = ()
   label: Callable[[int], int] | None = None
   files: Sequence[Path] = ()
+  upright: bool = False
 
 
 def _digits(split: str, _: str) -> _Records:
@@ -170,12 +179,13 @@ def _folder(split: str, path: str) -> _Records:
   files, labels, class_names = find(path, split)
   return _Records(
     len(files),
-    lambda i: (ImageOps.exif_transpose(Image.open(files[i])), labels[i]),
-    lambda i: str(files[i]),
-    geometry.short_side_then_crop,
+    lambda i: (Image.open(files[i]), labels[i]),
+    lambda i: shown(files[i]),
+    None,
     class_names,
     labels.__getitem__,
     files,
+    upright=True,
   )
 
 
@@ -272,6 +282,7 @@ def load(
   path: str = '',
   data_dir: str = '',
   category: str = '',
+  decoder: Decoder | None = None,
 ) -> ImageSource:
   """The images of one split of a dataset, each uint8 [image_size, image_size, num_channels].
 
@@ -280,11 +291,12 @@ def load(
       'CelebAHQ' in any case, or a name of TensorFlow Datasets such as 'oxford_flowers102'.
     split: 'train' or 'test'; the latter is whichever split the dataset holds out.
     image_size: pixels.
-    num_channels: 1 (luminance) or 3 (RGB).
+    num_channels: 1 (luminance), 2 (and alpha), 3 (RGB) or 4 (and alpha).
     path: the images of 'folder'; the TFRecord files of 'FFHQ' and 'CelebAHQ'; the official archive
       or files that CIFAR10, MNIST or FashionMNIST is prepared from where there is no network.
     data_dir: TFDS's data directory; empty for its default.
     category: of LSUN, such as 'bedroom' or 'church_outdoor'.
+    decoder: how images in files become those of the dataset; by default cropped, on white.
 
   Raises:
     UserError: unknown name, split or category; data that are missing, not prepared or damaged. A
@@ -292,8 +304,7 @@ def load(
   """
   if split not in ('train', 'test'):
     raise unknown('split', split, ('train', 'test'))
-  if num_channels not in (1, 3):
-    raise UserError(f'config.data.num_channels is {num_channels}; allowed: 1 (grey), 3 (RGB)')
+  decoder = dataclasses.replace(decoder or Decoder(), num_channels=num_channels)
   if image_size < 1:
     raise UserError(f'config.data.image_size is {image_size}; it must be at least 1')
   try:
@@ -302,14 +313,20 @@ def load(
     raise UserError(f'cannot open dataset {name!r}: {error}') from error
   if not records.length:
     raise UserError(f'dataset {name!r} has no images in split {split}')
+  if records.fit and decoder.fit != 'crop':
+    raise UserError(
+      f'config.data.fit = {decoder.fit} is for folders, and dataset {name!r} has a geometry of its '
+      'own; leave it at crop'
+    )
   shape = (image_size, image_size, num_channels)
+  usual = deep.Usual(records.length, lambda i: records.read(i)[0], path or name)
 
   def read(i: int) -> tuple[np.ndarray, int]:
     try:
       image, label = records.read(i)
       with image:
-        pixels = geometry.convert(image, num_channels)
-      return np.asarray(records.fit(pixels, image_size)).reshape(shape), int(label)
+        pixels = decoder.pixels(image, image_size, usual, records.fit, records.upright)
+      return pixels, int(label)
     except UserError as error:
       raise UserError(f'{records.where(i)}: {error}') from error
     except Exception as error:  # Pillow, protobuf and array_record each have a dozen
@@ -342,7 +359,7 @@ def _open(name: str, split: str, path: str, data_dir: str, category: str) -> _Re
           raise UserError("LSUN needs a category; set config.data.category, such as 'bedroom'")
       full = f'{tfds_name}/{config}' if config else tfds_name
       return _tfds(full, split, path, data_dir, held_out, fit)
-  return _tfds(name, split, path, data_dir, '', geometry.short_side_then_crop)
+  return _tfds(name, split, path, data_dir, '', None)
 
 
 @functools.lru_cache(maxsize=4)

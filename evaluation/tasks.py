@@ -6,13 +6,15 @@ into what a sampler needs.
 """
 
 import abc
+from collections.abc import Callable
 import dataclasses
 from pathlib import Path
+from typing import TypeVar
 
 from jax import Array
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from controllable_generation import (
   BlockMean,
@@ -24,13 +26,16 @@ from controllable_generation import (
   Operator,
   PosteriorGuidance,
 )
-from data import geometry
+from data import masks
 from data.codec import Codec
-from data.folder import image_files
+from data.decoding import Decoder
+from data.folder import image_files, shown
 from evaluation.known_levels import with_block_means
 from runtime.errors import UserError
 from samplers.base import Constraint
 from sde_lib import ScoreFn, SDE
+
+Decoded = TypeVar('Decoded')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +57,9 @@ class Task(abc.ABC):
   """What is known of images."""
 
   @abc.abstractmethod
-  def measure(self, files: list[Path], codec: Codec) -> tuple[np.ndarray, Operator]:
+  def measure(
+    self, files: list[Path], codec: Codec, decoder: Decoder
+  ) -> tuple[np.ndarray, Operator]:
     """What is measured of K files, float32 [K, H, W, C] as a network sees images, and how.
 
     Raises:
@@ -79,21 +86,19 @@ class Inpaint(Task):
 
   mask: str
 
-  def measure(self, files: list[Path], codec: Codec) -> tuple[np.ndarray, Operator]:
-    place = Path(self.mask).expanduser()
-    if not place.is_file():
-      raise UserError(
-        f'config.sampling.mask={self.mask!r} is not a file; name an image that is white where '
-        'pixels are known, and black where they are to be painted'
-      )
-    mask = _read(place, codec.pixel_shape[0], 1) >= 128
-    if mask.all() or not mask.any():
-      colour = (
-        'white, so that nothing is to be painted' if mask.all() else 'black: nothing is known'
-      )
-      raise UserError(f'the mask {self.mask} is all {colour}')
-    known = mask.astype(np.float32)
-    return known * _read_all(files, codec), Mask(known)
+  def measure(
+    self, files: list[Path], codec: Codec, decoder: Decoder
+  ) -> tuple[np.ndarray, Operator]:
+    mask = masks.load(self.mask)
+    size, _, _ = codec.pixel_shape
+    images, of_each = [], []
+    for file in files:
+      whole = _read(file, lambda image: decoder.colours(image, size))
+      pixels, known = masks.known_pixels(whole, mask, decoder, size)
+      images.append(pixels)
+      of_each.append(known)
+    known = np.all(of_each, axis=0)[..., None].astype(np.float32)
+    return known * codec.scaled(np.stack(images)), Mask(known)
 
   def keep_known(
     self, stored: np.ndarray, levels: np.ndarray, known: np.ndarray, operator: Operator
@@ -106,10 +111,12 @@ class Inpaint(Task):
 class Colorize(Task):
   """The mean of the three colours is known."""
 
-  def measure(self, files: list[Path], codec: Codec) -> tuple[np.ndarray, Operator]:
+  def measure(
+    self, files: list[Path], codec: Codec, decoder: Decoder
+  ) -> tuple[np.ndarray, Operator]:
     if codec.pixel_shape[-1] != 3:
       raise UserError('config.sampling.task = colorize needs a model of colour images')
-    return _read_all(files, codec).mean(-1, keepdims=True).repeat(3, axis=-1), Gray()
+    return _read_all(files, codec, decoder).mean(-1, keepdims=True).repeat(3, axis=-1), Gray()
 
   def keep_known(
     self, stored: np.ndarray, levels: np.ndarray, known: np.ndarray, operator: Operator
@@ -123,14 +130,16 @@ class SuperResolve(Task):
 
   factor: int
 
-  def measure(self, files: list[Path], codec: Codec) -> tuple[np.ndarray, Operator]:
+  def measure(
+    self, files: list[Path], codec: Codec, decoder: Decoder
+  ) -> tuple[np.ndarray, Operator]:
     factor, size = self.factor, codec.pixel_shape[0]
     if factor < 2 or size % factor:
       raise UserError(
         f'config.sampling.factor = {factor} must be at least 2 and divide config.data.image_size = '
         f'{size}'
       )
-    small = _read_all(files, codec, size // factor)
+    small = _read_all(files, codec, decoder, size // factor)
     return small.repeat(factor, axis=1).repeat(factor, axis=2), BlockMean(factor)
 
   def keep_known(
@@ -145,8 +154,10 @@ class Deblur(Task):
 
   blur_std: float
 
-  def measure(self, files: list[Path], codec: Codec) -> tuple[np.ndarray, Operator]:
-    return _read_all(files, codec), GaussianBlur(self.blur_std)
+  def measure(
+    self, files: list[Path], codec: Codec, decoder: Decoder
+  ) -> tuple[np.ndarray, Operator]:
+    return _read_all(files, codec, decoder), GaussianBlur(self.blur_std)
 
   def keep_known(
     self, stored: np.ndarray, levels: np.ndarray, known: np.ndarray, operator: Operator
@@ -208,11 +219,13 @@ class InverseProblem:
     task: what is known of them.
     path: of an image file, or of a folder of them.
     conditioning: how samples are made to agree with it.
+    decoder: how files become images of the network.
   """
 
   task: Task
   path: str
   conditioning: Conditioning
+  decoder: Decoder
 
   def read(self, codec: Codec) -> Inputs:
     """Reads the images, and measures what is known.
@@ -221,7 +234,7 @@ class InverseProblem:
       UserError: if there are none, or one cannot be read, or the task does not go with them.
     """
     files = _input_files(self.path)
-    y, operator = self.task.measure(files, codec)
+    y, operator = self.task.measure(files, codec, self.decoder)
     stems = [file.stem for file in files]
     names = stems if len(set(stems)) == len(stems) else [f'{i}_{s}' for i, s in enumerate(stems)]
     return Inputs(names, y, operator)
@@ -249,18 +262,24 @@ def _input_files(path: str) -> list[Path]:
   return files
 
 
-def _read_all(files: list[Path], codec: Codec, size: int | None = None) -> np.ndarray:
+def _read_all(
+  files: list[Path], codec: Codec, decoder: Decoder, size: int | None = None
+) -> np.ndarray:
   """Files as a network sees them, float32 [K, size, size, C], by default of its own size."""
-  own_size, _, channels = codec.pixel_shape
-  return codec.scaled(np.stack([_read(file, size or own_size, channels) for file in files]))
+  size = size or codec.pixel_shape[0]
+  return codec.scaled(
+    np.stack([_read(file, lambda image: decoder.pixels(image, size)) for file in files])
+  )
 
 
-def _read(file: Path, size: int, channels: int) -> np.ndarray:
-  """A file as a dataset would have it: uint8 [size, size, channels]."""
+def _read(file: Path, decode: Callable[[Image.Image], Decoded]) -> Decoded:
+  """What is made of an image file.
+
+  Raises:
+    UserError: if it cannot be read.
+  """
   try:
     with Image.open(file) as image:
-      pixels = geometry.convert(ImageOps.exif_transpose(image), channels)
-    fitted = geometry.short_side_then_crop(pixels, size)
-    return np.asarray(fitted).reshape(size, size, channels)
+      return decode(image)
   except Exception as error:  # Pillow has a dozen
-    raise UserError(f'{file} cannot be read as an image ({error})') from None
+    raise UserError(f'{shown(file)} cannot be read as an image ({error})') from None

@@ -284,7 +284,7 @@ def test_folder_mistakes(tmp_path, monkeypatch):
       folder(path, 4)
   save(noise(4, 4), tmp_path / 'a.png')
   (tmp_path / 'b.png').write_bytes((tmp_path / 'a.png').read_bytes()[:40])
-  save(noise(4, 4).astype(np.float32), tmp_path / 'c.tif')
+  save(np.full((4, 4), np.nan, np.float32), tmp_path / 'c.tif')
   source = folder(tmp_path, 4)
   for i in (1, 2):
     with pytest.raises(UserError, match=f'{"abc"[i]}.* cannot be read .* replace or remove'):
@@ -303,8 +303,8 @@ def test_folder_mistakes(tmp_path, monkeypatch):
 def test_argument_mistakes():
   with pytest.raises(UserError, match="split 'eval' does not exist"):
     load('digits', 'eval', image_size=8, num_channels=1)
-  with pytest.raises(UserError, match='num_channels is 4; allowed'):
-    load('digits', 'train', image_size=8, num_channels=4)
+  with pytest.raises(UserError, match='num_channels is 5; allowed'):
+    load('digits', 'train', image_size=8, num_channels=5)
   with pytest.raises(UserError, match='image_size is 0'):
     load('digits', 'train', image_size=0, num_channels=1)
 
