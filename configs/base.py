@@ -173,7 +173,8 @@ def _default() -> ConfigDict:
   sampling.labels = ()  # classes, by number or name, over and over; empty for all in turn
   sampling.task = ''  # inpaint, colorize, superres or deblur; empty for samples of everything
   sampling.input = ''  # an image of a task, or a folder of images
-  sampling.mask = ''  # of inpaint: an image, white where pixels are known
+  # Of inpaint, an image of two values: the brighter, or what is opaque, is known.
+  sampling.mask = ''
   sampling.factor = 4  # of superres
   sampling.blur_std = 1.0  # of deblur, in pixels
   sampling.conditioning = 'constraint'  # on a task's input; or posterior, slower and more faithful

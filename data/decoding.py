@@ -131,8 +131,8 @@ class Decoder:
     return image.convert(self.mode)
 
   def _shallow(self, image: Image.Image, usual: deep.Usual | None) -> Image.Image:
-    orientation = image.getexif().get(_ORIENTATION, 1)
     pixels = deep.read(image)
+    orientation = image.getexif().get(_ORIENTATION, 1)  # after, as this may load the image
     floats = pixels.colours.dtype.kind == 'f'
     span = self.span or pixels.told or (usual.span(floats) if usual else pixels.own_span())
     shown = pixels.image(span)

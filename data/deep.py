@@ -86,8 +86,11 @@ def read(image: Image.Image) -> Deep:
       raise ValueError('some of its pixels are not finite numbers')
     return Deep(values, told=_told(image, values), bits=_significant_bits(image))
   stream: Any = image.fp  # type: ignore[attr-defined]  # of files that are opened
+  where = stream.tell()
   stream.seek(0)
-  data, bits = stream.read(), _significant_bits(image)
+  data = stream.read()
+  stream.seek(where)  # from where Pillow goes on
+  bits = _significant_bits(image)
   if samples[1] == 'LA':  # which Pillow reads as RGBA
     pairs = _decoded(data, 'I;32B', 'I').astype(np.uint32)
     return Deep(pairs >> 16, ((pairs & 0xFFFF) >> 8).astype(np.uint8), bits=bits)

@@ -307,17 +307,17 @@ def load(
   decoder = dataclasses.replace(decoder or Decoder(), num_channels=num_channels)
   if image_size < 1:
     raise UserError(f'config.data.image_size is {image_size}; it must be at least 1')
+  if decoder.fit != 'crop' and _has_own_fit(name):
+    raise UserError(
+      f'config.data.fit = {decoder.fit} is for folders, and dataset {name!r} has a geometry of its '
+      'own; leave it at crop'
+    )
   try:
     records = _open(name, split, path, os.path.expanduser(data_dir), category)
   except OSError as error:
     raise UserError(f'cannot open dataset {name!r}: {error}') from error
   if not records.length:
     raise UserError(f'dataset {name!r} has no images in split {split}')
-  if records.fit and decoder.fit != 'crop':
-    raise UserError(
-      f'config.data.fit = {decoder.fit} is for folders, and dataset {name!r} has a geometry of its '
-      'own; leave it at crop'
-    )
   shape = (image_size, image_size, num_channels)
   usual = deep.Usual(records.length, lambda i: records.read(i)[0], path or name)
 
@@ -344,6 +344,11 @@ def load(
     records.label,
     functools.partial(fingerprint, path, records.files),
   )
+
+
+def _has_own_fit(name: str) -> bool:
+  own = {n.lower() for n in _LOCAL if n != 'folder'}
+  return name.partition('/')[0].lower() in own.union(*({n.lower(), t} for n, t, _, _ in _TFDS))
 
 
 def _open(name: str, split: str, path: str, data_dir: str, category: str) -> _Records:

@@ -31,26 +31,29 @@ MODEL = (
 # change while a run goes on.
 LEARNED = (
   *MODEL, 'seed', 'data.dataset', 'data.category', 'data.random_flip',
-  'data.uniform_dequantization', 'training.reduce_mean', 'training.likelihood_weighting',
-  'training.eps', 'training.label_dropout', 'ebm.regularization', 'optim.optimizer',
+  'data.uniform_dequantization', 'data.fit', 'data.background', 'data.black', 'data.white',
+  'training.reduce_mean', 'training.likelihood_weighting', 'training.eps',
+  'training.label_dropout', 'ebm.regularization', 'optim.optimizer',
 )  # fmt: skip
 # How it is learned, for how long, and what is made of it. Of `data.path` the images are compared,
 # which may have moved.
 MAY_CHANGE = (
-  'data.path', 'data.tfds_dir', 'model.ema_rate', 'model.ema_warmup', 'model.dropout',
-  'model.dtype', 'model.precision', 'model.remat', 'training.batch_size', 'training.n_iters',
-  'training.n_jitted_steps', 'training.grad_accum', 'training.skip_nonfinite', 'training.log_freq',
-  'training.eval_freq', 'training.snapshot_freq', 'training.snapshot_freq_for_preemption',
-  'training.wandb', 'training.snapshot_sampling', 'training.snapshot_samples', 'optim.lr',
-  'optim.beta1', 'optim.eps', 'optim.weight_decay', 'optim.warmup', 'optim.grad_clip',
-  'ebm.n_steps', 'ebm.step_size', 'ebm.restart', 'classifier', 'sampling', 'eval',
+  'data.path', 'data.tfds_dir', 'data.max_pixels', 'model.ema_rate', 'model.ema_warmup',
+  'model.dropout', 'model.dtype', 'model.precision', 'model.remat', 'training.batch_size',
+  'training.n_iters', 'training.n_jitted_steps', 'training.grad_accum', 'training.skip_nonfinite',
+  'training.log_freq', 'training.eval_freq', 'training.snapshot_freq',
+  'training.snapshot_freq_for_preemption', 'training.wandb', 'training.snapshot_sampling',
+  'training.snapshot_samples', 'optim.lr', 'optim.beta1', 'optim.eps', 'optim.weight_decay',
+  'optim.warmup', 'optim.grad_clip', 'ebm.n_steps', 'ebm.step_size', 'ebm.restart', 'classifier',
+  'sampling', 'eval',
 )  # fmt: skip
 # What samples and numbers depend on beside the checkpoint: it must not change within a folder of
 # them.
 FIXED_IN_EVAL = (
   *MODEL, 'model.dtype', 'model.precision', 'training.reduce_mean',
   'training.likelihood_weighting', 'training.eps', 'data.dataset', 'data.category', 'data.path',
-  'data.uniform_dequantization', 'sampling', 'eval.batch_size', 'seed',
+  'data.uniform_dequantization', 'data.fit', 'data.background', 'data.black', 'data.white',
+  'sampling', 'eval.batch_size', 'seed',
 )  # fmt: skip
 # How images are perturbed; what a classifier of such images depends on; what it learns.
 FIXED_NOISE = (
@@ -63,7 +66,8 @@ CLASSIFIER = (
 )  # fmt: skip
 LEARNED_BY_CLASSIFIER = (
   *CLASSIFIER, 'seed', 'data.dataset', 'data.category', 'data.random_flip',
-  'data.uniform_dequantization', 'training.eps', 'optim.optimizer',
+  'data.uniform_dequantization', 'data.fit', 'data.background', 'data.black', 'data.white',
+  'training.eps', 'optim.optimizer',
 )  # fmt: skip
 
 Changes = dict[str, tuple[Any, Any]]  # of a field: its value there, and now
