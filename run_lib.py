@@ -39,7 +39,7 @@ from data.classes import check_same, describe, numbers_of
 from data.noise_scales import NoiseScales
 from evaluation.evaluate import step_folder
 from evaluation.sample import draw_samples
-from evaluation.stats import noise_scales
+from evaluation.stats import examples, noise_scales
 from models.score import Params
 from runtime import processes
 from runtime.devices import out_of_memory
@@ -211,28 +211,34 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
   return report
 
 
-def stats(config: ConfigDict) -> NoiseScales:
+def stats(config: ConfigDict) -> NoiseScales | None:
   """Prints the noise levels that the training data ask for, and writes the statistics of features.
 
   The former are NCSNv2's, see `evaluation.stats`; the latter are what samples are compared with, of
   the images of `eval.stats_split` by the network `eval.features`, if any.
+
+  Returns:
+    The noise levels, or None if the data are too few, or too much alike, to ask for any.
 
   Raises:
     UserError: for a mistake in the config or the data.
   """
   setup = build(config)
   fields, batch_size = setup.config, setup.config.eval.batch_size
-  chosen = noise_scales(
-    load_source(fields, 'train'),
-    setup.codec,
-    sigma_min=fields.model.sigma_min,
-    n_steps_each=fields.sampling.n_steps_each,
-    batch_size=batch_size,
-    seed=fields.seed,
-  )
-  if file := reference_file(setup):
-    source = load_source(fields, fields.eval.stats_split)
-    file.make(source, batch_size, setup.devices.mesh)
+  train, file = load_source(fields, 'train'), reference_file(setup)
+  compared = load_source(fields, fields.eval.stats_split) if file else None
+  if file and compared:
+    file.check(compared)
+  x = examples(train, setup.codec, batch_size=batch_size, seed=fields.seed)
+  chosen = None
+  try:
+    chosen = noise_scales(x, fields.model.sigma_min, fields.sampling.n_steps_each)
+  except UserError as error:
+    if file is None:  # nothing else was wanted
+      raise
+    logger.warning('no noise levels are recommended: %s', error)
+  if file and compared:
+    file.make(compared, batch_size, setup.devices.mesh)
     logger.info('statistics of the features are in %s', file.path)
   return chosen
 

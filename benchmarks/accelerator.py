@@ -11,7 +11,6 @@ could not be compared.
 """
 
 import gc
-import json
 from pathlib import Path
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ import jax
 from benchmarks import common, device_rows
 from benchmarks.device_rows import Found, Row, WRONG
 from benchmarks.forms import NotHere
+from workdir.artifacts import json_text
 
 MINUTES = 4.0
 CELL = 8  # characters of a figure, at least
@@ -115,7 +115,7 @@ def measure(
     left_out = [row.name for row in rows[i + 1 :]]
     if path:
       written = {'machine': here, 'results': found, 'left out': left_out}
-      Path(path).write_text(json.dumps(written, indent=2) + '\n')
+      Path(path).write_text(json_text(written, indent=2) + '\n')
   names = [row.name for row in rows if row.name not in found]
   if names:
     print(f'\nleft out, as {minutes:g} minutes were over (--minutes): {"; ".join(names)}')

@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 import importlib
-import json
 import math
 import os
 from pathlib import Path
@@ -23,6 +22,7 @@ from data import sources
 from runtime import start
 from training import loop
 from workdir import versions
+from workdir.artifacts import json_text
 
 _REDUCED = {'model.nf': 32, 'model.num_res_blocks': 2}
 _NCSNPP, _DDPMPP = ('ve.cifar10', 'ncsnpp_continuous'), ('vp.cifar10', 'ddpmpp_continuous')
@@ -232,4 +232,4 @@ def report(text: str, results: Any, path: str | None) -> None:
   print('; '.join(f'{name} {value}' for name, value in here.items()))
   print(f'\n{text}')
   if path:
-    Path(path).write_text(json.dumps({'machine': here, 'results': results}, indent=2) + '\n')
+    Path(path).write_text(json_text({'machine': here, 'results': results}, indent=2) + '\n')

@@ -32,7 +32,6 @@ from collections.abc import Callable, Sequence
 import dataclasses
 from functools import partial
 import importlib.util
-import json
 import os
 from pathlib import Path
 import re
@@ -59,6 +58,7 @@ from runtime.errors import unknown, UserError
 from samplers import base
 import sampling
 from training.step import finite_step
+from workdir.artifacts import json_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(2)
   if args.json:
     whole = {'machine': common.machine(), 'results': results}
-    Path(args.json).write_text(json.dumps(whole, indent=2) + '\n')
+    Path(args.json).write_text(json_text(whole, indent=2) + '\n')
 
 
 if __name__ == '__main__':

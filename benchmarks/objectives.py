@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 from functools import partial
 import importlib
-import json
 from pathlib import Path
 import time
 
@@ -26,6 +25,7 @@ from data import points
 from models.score import Params
 from training import loop
 from training.step import eval_step
+from workdir.artifacts import json_text
 
 POINTS = 5000  # that the error is measured on
 
@@ -84,7 +84,7 @@ def main() -> None:
     cells = ' | '.join(f'{value:.4f}' for value in table[variant].values())
     print(f'| {variant} | {cells} | {seconds:.0f} |', flush=True)
   if choices.json:
-    choices.json.write_text(json.dumps(table, indent=2) + '\n')
+    choices.json.write_text(json_text(table, indent=2) + '\n')
 
 
 if __name__ == '__main__':

@@ -14,7 +14,6 @@ import argparse
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
-import json
 import math
 from pathlib import Path
 import sys
@@ -33,6 +32,7 @@ from samplers.time_grids import log_snr, SPACINGS, TimeGrid
 from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS
 from sde_lib import SDE, subVPSDE, VESDE, VPSDE
 from tests.analytic import gaussian, moments
+from workdir.artifacts import json_text
 
 BUDGETS = (5, 10, 20, 50, 100, 1000)
 SAMPLES, DIMENSIONS, DIRECTIONS = 5000, 2, 64
@@ -213,7 +213,7 @@ def main() -> None:
   print(table(results))
   print(f'\n{results["seconds"]:.0f} s')
   if args.json:
-    Path(args.json).write_text(json.dumps(results, indent=2) + '\n')
+    Path(args.json).write_text(json_text(results, indent=2) + '\n')
   if args.plot:
     plot(results, args.plot)
 

@@ -81,10 +81,12 @@ class BitsPerDim(Measurement):
           nfes.append(int(arrays['nfe']))
           seconds += float(arrays['seconds'])
           bar.update(repeat * n_images + end)
-    of_images = values.mean(0)
+    of_images, std_error = values.mean(0), None  # which one image alone does not tell
+    if n_images > 1:
+      std_error = float(of_images.std(ddof=1) / math.sqrt(n_images))
     return {
       self.name: float(of_images.mean()),
-      f'{self.name}_std_error': float(of_images.std(ddof=1) / math.sqrt(n_images)),
+      f'{self.name}_std_error': std_error,
       f'{self.name}_images': n_images,
       f'{self.name}_repeats': repeats,
       f'{self.name}_nfe': float(np.mean(nfes)),

@@ -22,7 +22,7 @@ import numpy as np
 
 from data import sources
 from evaluation.features import FeatureNetwork
-from evaluation.metrics import Moments
+from evaluation.metrics import Moments, NEIGHBOURS
 from runtime import processes
 from runtime.errors import cannot_write, UserError
 from workdir import artifacts, versions
@@ -102,15 +102,31 @@ class ReferenceFile:
   images: Images
   network: FeatureNetwork
 
+  def check(self, source: sources.Source) -> None:
+    """Sees to it, before the work, that the file can be made of the images of `source`.
+
+    Raises:
+      UserError: if they are too few, or there is a folder in its place.
+    """
+    n, images = len(source), self.images
+    if n < 2:
+      raise UserError(
+        f'statistics take at least 2 images; dataset {images.dataset!r} has {n} in split '
+        f'{images.split}. --config.eval.features= leaves them out'
+      )
+    if self.path.is_dir():
+      raise UserError(f'{self.path} is a folder; set config.eval.stats_path to a file in it')
+
   def make(self, source: sources.Source, batch_size: int, mesh: Mesh) -> None:
     """Writes it, of the images of `source`.
 
     It goes on from where it was stopped. An existing file is replaced.
 
     Raises:
-      UserError: if an image cannot be read, or the file may not be written.
+      UserError: if an image cannot be read, or the file may not be written; see `check`.
       Failure: if there is no room for it.
     """
+    self.check(source)
     try:
       self._make(source, batch_size, mesh)
     except OSError as error:
@@ -118,6 +134,8 @@ class ReferenceFile:
 
   def _make(self, source: sources.Source, size: int, mesh: Mesh) -> None:
     n, path = len(source), self.path
+    if n <= NEIGHBOURS:
+      logger.warning('%d images: samples can be compared with more than %d only', n, NEIGHBOURS)
     provenance = self._provenance() | {'count': n}
     mark = zlib.crc32(json.dumps([provenance, size, source.num_classes]).encode())
     folder = path.parent / f'.{path.stem}-{mark:08x}'  # not of other data, network or rounds
@@ -143,7 +161,7 @@ class ReferenceFile:
         cov=sums.moments.cov,
         features=np.concatenate(rows),
         class_counts=sums.class_counts,
-        provenance=json.dumps(provenance | {'versions': versions.here()}, indent=2),
+        provenance=artifacts.json_text(provenance | {'versions': versions.here()}, indent=2),
       )
       folder.rmtree()
     processes.wait_for_all('features')
@@ -166,7 +184,7 @@ class ReferenceFile:
     """Reads it.
 
     Raises:
-      UserError: if it is missing or damaged, or of other images or another network.
+      UserError: if it is missing or damaged, of too few or other images, or another network.
     """
     path, network = self.path, self.network
     if not path.exists():
@@ -195,6 +213,11 @@ class ReferenceFile:
       raise UserError(
         f'{path} is of something else: {"; ".join(changed)}. Name another in '
         'config.eval.stats_path, or make it again with --mode stats'
+      )
+    if len(reference.features) <= NEIGHBOURS or not np.isfinite(reference.cov).all():
+      raise UserError(
+        f'{path} is of {len(reference.features)} images: samples can be compared with more than '
+        f'{NEIGHBOURS} only. --config.eval.features= draws samples without comparing them'
       )
     return reference
 

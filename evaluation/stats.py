@@ -17,33 +17,34 @@ EXAMPLES = 5000  # whose distances are compared, fewer if they are large:
 NUMBERS = 2**28  # pixels and channels of all of them, a gigabyte
 
 
-def noise_scales(
-  source: sources.Source,
-  codec: Codec,
-  *,
-  sigma_min: float,
-  n_steps_each: int,
-  batch_size: int,
-  seed: int,
-) -> NoiseScales:
-  """Prints the noise levels that NCSNv2 recommends for the examples of `source`.
-
-  They are those of at most `EXAMPLES` examples.
+def examples(source: sources.Source, codec: Codec, *, batch_size: int, seed: int) -> np.ndarray:
+  """At most `EXAMPLES` examples of `source` as a network sees them, float32 [n, ...].
 
   Args:
     source: the training data.
-    codec: scales them as a network sees them.
-    sigma_min: the smallest noise.
-    n_steps_each: Langevin steps at a level.
+    codec: scales them.
     batch_size: of the data as they are read.
     seed: by which the examples are drawn.
   """
   n = min(len(source), EXAMPLES, NUMBERS // codec.dim)
   with closing(sources.train_batches(source, min(batch_size, n), seed=seed)) as batches:
     parts = [next(batches)['data'] for _ in range(math.ceil(n / min(batch_size, n)))]
-  x = codec.scaled(jnp.asarray(np.concatenate(parts)[:n]))
-  chosen = recommend(np.asarray(x), sigma_min, n_steps_each)
-  logger.info('%d examples of dimension %d', n, codec.dim)
+  return np.asarray(codec.scaled(jnp.asarray(np.concatenate(parts)[:n])))
+
+
+def noise_scales(x: np.ndarray, sigma_min: float, n_steps_each: int) -> NoiseScales:
+  """Prints the noise levels that NCSNv2 recommends for examples x [n, ...].
+
+  Args:
+    x: the examples.
+    sigma_min: the smallest noise.
+    n_steps_each: Langevin steps at a level.
+
+  Raises:
+    UserError: if no two of the examples are further apart than sigma_min, so that there are none.
+  """
+  chosen = recommend(x, sigma_min, n_steps_each)
+  logger.info('%d examples of dimension %d', len(x), x[0].size)
   logger.info('largest distance between two of them: %.4g', chosen.sigma_max)
   logger.info(
     'NCSNv2 recommends --config.model.sigma_max=%.4g --config.model.num_scales=%d (a ratio of %.4f '

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 from types import TracebackType
 from typing import Any
@@ -101,8 +102,23 @@ def claimed(folder: epath.Path) -> Iterator[None]:
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-  """Writes JSON that a person can read."""
-  write(path, (json.dumps(value, indent=2) + '\n').encode())
+  """Writes JSON that a person can read; see `json_text`."""
+  write(path, (json_text(value, indent=2) + '\n').encode())
+
+
+# A string, which stays as it is, or a word of Python's that JSON does not have.
+_STRING_OR_WORD = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity|NaN')
+_WORDS = {'NaN': 'null', 'Infinity': '1e999', '-Infinity': '-1e999'}
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+  """JSON as its standard has it (RFC 8259), which knows no NaN and no infinity.
+
+  NaN, what is not known, is null. An infinite number is one that is too large for a float, so that
+  it is read as what it was.
+  """
+  text = json.dumps(value, indent=indent)
+  return _STRING_OR_WORD.sub(lambda found: _WORDS.get(found[0], found[0]), text)
 
 
 def read_json(path: epath.Path) -> Any:
@@ -206,7 +222,7 @@ class Metrics:
     """Adds the scalars of a training step."""
     if not self._events:
       return
-    line = json.dumps({'step': step, **scalars}) + '\n'
+    line = json_text({'step': step, **scalars}) + '\n'
     self._all.append(line)
     if self._lines:
       self._lines.write(line)

@@ -177,6 +177,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _shown(value: Any) -> str:
+  if value is None:
+    return ''
   return f'{value:.6g}' if isinstance(value, float) else str(value)
 
 

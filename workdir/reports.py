@@ -1,5 +1,6 @@
 """What evaluations leave: a report for each checkpoint, a table of them, TensorBoard scalars."""
 
+import math
 from typing import Any
 
 from etils import epath
@@ -30,8 +31,12 @@ def write(out: epath.Path, report: Report) -> None:
 
 
 def scalars(report: Report) -> dict[str, float]:
-  """The numbers of a report, without its step."""
-  numbers = {name: value for name, value in report.items() if isinstance(value, int | float)}
+  """The numbers of a report that are known, without its step."""
+  numbers = {
+    name: value
+    for name, value in report.items()
+    if isinstance(value, int | float) and math.isfinite(value)
+  }
   return {name: value for name, value in numbers.items() if name != 'step'}
 
 
@@ -45,7 +50,7 @@ def summary(report: Report) -> str:
 def best(reports: list[Report]) -> tuple[int, str] | None:
   """The step of the best checkpoint, and what it is best in, if they have a measure in common."""
   for name in RANKING:
-    if reports and all(name in report for report in reports):
+    if reports and all(name in scalars(report) for report in reports):
       return min(reports, key=lambda report: report[name])['step'], name
   return None
 
@@ -55,7 +60,8 @@ def table(reports: list[Report]) -> str:
   names = list(dict.fromkeys(name for report in reports for name in scalars(report)))
   rows = [['step', *names], ['---'] * (1 + len(names))]
   for report in reports:
-    values = (f'{report[name]:.6g}' if name in report else '' for name in names)
+    numbers = scalars(report)
+    values = (f'{numbers[name]:.6g}' if name in numbers else '' for name in names)
     rows.append([str(report['step']), *values])
   lines = [f'| {" | ".join(row)} |' for row in rows]
   if chosen := best(reports):
