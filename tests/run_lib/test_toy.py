@@ -104,7 +104,7 @@ def test_samples_of_points_are_drawn_with_their_trajectory(workdir):
   assert report == {'samples': 100, 'nfe': 30}  # two corrections and one prediction a step
   folder = workdir / 'sample' / 'step_12'
   names = {path.name for path in folder.iterdir()}
-  assert names == {'samples.npz', 'samples.png', 'trajectory.gif'}
+  assert names == {'checkpoint.json', 'samples.npz', 'samples.png', 'trajectory.gif'}
   assert Image.open(folder / 'trajectory.gif').n_frames == 10
 
 
