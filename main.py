@@ -15,6 +15,7 @@
   python main.py --config configs/ve/cifar10.py --mode stats
   python main.py --config configs/ve/cifar10.py --mode eval --config.eval.enable_sampling
   python main.py --config configs/ve/cifar10.py --mode import --checkpoint checkpoint_8
+  python main.py --config configs/vp/photos.py --mode train --init_from runs/a --workdir runs/b
 
 Any field of a config can be set as --config.section.field=value. The index.html of a workdir shows
 what is in it. Ends with 0 when done, 1 if the machine failed (a full disk, a lost process), 2 for
@@ -58,8 +59,9 @@ _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many there are
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this one, from 0; likewise.')
 _DETERMINISTIC = flags.DEFINE_bool('deterministic', False, 'GPUs compute the same bits each time.')
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Released checkpoint to import.')
+_INIT_FROM = flags.DEFINE_string('init_from', None, 'Workdir whose parameters a new run takes.')
 _FLAGS = (
-  _CONFIG, _MODE, _WORKDIR, _EVAL_FOLDER, _SAMPLE_FOLDER, _CHECKPOINT,
+  _CONFIG, _MODE, _WORKDIR, _EVAL_FOLDER, _SAMPLE_FOLDER, _CHECKPOINT, _INIT_FROM,
   _DETERMINISTIC, _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID,
 )  # fmt: skip
 
@@ -147,6 +149,8 @@ def parse(argv: Sequence[str]) -> tuple[str, str, ConfigDict]:
     raise UserError(f'--mode is missing; allowed: {", ".join(_MODES)}')
   if (_MODE.value == 'import') != bool(_CHECKPOINT.value):
     raise UserError('--mode import and --checkpoint FILE go together')
+  if _INIT_FROM.value is not None and (_MODE.value != 'train' or not _INIT_FROM.value):
+    raise UserError('--init_from WORKDIR goes with --mode train, for a new run')
   return path, variant, config
 
 
@@ -227,7 +231,7 @@ def main(argv: Sequence[str]) -> None:
       usual, begins = default_workdir(path, variant), _MODE.value in ('train', 'import')
       workdir = workdir_of(usual, as_in_file, _CONFIG.value, begins)
     if _MODE.value == 'train':
-      run_lib.train(_CONFIG.value, workdir)
+      run_lib.train(_CONFIG.value, workdir, _INIT_FROM.value or '')
     elif _MODE.value == 'train_classifier':
       run_lib.train_classifier(_CONFIG.value, workdir)
     elif _MODE.value == 'eval':

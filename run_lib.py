@@ -6,7 +6,7 @@ A workdir holds `config.json`, `machine.json`, `index.html` which shows the run,
 classifier. All of it can be stopped at any moment and started again, with the same final result.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 from functools import partial
@@ -45,11 +45,11 @@ from runtime import processes
 from runtime.devices import out_of_memory
 from runtime.errors import cannot_write, UserError
 from training import checkpoints as checkpoints_lib
-from training import classifier, loop, released_checkpoints
+from training import classifier, fine_tuning, loop, released_checkpoints
 from training.checkpoints import Checkpoints, Notes
 from training.step import TrainState
 from workdir import artifacts, page, reports, same_config, versions
-from workdir.origin import set_aside_former
+from workdir.origin import has_results, set_aside_former
 from workdir.progress import Bar, Stop
 from workdir.reports import Report
 from workdir.same_config import (
@@ -64,19 +64,26 @@ from workdir.same_config import (
 logger = logging.getLogger('score_sde')
 
 
-def train(config: ConfigDict, workdir: str) -> None:
+def train(config: ConfigDict, workdir: str, init_from: str = '') -> None:
   """Trains until `training.n_iters`, from the newest checkpoint in `workdir` if there is one.
+
+  A new run begins with the parameters of another if `init_from` names that: a workdir, or one of
+  its checkpoints. It goes on like any other, with `init_from` or without.
 
   Raises:
     UserError: for a mistake in the config, the data or the workdir, or a loss that is not finite.
     SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written; the code is 128 + signal.
   """
-  setup, root = build(config), epath.Path(workdir).expanduser()
+  setup, root = build(config), artifacts.root_of(workdir)
   check_shared(setup.config, 'training.snapshot_samples')
   check_shared(setup.config, 'training.batch_size', 'training.grad_accum')
   source, held_out = (load_source(setup.config, split) for split in ('train', 'test'))
   _check_goes_on(root, setup, LEARNED)
-  notes = _note_data(root, setup, source, setup.model.num_classes)
+  notes, begin = _note_data(root, setup, source, setup.model.num_classes), None
+  if init_from:
+    notes, begin = _begin_from(init_from, root, setup, notes)
+  elif notes.begun_from:
+    logger.info('it began with the parameters of %(workdir)s, step %(step)d', notes.begun_from)
   numbers_of(
     [label for label in setup.config.sampling.labels if isinstance(label, str)],
     source.class_names, source.num_classes,
@@ -85,7 +92,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     loop.train(
       score_task(setup), make_schedule(setup.config), setup.devices, setup.keys,
       root, source, held_out, partial(_at_start, setup, root), partial(_at_snapshot, setup, root),
-      notes,
+      notes, begin,
     )  # fmt: skip
     page.write(root)  # now that the last checkpoint is there
 
@@ -100,7 +107,7 @@ def train_classifier(config: ConfigDict, workdir: str) -> Report:
     UserError: for a mistake in the config, the data or the workdir, or a loss that is not finite.
     SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written; the code is 128 + signal.
   """
-  setup, root = build(config), epath.Path(workdir).expanduser()
+  setup, root = build(config), artifacts.root_of(workdir)
   if setup.config.data.dim:
     raise UserError(f'a classifier is for images, and config.data.dim = {setup.config.data.dim}')
   check_shared(setup.config, 'classifier.batch_size')
@@ -141,7 +148,7 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   Raises:
     UserError: for a mistake in the config, the data or the workdir.
   """
-  setup, root = build(config), epath.Path(workdir).expanduser()
+  setup, root = build(config), artifacts.root_of(workdir)
   out = root / eval_folder
   if not checkpoints_lib.exist(root) and not setup.config.eval.wait:
     raise UserError(f'{root} holds no checkpoints to evaluate; train first (--mode train)')
@@ -189,7 +196,7 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
   Raises:
     UserError: for a mistake in the config, the workdir or the user's images.
   """
-  setup, root = build(config), epath.Path(workdir).expanduser()
+  setup, root = build(config), artifacts.root_of(workdir)
   step, params = _newest(setup, root)
   names = _class_names(setup, root if setup.model.num_classes else classifier.folder(root))
   request, log_prob, used = make_sample_request(setup, names), None, [params]
@@ -249,7 +256,7 @@ def load(workdir: str) -> tuple[Setup, Params]:
   Raises:
     UserError: if the workdir holds no checkpoint.
   """
-  root = epath.Path(workdir).expanduser()
+  root = artifacts.root_of(workdir)
   path = root / 'config.json'
   if not path.exists():
     raise UserError(f'{path} does not exist; name the workdir of a run')
@@ -278,7 +285,7 @@ def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
   Raises:
     UserError: for a mistake in the config, a file that does not fit it, or a workdir in use.
   """
-  setup, root = build(config), epath.Path(workdir).expanduser()
+  setup, root = build(config), artifacts.root_of(workdir)
   if checkpoints_lib.exist(root):
     raise UserError(f'{root} holds checkpoints already; choose another --workdir')
   abstract = _abstract_state(setup)  # says so if the config does not make a network
@@ -318,7 +325,7 @@ def _check_goes_on(root: epath.Path, setup: Setup, learned: tuple[str, ...]) -> 
   if checkpoints_lib.exist(root):
     way_out = (
       'What is learned must not change in mid-run: give back these values, or choose a new '
-      '--workdir'
+      f'--workdir; --init_from={root} begins that with the parameters that are here'
     )
     check_unchanged(root / 'config.json', setup.config.to_dict(), learned, way_out)
 
@@ -331,8 +338,7 @@ def _check_model(root: epath.Path, setup: Setup) -> None:
 
 def _check_results(out: epath.Path, setup: Setup) -> None:
   """Raises UserError if a folder holds results of another config."""
-  there = [*out.glob('report_*.json'), *out.glob('step_*')] if out.exists() else []
-  if there:
+  if has_results(out):
     way_out = 'Give back these values, or choose another folder (--eval_folder, --sample_folder)'
     check_unchanged(out / 'config.json', setup.config.to_dict(), FIXED_IN_EVAL, way_out)
 
@@ -357,6 +363,45 @@ def _note_data(root: epath.Path, setup: Setup, source: sources.Source, told_clas
   return dataclasses.replace(there, classes=tuple(source.class_names), images=now)
 
 
+def _begin_from(
+  name: str, root: epath.Path, setup: Setup, notes: Notes
+) -> tuple[Notes, Callable[[TrainState], TrainState] | None]:
+  """What a run that begins with the parameters of another notes of it, and how it begins.
+
+  Where it has begun already, it just goes on.
+
+  Raises:
+    UserError: if the workdir holds another run, or there are no such parameters.
+  """
+  path = artifacts.root_of(name, '--init_from')
+  if not artifacts.is_remote(path):
+    path = epath.Path(_place(name))
+  if checkpoints_lib.exist(root):
+    there = notes.begun_from.get('name', '')
+    if there == str(path):
+      return notes, None
+    what = f'that was begun from {there}' if there else 'that was begun from nothing'
+    raise UserError(
+      f'{root} holds a run {what}, and --init_from {name} is for a new one: choose a new '
+      '--workdir. Without --init_from the run there goes on'
+    )
+  place = fine_tuning.find(path)
+  config_path = place.root / 'config.json'
+  if not config_path.exists():
+    raise UserError(f'--init_from: {config_path} does not exist; it belongs to the checkpoints')
+  try:
+    others = build(saved(artifacts.read_json(config_path), config_path))
+  except UserError as error:
+    raise UserError(f'--init_from: {config_path}: {error}') from None
+  beginning, source = fine_tuning.load(place, _abstract_state(others), notes.classes)
+  logger.info('beginning with the parameters of %s', beginning.where)
+  different = same_config.changes(config_path, setup.config.to_dict())
+  learned = {k: v for k, v in different.items() if k in LEARNED}
+  if learned:
+    logger.info('of what is learned, it had: %s', same_config.told(learned))
+  return dataclasses.replace(notes, begun_from=source | {'name': str(path)}), beginning.begin
+
+
 def _check_images(root: epath.Path, setup: Setup, there: str, now: str) -> None:
   """Raises UserError if `data.path` was changed to another folder of other images.
 
@@ -378,7 +423,8 @@ def _check_images(root: epath.Path, setup: Setup, there: str, now: str) -> None:
   what = 'holds other images' if there else 'cannot be compared with it, as earlier code noted less'
   raise UserError(
     f'{root} was trained with the images in config.data.path = {former!r}, and {path!r} {what}. '
-    'What is learned must not change in mid-run: give back that path, or choose a new --workdir'
+    'What is learned must not change in mid-run: give back that path, or choose a new '
+    f'--workdir; --init_from={root} begins that with the parameters that are here'
   )
 
 

@@ -29,6 +29,7 @@ def make_schedule(config: FrozenConfigDict, section: str = 'training') -> Schedu
     snapshot_freq=training.snapshot_freq,
     snapshot_freq_for_preemption=training.snapshot_freq_for_preemption,
     skip_nonfinite=training.skip_nonfinite,
+    keep_snapshots=training.keep_snapshots,
     wandb=training.wandb,
   )
 

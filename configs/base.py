@@ -112,6 +112,7 @@ def _default() -> ConfigDict:
   training.eval_freq = 100
   training.snapshot_freq = 50_000
   training.snapshot_freq_for_preemption = 10_000
+  training.keep_snapshots = 0  # the newest that are kept, each with all of the state; 0 for all
   training.wandb = ''  # project of Weights & Biases that metrics also go to
   training.snapshot_sampling = True
   training.snapshot_samples = 64  # in the grid of each snapshot, classes in turn

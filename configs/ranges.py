@@ -23,7 +23,8 @@ _POSITIVE = (
   'classifier.n_iters', 'classifier.lr',
 )  # fmt: skip
 _NOT_NEGATIVE = (
-  'seed', 'data.dim', 'model.init_scale', 'model.num_classes', 'optim.weight_decay', 'optim.warmup',
+  'seed', 'data.dim', 'training.keep_snapshots', 'model.init_scale', 'model.num_classes',
+  'optim.weight_decay', 'optim.warmup',
   'ebm.regularization', 'classifier.num_classes', 'classifier.weight_decay', 'classifier.warmup',
   'sampling.num_steps', 'sampling.s_churn', 'sampling.s_tmin', 'sampling.s_tmax',
   'sampling.s_noise', 'sampling.noise_std', 'eval.begin_ckpt', 'eval.end_ckpt',

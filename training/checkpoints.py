@@ -37,7 +37,7 @@ logger = logging.getLogger('score_sde')
 
 Restored = TypeVar('Restored')
 
-_FOLDERS = ('checkpoints', 'checkpoints-meta')  # of a workdir
+FOLDERS = ('checkpoints', 'checkpoints-meta')  # of a workdir
 # What says that a checkpoint is out of reach, not that it is damaged: of Python, of TensorStore.
 _UNREADABLE = (PermissionError, ConnectionError, TimeoutError)
 _UNREADABLE_STATUS = (
@@ -82,13 +82,13 @@ class Notes:
   Attributes:
     classes: the names of the classes of the training data, in the order of their labels.
     images: the fingerprint of the training images.
-    begun_from: the checkpoint whose parameters the run began with, if it did: where it lay, and
-      its checksum.
+    begun_from: the checkpoint whose parameters the run began with, if it did: its workdir, step
+      and checksum, and the name that the user gave for it.
   """
 
   classes: tuple[str, ...] = ()
   images: str = ''
-  begun_from: str = ''
+  begun_from: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def notes(root: epath.Path, step: int | None = None) -> Notes:
@@ -106,7 +106,7 @@ def notes(root: epath.Path, step: int | None = None) -> Notes:
 
 def _metadata(root: epath.Path, step: int) -> dict[str, Any]:
   """What Orbax writes down with a checkpoint; nothing if it is not whole, or damaged."""
-  for name in _FOLDERS:
+  for name in FOLDERS:
     with contextlib.suppress(OSError, ValueError):
       return json.loads((root / name / str(step) / '_CHECKPOINT_METADATA').read_text())
   return {}
@@ -162,14 +162,24 @@ def _average_name(i: int) -> str:
 class Checkpoints:
   """The checkpoints of one workdir; a context manager that waits for the last one to be written.
 
-  With each that is saved, `notes` are written down.
+  Args:
+    workdir: where they lie.
+    notes: what is written down with each that is saved.
+    most: snapshots that are kept, the newest; 0 for all.
+    create: their folders, if they are not there; they are needed to save.
   """
 
-  def __init__(self, workdir: epath.PathLike, notes: Notes | None = None):
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    notes: Notes | None = None,
+    most: int = 0,
+    create: bool = True,
+  ):
     root = epath.Path(workdir)
     self._notes = dataclasses.asdict(notes or Notes())
-    kept, meta = (root / name for name in _FOLDERS)
-    self._kept, self._meta = _manager(kept, max_to_keep=None), _manager(meta, max_to_keep=2)
+    kept, meta = (root / name for name in FOLDERS)
+    self._kept, self._meta = _manager(kept, most or None, create), _manager(meta, 2, create)
     self._damaged: list[epath.Path] = []
 
   def __enter__(self) -> 'Checkpoints':
@@ -258,6 +268,25 @@ class Checkpoints:
     """Step and averages of the newest good one, or None; reads and raises as the two above."""
     return self._newest(lambda manager, step: _restore_averages(manager, step, like))
 
+  def restore_parameters(
+    self, like: TrainState, step: int | None = None
+  ) -> tuple[int, Params, tuple[Params, ...]] | None:
+    """Step, parameters and averages of a checkpoint, or of the newest good one; or None.
+
+    It reads and raises as the others.
+    """
+
+    def read(manager: ocp.CheckpointManager, step: int) -> tuple[Params, tuple[Params, ...]]:
+      averages = [_average_name(i) for i in range(len(like.averages))]
+      parts = _restore_parts(manager, step, like, ['params', *averages])
+      return parts['params'], tuple(parts[name] for name in averages)
+
+    if step is not None:
+      manager = self._kept if step in self._kept.all_steps() else self._meta
+      return (step, *read(manager, step))
+    newest = self._newest(read)
+    return (newest[0], *newest[1]) if newest else None
+
   def _newest(
     self, read: Callable[[ocp.CheckpointManager, int], Restored]
   ) -> tuple[int, Restored] | None:
@@ -286,7 +315,7 @@ def exist(workdir: epath.PathLike) -> bool:
 
 
 def _steps(root: epath.Path) -> set[int]:
-  folders = (root / name for name in _FOLDERS)
+  folders = (root / name for name in FOLDERS)
   return {int(p.name) for f in folders if f.exists() for p in f.iterdir() if p.name.isdigit()}
 
 
@@ -295,8 +324,8 @@ def _free_name(folder: epath.Path) -> epath.Path:
   return next(path for path in map(folder.with_name, names) if not path.exists())
 
 
-def _manager(directory: epath.Path, max_to_keep: int | None) -> ocp.CheckpointManager:
-  options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True)
+def _manager(directory: epath.Path, max_to_keep: int | None, create: bool) -> ocp.CheckpointManager:
+  options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=create)
   if not is_remote(directory):  # of which epath would make a path below this folder
     directory = directory.resolve()
   return ocp.CheckpointManager(directory, options=options)

@@ -63,6 +63,7 @@ class Schedule:
     snapshot_freq: between two checkpoints that are kept.
     snapshot_freq_for_preemption: between two of which the last two are.
     skip_nonfinite: leave out steps whose loss or gradient is not finite; otherwise training ends.
+    keep_snapshots: of the checkpoints that are kept, the newest alone; 0 for all.
     wandb: the project of Weights & Biases that metrics are sent to, if any.
   """
 
@@ -73,6 +74,7 @@ class Schedule:
   snapshot_freq: int
   snapshot_freq_for_preemption: int
   skip_nonfinite: bool = False
+  keep_snapshots: int = 0
   wandb: str = ''
 
   def steps_to_event(self, step: int) -> int:
@@ -97,13 +99,15 @@ def train(
   at_start: Callable[[TrainState], None] = lambda state: None,
   at_snapshot: Callable[[TrainState, Stop], None] = lambda state, stop: None,
   notes: Notes | None = None,
+  begin: Callable[[TrainState], TrainState] | None = None,
 ) -> TrainState:
   """Trains to the end, from the newest checkpoint in `root` if there is one.
 
   `at_start` is called once the state is there, before anything is written: what cannot be restored
   leaves the folder as it is. `at_snapshot` is called once a snapshot is saved, and again on
   resuming there: the run may have been stopped in the middle of it. `notes` are written down with
-  every checkpoint.
+  every checkpoint. `begin`, if any, makes the state before the first step of the one that was
+  initialised.
 
   Returns:
     The state after the last step.
@@ -115,8 +119,8 @@ def train(
     SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written; the code is 128 + signal.
   """
   n_iters = schedule.n_iters
-  with Stop() as stop, Checkpoints(root, notes) as checkpoints:
-    start = state = restore_or_init(task, devices, keys, root, checkpoints)
+  with Stop() as stop, Checkpoints(root, notes, schedule.keep_snapshots) as checkpoints:
+    start = state = restore_or_init(task, devices, keys, root, checkpoints, begin)
     step = int(state.step)
     at_start(state)
     if step and (step % schedule.snapshot_freq == 0 or step >= n_iters):
@@ -172,7 +176,12 @@ def abstract_state(task: Task, devices: Devices, keys: Keys) -> TrainState:
 
 
 def restore_or_init(
-  task: Task, devices: Devices, keys: Keys, root: epath.Path, checkpoints: Checkpoints
+  task: Task,
+  devices: Devices,
+  keys: Keys,
+  root: epath.Path,
+  checkpoints: Checkpoints,
+  begin: Callable[[TrainState], TrainState] | None = None,
 ) -> TrainState:
   """The state of the newest checkpoint, or the one before the first step if there is none."""
   abstract = abstract_state(task, devices, keys)
@@ -183,7 +192,8 @@ def restore_or_init(
   logger.info('training in %s', root)
   shardings = devices.state_shardings(abstract)
   init = jax.jit(task.init, out_shardings=shardings, compiler_options=once_options())
-  return init(keys.key(task.purposes[0]))
+  state = init(keys.key(task.purposes[0]))
+  return begin(state) if begin else state
 
 
 def once_options() -> dict[str, int]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import io
 import json
 import logging
@@ -25,6 +26,25 @@ from runtime import processes
 from runtime.errors import cannot_write, UserError
 
 logger = logging.getLogger('score_sde')
+
+
+def root_of(name: str, what: str = '--workdir') -> epath.Path:
+  """The path of a workdir that a user names: a folder, or gs://bucket/folder.
+
+  Raises:
+    UserError: if it is neither, or what gs:// takes is not installed.
+  """
+  scheme = re.match(r'([A-Za-z][A-Za-z0-9+.-]*):/', name)
+  if scheme and scheme[1].lower() == 'gs':
+    if not re.match(r'gs://[^/]', name):
+      raise UserError(f'{what} {name}: write it as gs://BUCKET/FOLDER')
+    if importlib.util.find_spec('gcsfs') is None:
+      raise UserError(f'{what} {name} needs gcsfs: pip install gcsfs google-cloud-storage')
+  elif scheme:
+    raise UserError(
+      f'{what} {name}: {scheme[1]}:// cannot hold a workdir; name a folder, or gs://BUCKET/FOLDER'
+    )
+  return epath.Path(name).expanduser()
 
 
 def is_remote(path: epath.Path) -> bool:

@@ -74,6 +74,14 @@ class Origin:
     return artifacts.read_json(mark).get('checkpoint', 'earlier') if mark.exists() else 'earlier'
 
 
+def has_results(out: epath.Path) -> bool:
+  """Whether a folder holds reports, or samples or rounds of checkpoints."""
+  if not out.exists():
+    return False
+  rounds = (path for path in out.glob('step_*/*') if path.name != _MARK)
+  return any(out.glob('report_*.json')) or any(rounds)
+
+
 def set_aside_former(root: epath.Path) -> None:
   """Moves away what an earlier run left in a workdir in which there are no checkpoints any more.
 

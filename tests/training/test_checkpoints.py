@@ -1,5 +1,6 @@
 """Checkpoints without a run: which is taken, what becomes of damaged ones, what is no damage."""
 
+import dataclasses
 import os
 from pathlib import Path
 import subprocess
@@ -193,3 +194,39 @@ def test_a_state_that_is_split_over_devices_trains_as_a_whole_one(tmp_path):
     ours, theirs = (train(kind, kind, n_iters, devices) for kind in ('split', 'whole'))
     for a, b in zip(ours, theirs, strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(('most', 'left'), [(0, [1, 2, 3, 4]), (1, [4]), (3, [2, 3, 4])])
+def test_the_newest_snapshots_are_kept(tmp_path, most, left):
+  with Checkpoints(tmp_path, most=most) as checkpoints:
+    for step in (1, 2, 3, 4):
+      checkpoints.save(state_at(step), keep=True)
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.steps() == left
+  assert newest(tmp_path) == 4
+
+
+def test_fewer_are_kept_where_a_run_goes_on_so(tmp_path):
+  save(tmp_path, 1, 2, 3, keep=True)
+  save(tmp_path, 3)
+  with Checkpoints(tmp_path, most=2) as checkpoints:
+    assert checkpoints.steps() == [1, 2, 3]  # none is lost before a newer one is whole
+    checkpoints.save(state_at(4), keep=True)
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.steps() == [3, 4]
+
+
+NOTES = checkpoints_lib.Notes(('cat', 'd\udcff'), 'abc', {'step': 3})
+
+
+def test_notes_stand_with_each_checkpoint(tmp_path):
+  """Names that are not UTF-8, too, as folders may have them; none where nothing was written."""
+  for step, notes in ((1, None), (2, NOTES), (3, dataclasses.replace(NOTES, images='def'))):
+    with Checkpoints(tmp_path, notes) as checkpoints:
+      checkpoints.save(state_at(step), keep=step < 3)
+  assert checkpoints_lib.notes(tmp_path, 1) == checkpoints_lib.Notes()
+  assert checkpoints_lib.notes(tmp_path, 2) == NOTES
+  assert checkpoints_lib.notes(tmp_path).images == 'def'
+  damage(tmp_path / 'checkpoints-meta' / '3')
+  assert checkpoints_lib.notes(tmp_path) == NOTES
+  assert checkpoints_lib.notes(tmp_path / 'nowhere') == checkpoints_lib.Notes()
