@@ -54,9 +54,11 @@ from builders.setup import build, Setup
 from builders.training import score_task
 import likelihood
 import main as command
+from runtime.devices import Devices
 from runtime.errors import unknown, UserError
 from samplers import base
 import sampling
+from training import loop
 from training.step import finite_step
 from workdir.artifacts import json_text
 
@@ -156,7 +158,9 @@ def training_step(setup: Setup, everywhere: NamedSharding, split: NamedSharding)
   batch = {'data': jax.ShapeDtypeStruct((n, *setup.data_shape), 'float32' if points else 'uint8')}
   if setup.model.num_classes:
     batch['label'] = jax.ShapeDtypeStruct((n,), 'int32')
-  state = _shapes(jax.eval_shape(task.init, _key()), everywhere)
+  initial = jax.eval_shape(task.init, _key())
+  state = jax.eval_shape(partial(loop.as_trained, devices=Devices(everywhere.mesh)), initial)
+  state = _shapes(state, everywhere)
   update = partial(finite_step, task.update) if config.training.skip_nonfinite else task.update
   arguments = (state, None, _shapes(batch, split), _shapes(_key(), everywhere))
   return Program(update, arguments, (0,), (everywhere, everywhere))

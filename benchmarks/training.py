@@ -59,9 +59,10 @@ def compile_step(
   training, task, rng = setup.config.training, score_task(setup), setup.keys.key('train')
   n, update = training.n_jitted_steps, task.update
   batch = setup.devices.put({'data': common.images(setup, training.batch_size)})
+  state = jax.eval_shape(task.init, rng)
   state = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=setup.devices.replicated),
-    jax.eval_shape(task.init, rng),
+    jax.eval_shape(partial(loop.as_trained, devices=setup.devices), state),
   )
   one = batch
   if n > 1:
@@ -92,7 +93,7 @@ def initial(setup: Setup) -> TrainState:
   """The state before the first step."""
   init = score_task(setup).init
   make = jax.jit(init, out_shardings=setup.devices.replicated, compiler_options=loop.once_options())
-  return make(setup.keys.key('init'))
+  return loop.as_trained(make(setup.keys.key('init')), setup.devices)
 
 
 def measure(setup: Setup, steps: int, donate: bool, options: dict[str, str]) -> dict[str, float]:

@@ -45,6 +45,12 @@ class Devices:
   placement: Placement = everywhere
 
   @property
+  def platform(self) -> str:
+    """Of the devices: cpu, gpu or tpu."""
+    platform: str = self.mesh.devices.flat[0].platform
+    return platform
+
+  @property
   def batch(self) -> NamedSharding:
     """Of a batch [B, ...]: each device has a part of the rows."""
     return NamedSharding(self.mesh, PartitionSpec('data'))

@@ -19,6 +19,7 @@ from models.score import Params, ScoreModel
 from samplers.langevin import langevin_step
 from sde_lib import expand, ScoreFn
 from training import step as training_step
+from training.packing import unpacked
 from training.step import apply_gradients, Batch, Metrics, TrainState
 
 
@@ -100,7 +101,7 @@ def train_step(
   start = jnp.where(
     expand(anew, x0), model.sde.prior_sampling(rngs[4], x0.shape), state.replay[chosen]
   )
-  negative = divergence.sample(rngs[5], model.bind(state.params), start, t)
+  negative = divergence.sample(rngs[5], model.bind(unpacked(state.params)), start, t)
 
   def loss_fn(params: Params) -> tuple[Array, Metrics]:
     score_fn = model.bind(params)

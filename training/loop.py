@@ -18,6 +18,7 @@ from runtime import processes
 from runtime.devices import Devices, Keys
 from runtime.errors import UserError
 from training.checkpoints import Checkpoints, Notes
+from training.packing import packed, unpacked
 from training.step import Batch, finite_step, Metrics, TrainState
 from workdir.artifacts import Metrics as MetricsFile
 from workdir.progress import Stop, TrainLog
@@ -36,6 +37,7 @@ class Task:
     section: of the config, that describes the network.
     init: key -> the state before the first step.
     update: (state, frozen, batch, key) -> the state one step later, and metrics [] of that step.
+      Small parameters of the state may be packed: `training.packing.unpacked` makes trees of them.
     evaluate: (moving average of the parameters, held-out batch, key) -> metrics [].
     purposes: of the keys that these three get.
     batch_size: of training and of evaluation.
@@ -144,17 +146,17 @@ def train(
         if snapshot or leave or step % schedule.snapshot_freq_for_preemption == 0:
           log.settle(step)
           metrics.flush()
-          checkpoints.save(state, keep=snapshot)
+          checkpoints.save(unpacked(state), keep=snapshot)
           log.saved = step
         if snapshot and not leave:
-          at_snapshot(state, stop)
+          at_snapshot(unpacked(state), stop)
         if leave:
           break
   if step < n_iters:
     logger.info('stopped at step %d, saved; the same command goes on from there', step)
     raise SystemExit(128 + stop.signal)
   logger.info('trained to step %d; checkpoints are in %s', step, root / 'checkpoints')
-  return state
+  return unpacked(state)
 
 
 def abstract_state(task: Task, devices: Devices, keys: Keys) -> TrainState:
@@ -211,12 +213,20 @@ def compiler_options() -> dict[str, str]:
   return {'xla_disable_hlo_passes': 'cse_barrier_expander'} if cpu else {}
 
 
+def as_trained(state: TrainState, devices: Devices) -> TrainState:
+  """A state as the programs of these devices take it: with small parameters packed, but on CPUs.
+
+  There a kernel costs little to start, and the norm of a gradient adds up as it always did.
+  """
+  return state if devices.platform == 'cpu' else packed(state)
+
+
 def compile_steps(
   task: Task, schedule: Schedule, devices: Devices, state: TrainState
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
   """The programs of one step and of several: (state, frozen, batch or batches, key) -> the next.
 
-  The state is donated; what is frozen is not.
+  The state, which is `as_trained`, is donated; what is frozen is not.
   """
   shardings = devices.state_shardings(state)
   choices: dict[str, Any] = {'out_shardings': (shardings, devices.replicated), 'donate_argnums': 0}
@@ -233,7 +243,11 @@ def updates(
   source: sources.Source,
   state: TrainState,
 ) -> Iterator[tuple[TrainState, int, Metrics]]:
-  """Trains to the end; yields state, step and metrics after every call of the device."""
+  """Trains to the end; yields state, step and metrics after every call of the device.
+
+  The states are `as_trained`; `training.packing.unpacked` makes trees of them.
+  """
+  state = as_trained(state, devices)
   step, rng, n = int(state.step), keys.key(task.purposes[1]), schedule.n_jitted_steps
   one_step, many_steps = compile_steps(task, schedule, devices, state)
   with contextlib.closing(

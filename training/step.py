@@ -15,6 +15,7 @@ from data.codec import Codec
 from losses import Objective, score_matching_loss
 from models.classifier import Classifier
 from models.score import Params, ScoreModel
+from training.packing import pack_like, unpacked
 
 Metrics = dict[str, Array]
 # 'data', uint8 [B, H, W, C], or float32 [B, d] of points; 'label', int32 [B], if there are labels.
@@ -23,7 +24,10 @@ Batch = dict[str, Array]
 
 @flax.struct.dataclass
 class TrainState:
-  """All that changes during training. There is no random key: those come from seed and step."""
+  """All that changes during training. There is no random key: those come from seed and step.
+
+  While it is trained, what is a tree like the parameters may be `training.packing.Packed`.
+  """
 
   step: Array  # optimiser steps taken, int32 []
   params: Params
@@ -33,7 +37,7 @@ class TrainState:
   @property
   def ema_params(self) -> Params:
     """The first average: what is evaluated and sampled."""
-    return self.averages[0]
+    return unpacked(self.averages[0])
 
 
 AnyState = TypeVar('AnyState', bound=TrainState)
@@ -155,7 +159,8 @@ def apply_gradients(
     ema_warmup: let that grow with the number n of this step, from 1, as (1 + n) / (10 + n), up to
       `ema_rate`.
   """
-  (loss, measured), grads = differentiate(state.params)
+  (loss, measured), grads = differentiate(unpacked(state.params))
+  grads = pack_like(state.params, grads)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   n = state.step + 1

@@ -17,6 +17,7 @@ from samplers.time_grids import TimeGrid
 from sampling import AnnealedLangevin, NoPredictor, PCSampler
 from sde_lib import VESDE
 from training import loop
+from training.packing import unpacked
 from tutorial import common
 
 
@@ -104,7 +105,8 @@ def averaging(ax: Axes) -> list[str]:
   for state, step, _ in loop.updates(
     task, make_schedule(setup.config), setup.devices, setup.keys, source, start
   ):
-    both = [sums(params, batch, key)['score_error'] for params in (state.params, state.ema_params)]
+    pair = (unpacked(state.params), state.ema_params)
+    both = [sums(params, batch, key)['score_error'] for params in pair]
     rows.append((step, *(float(total) / 5000 for total in both)))
   steps, plain, averaged = np.array(rows).T
   ax.semilogy(steps, plain, label='parameters')

@@ -1,0 +1,105 @@
+"""Small parameters are trained side by side in one array; nobody else sees it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from builders.setup import build
+from builders.training import score_task
+from configs.toy import two_moons
+import run_lib
+from runtime.devices import Devices
+from training import loop
+from training.packing import pack_like, Packed, packed, SMALL, unpacked
+from training.step import finite_step, TrainState
+
+
+@pytest.fixture
+def as_on_gpus(monkeypatch):
+  monkeypatch.setattr(Devices, 'platform', 'gpu')
+
+
+def state_of(params):
+  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+  return TrainState(jnp.int32(5), params, (params, params), tx.init(params))
+
+
+def assert_same(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_what_is_packed():
+  """Small arrays of float32, in the order of the leaves; others stay where they are."""
+  params = {
+    'large': jnp.zeros(SMALL + 1),
+    'small': {'full': jnp.ones(SMALL), 'scalar': jnp.float32(2), 'matrix': jnp.full((2, 3), 3.0)},
+    'half': jnp.zeros(3, jnp.bfloat16),
+    'empty': jnp.zeros((0, 4)),
+  }
+  state = state_of(params)
+  joined = packed(state)
+  of_opt = [x for x in jax.tree.leaves(joined, is_leaf=_is_packed) if _is_packed(x)]
+  assert len(of_opt) == 1 + 2 + 2  # parameters, two averages, two moments
+  assert joined.params.small.shape == (SMALL + 1 + 6,)
+  assert joined.params.large['large'] is params['large']
+  assert joined.params.large['half'] is params['half']
+  np.testing.assert_array_equal(joined.params.small, [1] * SMALL + [3] * 6 + [2])
+  assert_same(unpacked(joined), state)
+  assert_same(unpacked(joined.params), params)
+  assert_same(joined.ema_params, params)
+  assert_same(packed(joined), joined)  # twice is once
+  assert_same(unpacked(pack_like(joined.params, params)), params)
+
+
+@pytest.mark.parametrize('params', [jnp.ones(3), {'w': jnp.ones(3)}, {'w': jnp.ones(2 * SMALL)}])
+def test_one_small_array_is_left_alone(params):
+  state = state_of(params)
+  assert packed(state) is state
+  assert pack_like(state.params, params) is params
+
+
+def _is_packed(x):
+  return isinstance(x, Packed)
+
+
+def test_a_step_is_the_same_step(as_on_gpus):
+  config = two_moons.get_config()
+  config.training.update(batch_size=4, skip_nonfinite=True, grad_accum=2)
+  setup = build(config)
+  task, key = score_task(setup), jax.random.key(0)
+  start = jax.jit(task.init)(key)
+  step = jax.jit(partial(finite_step, task.update))
+  batch = {'data': jax.random.normal(key, (4, 2))}
+  plain, measured = step(start, None, batch, key)
+  joined, same = step(loop.as_trained(start, setup.devices), None, batch, key)
+  assert (
+    _is_packed(joined.params) and len(jax.tree.leaves(joined)) < len(jax.tree.leaves(plain)) / 2
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), measured, same)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), plain, unpacked(joined)
+  )
+
+
+def test_a_run_leaves_trees_behind_and_goes_on_from_them(as_on_gpus, tmp_path, monkeypatch):
+  """A run that is packed, stopped and resumed has the checkpoints, and the end, of a plain one."""
+  config = two_moons.get_config()
+  config.training.update(n_iters=4, snapshot_freq=2, eval_freq=2, log_freq=2, n_jitted_steps=2)
+  config.training.update(snapshot_freq_for_preemption=2, snapshot_sampling=False, batch_size=8)
+  with monkeypatch.context() as on_cpus:
+    on_cpus.setattr(Devices, 'platform', 'cpu')
+    run_lib.train(config, str(tmp_path / 'plain'))
+  for config.training.n_iters in (2, 4):
+    run_lib.train(config, str(tmp_path / 'packed'))
+  names = [
+    sorted(path.name for path in (tmp_path / run).glob('checkpoints/4/default/*.*'))
+    for run in ('plain', 'packed')
+  ]
+  assert names[0] == names[1]
+  ends = [run_lib.load(str(tmp_path / run))[1] for run in ('plain', 'packed')]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), *ends)
