@@ -81,7 +81,7 @@ class Images:
     folder = ''
     if self.dataset.lower() == 'folder':  # others may have the same name
       place = epath.Path(self.path).expanduser()
-      folder = f'{place.name}-{zlib.crc32(os.path.abspath(place).encode()):08x}'
+      folder = f'{place.name}-{zlib.crc32(os.fsencode(os.path.abspath(place))):08x}'
     parts = [self.dataset.replace('/', '-').lower(), self.category, folder]
     name = '-'.join(part for part in parts if part)
     split = '' if self.split == 'train' else f'_{self.split}'

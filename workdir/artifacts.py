@@ -276,7 +276,7 @@ def _wandb_run(workdir: epath.Path, project: str) -> Any:
       f'config.training.wandb = {project!r} needs Weights & Biases: pip install wandb'
     ) from None
   where = str(workdir) if is_remote(workdir) else str(workdir.resolve())
-  name = f'{workdir.name}-{hashlib.sha256(where.encode()).hexdigest()[:8]}'
+  name = f'{workdir.name}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:8]}'
   config = read_json(workdir / 'config.json')
   folder = None if is_remote(workdir) else where
   run = wandb.init(project=project, id=name, name=name, resume='allow', config=config, dir=folder)

@@ -7,8 +7,10 @@ of evaluations and of the classifier, drawn samples, checkpoints, the config.
 from collections.abc import Iterable, Sequence
 from html import escape
 import json
+import os
 import re
 from typing import Any
+from urllib.parse import quote
 
 from etils import epath
 import jax
@@ -59,7 +61,8 @@ that began it goes on from the newest; with <code>--mode eval</code> or <code>--
 it evaluates, or draws. Numbers: <code>metrics.jsonl</code>, <code>tensorboard/</code>.</p>
 {''.join(sections)}</body></html>
 """
-  artifacts.write(root / 'index.html', page.encode())
+  # Names of folders need not be UTF-8.
+  artifacts.write(root / 'index.html', page.encode(errors='replace'))
 
 
 def _what(config: dict[str, Any]) -> str:
@@ -111,7 +114,7 @@ def _section(title: str, body: str) -> str:
 
 
 def _figure(root: epath.Path, path: epath.Path, caption: str) -> str:
-  where = escape(path.relative_to(root).as_posix())
+  where = quote(os.fsencode(path.relative_to(root).as_posix()))
   return (
     f'<figure><a href="{where}"><img src="{where}" alt="{escape(caption)}"></a>'
     f'<figcaption>{escape(caption)}</figcaption></figure>'

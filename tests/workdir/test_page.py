@@ -2,10 +2,12 @@
 
 from html.parser import HTMLParser
 import json
+import os
 from pathlib import Path
 import shutil
 import subprocess
 import sys
+from urllib.parse import unquote_to_bytes
 
 from etils import epath
 import numpy as np
@@ -78,6 +80,19 @@ def test_the_page_shows_what_is_there(workdir):
   assert found.curves == 3  # loss with eval_loss, and grad_norm
   assert len(set(found.files)) == 4 and all((workdir / f).exists() for f in found.files)
   assert 'config.training.n_iters' in found.text
+
+
+def test_names_that_are_not_utf8_have_a_page(workdir):
+  """Nor do names end early at a mark that means something in an address."""
+  config = digits.get_config()
+  config.data.path = 'photos\udcff'
+  artifacts.write_json(workdir / 'config.json', config.to_dict())
+  (workdir / 'eval').rename(workdir / 'ev\udcff#al?%41')
+  page.write(workdir)
+  found = Parsed((workdir / 'index.html').read_bytes().decode())
+  assert 'photos' in found.text and 'Evaluation: ev?#al?%41/' in found.text
+  files = [Path(os.fsdecode(unquote_to_bytes(name))) for name in found.files]
+  assert len(set(files)) == 4 and all((workdir / file).exists() for file in files)
 
 
 def test_an_empty_folder_has_a_page(tmp_path):
