@@ -28,12 +28,13 @@ from runtime.errors import cannot_write, UserError
 logger = logging.getLogger('score_sde')
 
 
-def root_of(name: str, what: str = '--workdir') -> epath.Path:
+def root_of(path: epath.PathLike, what: str = '--workdir') -> epath.Path:
   """The path of a workdir that a user names: a folder, or gs://bucket/folder.
 
   Raises:
     UserError: if it is neither, or what gs:// takes is not installed.
   """
+  name = str(path)
   scheme = re.match(r'([A-Za-z][A-Za-z0-9+.-]*):/', name)
   if scheme and scheme[1].lower() == 'gs':
     if not re.match(r'gs://[^/]', name):
