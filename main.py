@@ -90,16 +90,14 @@ def workdir_of(usual: str, as_in_file: ConfigDict, config: ConfigDict, begins: b
 
   from workdir import same_config
 
-  of_file, now = (dict(same_config.flatten(c.to_dict())) for c in (as_in_file, config))
-  different = {k: now[k] for k in sorted(now) if now[k] != of_file[k] and k in same_config.LEARNED}
-  if not different:
+  learned, there = {*same_config.LEARNED}, epath.Path(usual) / 'config.json'
+  different = same_config.differences(as_in_file.to_dict(), config.to_dict())
+  set_here = {k: now for k, (_, now) in different.items() if k in learned}
+  if not set_here:
     return usual
-  there = epath.Path(usual) / 'config.json'
-  if there.exists() and not same_config.changes(there, config.to_dict()).keys() & {
-    *same_config.LEARNED
-  }:
+  if there.exists() and not learned & same_config.changes(there, config.to_dict()).keys():
     return usual  # of a run that began when there was no other name for it
-  name = ''.join(f'-{k.rpartition(".")[2]}={_in_a_name(v)}' for k, v in different.items())
+  name = ''.join(f'-{k.rpartition(".")[2]}={_in_a_name(v)}' for k, v in set_here.items())
   if len(name) > 100:
     name = f'{name[:90]}-{zlib.crc32(name.encode()):08x}'
   other = usual + name

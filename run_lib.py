@@ -153,6 +153,8 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   if not checkpoints_lib.exist(root) and not setup.config.eval.wait:
     raise UserError(f'{root} holds no checkpoints to evaluate; train first (--mode train)')
   _check_model(root, setup)
+  if setup.model.num_classes:
+    _class_names(setup, root)  # which says so if they are others
   measurements, all_reports = make_measurements(setup), []
   _check_results(out, setup)
   with open_workdir(out), Checkpoints(root) as checkpoints:

@@ -78,7 +78,11 @@ def changes(path: epath.Path, config: Mapping[str, Any]) -> Changes:
   """What differs between the config saved at `path` and this one; nothing if none is saved."""
   if not path.exists():
     return {}
-  before = saved(artifacts.read_json(path), path).to_dict()
+  return differences(saved(artifacts.read_json(path), path).to_dict(), config)
+
+
+def differences(before: Mapping[str, Any], config: Mapping[str, Any]) -> Changes:
+  """What differs between two configs."""
   old, new = dict(flatten(_as_json(before))), dict(flatten(_as_json(config)))
   return {
     name: (old.get(name), new.get(name))

@@ -90,6 +90,7 @@ def test_configs_are_kept_as_a_history(tmp_path):
   [
     ({}, ''),
     ({'training.n_iters': 7, 'optim.lr': 1.0, 'eval.num_samples': 9, 'data.path': 'x'}, ''),
+    ({'data.dataset': 'Digits'}, ''),
     ({'data.dataset': 'SVHN'}, '-dataset=SVHN'),
     ({'seed': 1, 'data.dataset': 'lsun/church'}, '-dataset=lsun-church-seed=1'),
     ({'model.ch_mult': (1, 2, 2)}, '-ch_mult=1,2,2'),
