@@ -45,6 +45,10 @@ def root_of(path: epath.PathLike, what: str = '--workdir') -> epath.Path:
     raise UserError(
       f'{what} {name}: {scheme[1]}:// cannot hold a workdir; name a folder, or gs://BUCKET/FOLDER'
     )
+  try:
+    os.path.abspath(name).encode()
+  except UnicodeEncodeError:
+    raise UserError(f'{what} {name!r} is not UTF-8, as checkpoints need; choose another') from None
   return epath.Path(name).expanduser()
 
 

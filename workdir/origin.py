@@ -14,6 +14,7 @@ from etils import epath
 import jax
 
 from runtime import processes
+from runtime.errors import cannot_write
 from workdir import artifacts, reports
 from workdir.reports import Report
 
@@ -39,7 +40,18 @@ class Origin:
   since: float
 
   def claim(self, folder: epath.Path) -> None:
-    """Makes a folder the place of results of this checkpoint; moves away those of another."""
+    """Makes a folder the place of results of this checkpoint; moves away those of another.
+
+    Raises:
+      UserError: if it may not be written.
+      Failure: if there is no room.
+    """
+    try:
+      self._claim(folder)
+    except OSError as error:
+      raise cannot_write(folder, error, 'choose another') from error
+
+  def _claim(self, folder: epath.Path) -> None:
     if processes.from_first(_any_file(folder) and not self._is_of(folder)):
       _set_aside(folder.parent, [folder], self._name_of_other(folder))
     mark = folder / _MARK
