@@ -45,7 +45,9 @@ def numbers_of(labels: Sequence[int | str], names: Sequence[str], known: int) ->
 
 def _number_of(label: int | str, names: Sequence[str], known: int) -> int:
   if isinstance(label, str):
-    if not names and known:
+    if not names and not known:
+      raise UserError(f'config.sampling.labels has {label!r}, and there are no classes')
+    if not names:
       raise UserError(
         f'config.sampling.labels has {label!r}, and the checkpoint does not say the names of its '
         f'{known} classes, as earlier ones do not; give numbers from 0 to {known - 1}'

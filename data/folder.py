@@ -68,8 +68,9 @@ def fingerprint(path: str, files: Sequence[Path]) -> str:
   if not files:
     return ''
   root, sha = Path(path).expanduser(), hashlib.sha256()
+  inside = os.path.join(root if os.path.isdir(root) else root.parent, '')
   for file in files:
-    sha.update(os.fsencode(os.path.relpath(file, root)) + b'\0')
+    sha.update(os.fsencode(str(file).removeprefix(inside)) + b'\0')
   for i in range(0, len(files), math.ceil(len(files) / _MEASURED)):
     sha.update(f'{os.stat(files[i]).st_size} '.encode())
   return sha.hexdigest()[:16]

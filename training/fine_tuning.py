@@ -76,7 +76,8 @@ class Beginning:
       more = f'; and {len(wrong) - _SHOWN} more' if len(wrong) > _SHOWN else ''
       raise UserError(
         f'--init_from: the parameters of {self.where} do not fit the network of this config: '
-        f'{"; ".join(wrong[:_SHOWN])}{more}. Give config.model the values that it has there'
+        f'{"; ".join(wrong[:_SHOWN])}{more}. Give config.model the values that it has there, and '
+        'attn_resolutions that put attention at the same levels'
       )
     for name in sorted(anew):
       logger.info(
@@ -140,6 +141,11 @@ def load(
     raise UserError(f'--init_from {place.root} holds no whole checkpoint')
   step, params, averages = found
   trained = checkpoints_lib.notes(place.root, step).classes
+  if classes and not trained and LABELS in _flat(params):
+    logger.warning(
+      '%s does not say its classes, as earlier checkpoints do not: if there are as many, the label '
+      'embedding is taken as it is', place,
+    )  # fmt: skip
   where = f'{place.root}, step {step}'
   beginning = Beginning(where, params, averages[0], not trained or trained == classes)
   identity = checkpoints_lib.identity(averages[0])

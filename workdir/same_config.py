@@ -6,6 +6,7 @@ Every field stands in `LEARNED` or in `MAY_CHANGE`: a test fails on a new one th
 from collections.abc import Iterator, Mapping
 import itertools
 import json
+import os
 from typing import Any
 
 from etils import epath
@@ -145,7 +146,11 @@ def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _comparable(name: str, value: Any) -> Any:
   """A value, but for what is written in several ways and means the same."""
-  return value.lower() if name == 'data.dataset' and isinstance(value, str) else value
+  if name == 'data.dataset':
+    return value.lower()
+  if name == 'data.path' and value:
+    return os.path.realpath(os.path.expanduser(value))
+  return value
 
 
 def flatten(tree: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
