@@ -20,15 +20,18 @@ import flax
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jaxtyping import Float, Shaped
 import numpy as np
 
+from runtime.shapes import Data, Key, Labels, PerRow, PerRowExpanded
 from samplers.base import Update
 from sde_lib import expand, ScoreFn, SDE
 
-# A linear map of data [B, ...] to measurements of the same shape; a pytree of its arrays.
-Operator = Callable[[Array], Array]
-# (x [B, ...], t [B], labels [B]) -> log p_t(labels | x) [B]; a pytree of its arrays.
-LogProb = Callable[[Array, Array, Array], Array]
+# A linear map of data to measurements of the same shape; a pytree of its arrays.
+Operator = Callable[[Data], Data]
+Number = float | Float[Array, '']  # a leaf, that compiled code may be given
+# (x, t, labels) -> log p_t(labels | x); a pytree of its arrays.
+LogProb = Callable[[Data, PerRow, Labels], PerRow]
 
 
 # What is measured of an image. The first three are orthogonal projections, P P = P = P^T.
@@ -38,9 +41,9 @@ LogProb = Callable[[Array, Array, Array], Array]
 class Mask:
   """Keeps what a mask marks: P x = m x."""
 
-  mask: Array | np.ndarray  # 1 where x is known, 0 elsewhere; broadcasts against x
+  mask: Shaped[Array, ' ...'] | np.ndarray  # 1 where x is known, 0 elsewhere; broadcasts against x
 
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Data) -> Data:
     return x * self.mask
 
 
@@ -48,7 +51,7 @@ class Mask:
 class Gray:
   """The grey part of images [B, H, W, C], the mean of their channels, in every channel."""
 
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Data) -> Data:
     return jnp.broadcast_to(x.mean(-1, keepdims=True), x.shape)
 
 
@@ -58,7 +61,7 @@ class BlockMean:
 
   factor: int = flax.struct.field(pytree_node=False)
 
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Data) -> Data:
     b, h, w, c = x.shape
     blocks = x.reshape(b, h // self.factor, self.factor, w // self.factor, self.factor, c)
     return jnp.broadcast_to(blocks.mean((2, 4), keepdims=True), blocks.shape).reshape(x.shape)
@@ -73,11 +76,11 @@ class GaussianBlur:
 
   std: float = flax.struct.field(pytree_node=False)
 
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Data) -> Data:
     rows, columns = self._weights(x.shape[1]), self._weights(x.shape[2])
     return jnp.einsum('ij,kl,bjlc->bikc', rows, columns, x, precision='highest')
 
-  def _weights(self, n: int) -> Array:
+  def _weights(self, n: int) -> Float[Array, ' n n']:
     distances = jnp.arange(n)[:, None] - jnp.arange(n)
     return jax.nn.softmax(-0.5 * jnp.square(distances / self.std), axis=-1)
 
@@ -94,11 +97,11 @@ class Known:
   At t = 0 the mean has the known part of y itself; that of `Mask` to the bit.
   """
 
-  y: Array  # [B, ...], of which only P y is read
+  y: Data  # of which only P y is read
   project: Operator
   sde: SDE = flax.struct.field(pytree_node=False)
 
-  def __call__(self, rng: Array, update: Update, t: Array) -> Update:
+  def __call__(self, rng: Key, update: Update, t: PerRow) -> Update:
     x, x_mean = update
     mean, std = self.sde.marginal_prob(self.y, t)
     known = mean + expand(std, x) * jax.random.normal(rng, x.shape)
@@ -118,10 +121,10 @@ class ClassifierGuidance:
 
   score_fn: ScoreFn
   log_prob: LogProb
-  labels: Array  # [B]
-  scale: float = 1.0
+  labels: Labels
+  scale: Number = 1.0
 
-  def __call__(self, x: Array, t: Array) -> Array:
+  def __call__(self, x: Data, t: PerRow) -> Data:
     gradient = jax.grad(lambda x: self.log_prob(x, t, self.labels).sum())(x)
     return self.score_fn(x, t) + self.scale * gradient
 
@@ -136,9 +139,9 @@ class ClassifierFreeGuidance:
 
   conditional: ScoreFn
   unconditional: ScoreFn
-  scale: float = 1.0
+  scale: Number = 1.0
 
-  def __call__(self, x: Array, t: Array) -> Array:
+  def __call__(self, x: Data, t: PerRow) -> Data:
     score = self.unconditional(x, t)
     return score + self.scale * (self.conditional(x, t) - score)
 
@@ -165,22 +168,22 @@ class PosteriorGuidance:
 
   score_fn: ScoreFn
   operator: Operator
-  y: Array  # [B, ...]; without noise it is A of something, such as 0 outside of a mask
+  y: Data  # without noise it is A of something, such as 0 outside of a mask
   sde: SDE = flax.struct.field(pytree_node=False)
-  noise_std: float = 0.0
+  noise_std: Number = 0.0
   iterations: int = flax.struct.field(pytree_node=False, default=1)
 
-  def __call__(self, x: Array, t: Array) -> Array:
+  def __call__(self, x: Data, t: PerRow) -> Data:
     score, pullback = jax.vjp(lambda x: self.score_fn(x, t), x)
     alpha, variance = expand(self.sde.alpha(t), x), expand(jnp.square(self.sde.sigma(t)), x)
     denoised = (x + variance * score) / alpha
     predicted, transpose = jax.vjp(self.operator, denoised)
 
-    def gradient(u: Array) -> Array:  # (A dD/dx)^T u; dD/dx is symmetric, as s is a gradient
+    def gradient(u: Data) -> Data:  # (A dD/dx)^T u; dD/dx is symmetric, as s is a gradient
       v = transpose(u)[0]
       return (v + variance * pullback(v)[0]) / alpha
 
-    def covariance(u: Array) -> Array:
+    def covariance(u: Data) -> Data:
       return self.operator(variance / alpha * gradient(u)) + jnp.square(self.noise_std) * u
 
     u = conjugate_gradients(covariance, self.y - predicted, self.iterations)
@@ -196,26 +199,26 @@ class BoundedMean:
 
   score_fn: ScoreFn
   sde: SDE = flax.struct.field(pytree_node=False)
-  low: float = 0.0
-  high: float = 1.0
+  low: Number = 0.0
+  high: Number = 1.0
 
-  def __call__(self, x: Array, t: Array) -> Array:
+  def __call__(self, x: Data, t: PerRow) -> Data:
     score = self.score_fn(x, t)
     alpha, variance = expand(self.sde.alpha(t), x), expand(jnp.square(self.sde.sigma(t)), x)
     mean = (x + variance * score) / alpha
     return score + alpha / variance * (jnp.clip(mean, self.low, self.high) - mean)
 
 
-def conjugate_gradients(matrix: Operator, b: Array, iterations: int) -> Array:
-  """x [B, ...] with matrix(x) = b, for a matrix of its own, symmetric and positive, each example.
+def conjugate_gradients(matrix: Operator, b: Data, iterations: int) -> Data:
+  """x with matrix(x) = b, for a matrix of its own, symmetric and positive, each example.
 
   A direction without curvature, as the projections have, ends an example's search.
   """
 
-  def dot(u: Array, v: Array) -> Array:
+  def dot(u: Data, v: Data) -> PerRow:
     return (u * v).reshape(u.shape[0], -1).sum(-1)
 
-  def ratio(a: Array, b: Array) -> Array:
+  def ratio(a: PerRow, b: PerRow) -> PerRowExpanded:
     return expand(jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), 0.0), x)
 
   x, residual, direction = jnp.zeros_like(b), b, b

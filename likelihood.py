@@ -13,13 +13,20 @@ import flax
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jaxtyping import Float, Shaped
+import numpy as np
 
 from runtime.errors import unknown
+from runtime.shapes import Data, Key, PerRow, Time
 from samplers import ode
 from samplers.base import as_pytree
 from samplers.ode import Observer
 from sampling import ProbabilityFlow
 from sde_lib import check_eps, expand, ScoreFn, SDE
+
+KeyOrKeys = Key | Shaped[Array, ' b']
+Probes = Float[Array, 'n b *d']
+Logp = Float[Array | np.ndarray, ' b']  # also after it was fetched, in float64
 
 _DRAW = {'rademacher': jax.random.rademacher, 'gaussian': jax.random.normal}
 PROBES = (*_DRAW, 'exact')
@@ -64,19 +71,19 @@ class Likelihood:
     check_eps(self.sde, self.eps)
 
   def __call__(
-    self, rng: Array, score_fn: ScoreFn, x0: Array, observe: Observer | None = None
-  ) -> tuple[Array, Array, int]:
-    """Evaluates the log-density of x0 [B, ...].
+    self, rng: KeyOrKeys, score_fn: ScoreFn, x0: Data, observe: Observer | None = None
+  ) -> tuple[PerRow, Data, int]:
+    """Evaluates the log-density of x0.
 
     Args:
-      rng: the key of the probes; or keys [B], one for each of x0, whose probes are then the same
+      rng: the key of the probes; or keys, one for each of x0, whose probes are then the same
         in any batch.
       score_fn: the score; compiled code is reused if it is a pytree, as `ScoreModel.bind` gives.
       x0: the data, scaled as the network sees them.
       observe: told the fraction that is done, and (x, log-density so far) there.
 
     Returns:
-      log p(x0) [B] in nats, the latent x(T), and the number of evaluations of score and pullback.
+      log p(x0) in nats, the latent x(T), and the number of evaluations of score and pullback.
     """
     flow = ProbabilityFlow(as_pytree(score_fn), self.sde)
     state, probes = _begin(rng, x0, self.probe, self.n_probes)
@@ -89,12 +96,12 @@ class Likelihood:
 
 @flax.struct.dataclass
 class VolumeChange:
-  """The drift of (x [B, ...], int div f dt [B]), as a pytree of its arrays."""
+  """The drift of (x, int div f dt), as a pytree of its arrays."""
 
   flow: ProbabilityFlow
-  probes: Array  # [n, B, ...]
+  probes: Probes
 
-  def __call__(self, state: tuple[Array, Array], t: Array) -> tuple[Array, Array]:
+  def __call__(self, state: tuple[Data, PerRow], t: Time) -> tuple[Data, PerRow]:
     drift, pullback = jax.vjp(lambda x: self.flow(x, t), state[0])
     (products,) = jax.vmap(pullback)(self.probes)
     traces = (products * self.probes).reshape(*self.probes.shape[:2], -1).sum(-1)
@@ -107,10 +114,10 @@ def _begin(rng, x0, probe, n):
   return (x0, change), draw_probes(rng, x0, probe, n)
 
 
-def draw_probes(rng: Array, x: Array, probe: str, n: int) -> Array:
-  """Probes [n, B, ...] for x [B, ...]; for the exact trace the D axes, each sqrt(D) long.
+def draw_probes(rng: KeyOrKeys, x: Data, probe: str, n: int) -> Probes:
+  """n probes for x; for the exact trace the D axes, each sqrt(D) long.
 
-  The key is split in keys [B], unless it has that shape already.
+  The key is split in one for each row, unless they are given.
   """
   if probe == 'exact':
     dim = math.prod(x.shape[1:])
@@ -120,8 +127,8 @@ def draw_probes(rng: Array, x: Array, probe: str, n: int) -> Array:
   return jax.vmap(lambda rng: _DRAW[probe](rng, (n, *x.shape[1:]), x.dtype), out_axes=1)(rngs)
 
 
-def bits_per_dim(logp: Array, dim: int, level_width: float) -> Array:
-  """Negative log-likelihood [B] in bits per dimension of data that have levels.
+def bits_per_dim(logp: Logp, dim: int, level_width: float) -> Logp:
+  """Negative log-likelihood in bits per dimension of data that have levels.
 
   The density per level is smaller than that of the scaled data by the width of a level, in each of
   the `dim` dimensions, which adds -log2 of it. The 256 levels of a pixel are 1/256 wide in [0, 1],
@@ -133,12 +140,12 @@ def bits_per_dim(logp: Array, dim: int, level_width: float) -> Array:
 def encode(
   sde: SDE,
   score_fn: ScoreFn,
-  x0: Array,
+  x0: Data,
   eps: float = 1e-5,
   rtol: float = 1e-5,
   atol: float = 1e-5,
-) -> tuple[Array, int]:
-  """The latent x(T) of data x0 [B, ...], taken to be x(eps), and the score evaluations.
+) -> tuple[Data, int]:
+  """The latent x(T) of data x0, taken to be x(eps), and the score evaluations.
 
   It is unique to them (Sec. 4.3).
   """
@@ -149,18 +156,18 @@ def encode(
 def decode(
   sde: SDE,
   score_fn: ScoreFn,
-  z: Array,
+  z: Data,
   eps: float = 1e-5,
   rtol: float = 1e-5,
   atol: float = 1e-5,
-) -> tuple[Array, int]:
-  """The data x(eps) of latents z [B, ...], and the number of score evaluations."""
+) -> tuple[Data, int]:
+  """The data x(eps) of latents z, and the number of score evaluations."""
   flow = ProbabilityFlow(as_pytree(score_fn), sde)
   return ode.integrate(flow, z, sde.T, eps, rtol=rtol, atol=atol)
 
 
-def interpolate(z0: Array, z1: Array, weight: Array) -> Array:
-  """Spherical interpolation between latents z0 and z1 [B, ...], with weight [B] of z1.
+def interpolate(z0: Data, z1: Data, weight: PerRow) -> Data:
+  """Spherical interpolation between latents z0 and z1, with a weight of z1.
 
   Latents are almost Gaussian, of almost the same norm; between them on a straight line there are
   none. Scaling latents by less than one lowers the paper's temperature (Appendix D.4, Fig. 6).

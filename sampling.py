@@ -14,9 +14,11 @@ import flax
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from runtime.errors import UserError
 from runtime.precision import products_at
+from runtime.shapes import Data, Key, PerRow, Time
 from samplers import base, ode, time_grids
 from samplers.base import Constraint, Observer, Update
 from samplers.langevin import langevin_step
@@ -31,8 +33,8 @@ class Predictor(Protocol):
 
   nfe: int  # score evaluations of one update
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, step: Step) -> Update:
-    """One step of the reverse process for x [B, ...], from times step.t [B]."""
+  def update_fn(self, rng: Key, rsde: ReverseSDE, x: Data, step: Step) -> Update:
+    """One step of the reverse process for x, from times step.t."""
 
 
 @runtime_checkable
@@ -43,8 +45,8 @@ class Corrector(Protocol):
   def nfe(self) -> int:
     """Score evaluations of one update."""
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, step: Step) -> Update:
-    """Some steps of MCMC for x [B, ...] at times step.t [B]."""
+  def update_fn(self, rng: Key, rsde: ReverseSDE, x: Data, step: Step) -> Update:
+    """Some steps of MCMC for x at times step.t."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class EulerMaruyama:
 
   nfe = 1
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, step: Step) -> Update:
+  def update_fn(self, rng: Key, rsde: ReverseSDE, x: Data, step: Step) -> Update:
     drift, diffusion = rsde.sde(x, step.t)
     x_mean = x - drift * expand(step.dt, x)
     z = jax.random.normal(rng, x.shape)
@@ -66,7 +68,7 @@ class ReverseDiffusion:
 
   nfe = 1
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, step: Step) -> Update:
+  def update_fn(self, rng: Key, rsde: ReverseSDE, x: Data, step: Step) -> Update:
     f, G = rsde.of_forward(x, step.t, *step.discretize(x))
     x_mean = x - f
     return x_mean + expand(G, x) * jax.random.normal(rng, x.shape), x_mean
@@ -78,7 +80,7 @@ class AncestralSampling:
 
   nfe = 1
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, step: Step) -> Update:
+  def update_fn(self, rng: Key, rsde: ReverseSDE, x: Data, step: Step) -> Update:
     x_mean, std = step.ancestral(x, rsde.score_fn(x, step.t))
     return x_mean + expand(std, x) * jax.random.normal(rng, x.shape), x_mean
 
@@ -89,7 +91,7 @@ class NoPredictor:
 
   nfe = 0
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, step: Step) -> Update:
+  def update_fn(self, rng: Key, rsde: ReverseSDE, x: Data, step: Step) -> Update:
     del rng, rsde, step
     return x, x
 
@@ -108,10 +110,10 @@ class Langevin:
   def nfe(self) -> int:
     return self.n_steps
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, step: Step) -> Update:
+  def update_fn(self, rng: Key, rsde: ReverseSDE, x: Data, step: Step) -> Update:
     alpha = step.langevin_alpha
 
-    def step_size(score: Array, z: Array) -> Array:
+    def step_size(score: Data, z: Data) -> PerRow:
       return 2 * alpha * (self.snr * _mean_norm(z) / _mean_norm(score)) ** 2
 
     return _langevin_steps(rng, rsde.score_fn, x, step.t, step_size, self.n_steps)
@@ -131,7 +133,7 @@ class AnnealedLangevin:
   def nfe(self) -> int:
     return self.n_steps
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, step: Step) -> Update:
+  def update_fn(self, rng: Key, rsde: ReverseSDE, x: Data, step: Step) -> Update:
     size = 2 * step.langevin_alpha * (self.snr * rsde.forward.sigma(step.t)) ** 2
     return _langevin_steps(rng, rsde.score_fn, x, step.t, lambda score, z: size, self.n_steps)
 
@@ -142,7 +144,7 @@ class NoCorrector:
 
   nfe = 0
 
-  def update_fn(self, rng: Array, rsde: ReverseSDE, x: Array, step: Step) -> Update:
+  def update_fn(self, rng: Key, rsde: ReverseSDE, x: Data, step: Step) -> Update:
     del rng, rsde, step
     return x, x
 
@@ -160,22 +162,22 @@ CORRECTORS: dict[str, Callable[[float, int], Corrector]] = {
 }
 
 
-def _mean_norm(x: Array) -> Array:
+def _mean_norm(x: Data) -> Float[Array, '']:
   """The mean over the batch of the Euclidean norms."""
   return jnp.linalg.norm(x.reshape(x.shape[0], -1), axis=-1).mean()
 
 
 def _langevin_steps(
-  rng: Array,
+  rng: Key,
   score_fn: ScoreFn,
-  x: Array,
-  t: Array,
-  step_size: Callable[[Array, Array], Array],
+  x: Data,
+  t: PerRow,
+  step_size: Callable[[Data, Data], PerRow],
   n_steps: int,
 ) -> Update:
-  """`n_steps` of x' = x + h s(x, t) + sqrt(2 h) z, with h = step_size(s, z) [B]."""
+  """`n_steps` of x' = x + h s(x, t) + sqrt(2 h) z, with h = step_size(s, z)."""
 
-  def step(carry: Update, rng: Array) -> tuple[Update, None]:
+  def step(carry: Update, rng: Key) -> tuple[Update, None]:
     x, _ = carry
     score, z = score_fn(x, t), jax.random.normal(rng, x.shape)
     return langevin_step(x, score, expand(step_size(score, z), x), z), None
@@ -229,14 +231,14 @@ class PCSampler:
 
   def __call__(
     self,
-    rng: Array,
+    rng: Key,
     score_fn: ScoreFn,
     shape: tuple[int, ...],
     *,
     sharding: jax.sharding.Sharding | None = None,
     constraint: Constraint | None = None,
     observe: Observer | None = None,
-  ) -> tuple[Array, int]:
+  ) -> tuple[Data, int]:
     score_fn, constraint = base.as_pytree(score_fn), base.as_pytree(constraint)
     rng_prior, rng_steps = jax.random.split(rng)
     x = base.draw_prior(self.sde, rng_prior, shape, sharding)
@@ -291,8 +293,8 @@ def _correct_at_eps(sampler, score_fn, constraint, rng, steps, x):
   return base.constrain(constraint, rngs[2], update, step.t)[0]
 
 
-def _step_of_each(steps: Step, i: Array | int, x: Array) -> Step:
-  """Step i of `steps`, whose arrays are [n], for each of x [B, ...]: its arrays are [B]."""
+def _step_of_each(steps: Step, i: Int[Array, ''] | int, x: Data) -> Step:
+  """Step i of n `steps`, for each row of x."""
   return jax.tree.map(lambda v: jnp.full(x.shape[:1], jnp.asarray(v)[i]), steps)
 
 
@@ -319,14 +321,14 @@ class ODESampler:
 
   def __call__(
     self,
-    rng: Array,
+    rng: Key,
     score_fn: ScoreFn,
     shape: tuple[int, ...],
     *,
     sharding: jax.sharding.Sharding | None = None,
     constraint: Constraint | None = None,
     observe: Observer | None = None,
-  ) -> tuple[Array, int]:
+  ) -> tuple[Data, int]:
     if constraint is not None:
       raise UserError('the sampler ode takes no constraint; choose another config.sampling.method')
     sde, score_fn = self.sde, base.as_pytree(score_fn)
@@ -349,12 +351,12 @@ class ODESampler:
 
 @flax.struct.dataclass
 class ProbabilityFlow:
-  """The drift (x [B, ...], t []) of the probability flow ODE, as a pytree of its arrays."""
+  """The drift of the probability flow ODE, as a pytree of its arrays."""
 
   score_fn: ScoreFn
   sde: SDE = flax.struct.field(pytree_node=False)
 
-  def __call__(self, x: Array, t: Array) -> Array:
+  def __call__(self, x: Data, t: Time) -> Data:
     rsde = self.sde.reverse(self.score_fn, probability_flow=True)
     return rsde.sde(x, jnp.broadcast_to(t, x.shape[:1]))[0]
 

@@ -30,7 +30,7 @@ from runtime.shapes import Data, Key, PerRow, PerStep, PerTime, StepPerRow, Step
 ScoreFn = Callable[[Data, PerRow], Data]  # (x, t) -> grad_x log p_t(x)
 
 
-def expand(v: Shaped[Array, ' b ...'], x: Shaped[Array, ' b ...']) -> Shaped[Array, ' b ...']:
+def expand(v: Shaped[Array, ' ...'], x: Shaped[Array, ' ...']) -> Shaped[Array, ' ...']:
   """Gives v, numbers per row, the axes of length 1 that they need to broadcast against x."""
   return v.reshape(v.shape + (1,) * (x.ndim - v.ndim))
 

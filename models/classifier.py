@@ -8,9 +8,11 @@ import flax.linen as nn
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from models.score import Params
 from runtime.precision import products_at
+from runtime.shapes import Data, Key, Labels, PerRow
 from sde_lib import SDE
 
 
@@ -31,8 +33,8 @@ class Classifier:
   sde: SDE
   precision: str = 'default'
 
-  def init(self, rng: Array, shape: tuple[int, ...]) -> Params:
-    """Draws parameters for data of `shape` [B, ...]."""
+  def init(self, rng: Key, shape: tuple[int, ...]) -> Params:
+    """Draws parameters for data of `shape`, a batch's."""
     variables = self.net.init(rng, jnp.zeros(shape), jnp.zeros(shape[:1]), False)
     return variables['params']
 
@@ -43,7 +45,7 @@ class Classifier:
 
 @flax.struct.dataclass
 class ClassLogProb:
-  """log p_t(y | x): (x [B, ...], t [B], labels y [B]) -> [B], a pytree of its arrays.
+  """log p_t(y | x) of (x, t, labels y), a pytree of its arrays.
 
   Its gradient in x is what class-conditional sampling adds to the score (Eq. 14).
   """
@@ -51,11 +53,11 @@ class ClassLogProb:
   params: Params
   classifier: Classifier = flax.struct.field(pytree_node=False)
 
-  def __call__(self, x: Array, t: Array, labels: Array) -> Array:
+  def __call__(self, x: Data, t: PerRow, labels: Labels) -> PerRow:
     return jnp.take_along_axis(self.of_all(x, t), labels[:, None], axis=-1)[:, 0]
 
-  def of_all(self, x: Array, t: Array) -> Array:
-    """log p_t(y | x) of every class y: [B, K]."""
+  def of_all(self, x: Data, t: PerRow) -> Float[Array, ' b classes']:
+    """log p_t(y | x) of every class y."""
     net, sde = self.classifier.net, self.classifier.sde
     with products_at(self.classifier.precision):
       logits: Any = net.apply({'params': self.params}, x, -sde.log_snr(t), False)

@@ -22,4 +22,5 @@ Times = Float[Array, '*b']
 PerTime = Float[Array, '*b']  # alpha, sigma and the like at these times
 Steps = Int[Array, '*b']  # of a chain
 HostTimes = Float[np.ndarray, ' n']  # of a grid, in float64, before JAX has them
+Time = Float[Array, '']  # one, of a whole batch
 PerStep = Float[Array, ' N']  # a number for each step of a chain

@@ -16,7 +16,9 @@ import flax
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jaxtyping import Int
 
+from runtime.shapes import Data, Key, PerRow
 from samplers import base
 from samplers.base import Constraint, Observer
 from sde_lib import check_eps, expand, ScoreFn, SDE
@@ -63,14 +65,14 @@ class AdaptiveSDESampler:
 
   def __call__(
     self,
-    rng: Array,
+    rng: Key,
     score_fn: ScoreFn,
     shape: tuple[int, ...],
     *,
     sharding: jax.sharding.Sharding | None = None,
     constraint: Constraint | None = None,
     observe: Observer | None = None,
-  ) -> tuple[Array, int]:
+  ) -> tuple[Data, int]:
     """See `samplers.base.Sampler`.
 
     Raises:
@@ -100,14 +102,14 @@ class AdaptiveSDESampler:
 
 @flax.struct.dataclass
 class State:
-  """Where every sample [B] is."""
+  """Where every sample is."""
 
-  x: Array  # [B, ...]
-  t: Array  # [B]
-  h: Array  # [B], the next step sizes
-  low: Array  # like x, x' of the last accepted step
-  w: Array  # like x, the Brownian path at time t
-  steps: Array  # [], of the batch
+  x: Data
+  t: PerRow
+  h: PerRow  # the next step sizes
+  low: Data  # x' of the last accepted step
+  w: Data  # the Brownian path at time t
+  steps: Int[Array, '']  # of the batch
 
 
 @partial(jax.jit, static_argnums=0)
@@ -127,7 +129,7 @@ def _segment(sampler, score_fn, constraint, rng, state):
     end, dt = jnp.where(h < t - eps, t - h, eps), expand(h, x)
     w = _brownian_paths(rng_path, x, sampler.sde.T, sampler.sde.T - end)
 
-    def euler_maruyama(at: Array, t: Array) -> Array:
+    def euler_maruyama(at: Data, t: PerRow) -> Data:
       drift, diffusion = rsde.sde(at, t)
       return x - dt * drift + expand(diffusion, x) * (w - state.w)
 
@@ -151,8 +153,8 @@ def _segment(sampler, score_fn, constraint, rng, state):
   return state, state.t.max(), state.t.mean()
 
 
-def _brownian_paths(rng: Array, x: Array, T: float, s: Array) -> Array:
-  """Each sample's own Brownian path over [0, T], at times s [B]; like x.
+def _brownian_paths(rng: Key, x: Data, T: float, s: PerRow) -> Data:
+  """Each sample's own Brownian path over [0, T], at times s.
 
   Levy's construction: given both ends of an interval, its middle is normal around their mean with
   a quarter of the interval's length as variance. Every middle has its key, so that a time is
@@ -160,7 +162,7 @@ def _brownian_paths(rng: Array, x: Array, T: float, s: Array) -> Array:
   """
 
   def path(rng: Array, s: Array) -> Array:
-    def halve(level: int, interval: tuple[Array, ...]) -> tuple[Array, ...]:
+    def halve(level: Array | int, interval: tuple[Array, ...]) -> tuple[Array, ...]:
       node, first, length, left, right = interval
       noise = jax.random.normal(jax.random.fold_in(rng, node), x.shape[1:])
       middle = (left + right + jnp.sqrt(length) * noise) / 2
@@ -176,6 +178,6 @@ def _brownian_paths(rng: Array, x: Array, T: float, s: Array) -> Array:
   return jax.vmap(path)(jax.random.split(rng, len(x)), s)
 
 
-def _root_mean_square(x: Array) -> Array:
-  """Of each sample [B]."""
+def _root_mean_square(x: Data) -> PerRow:
+  """Of each sample."""
   return jnp.sqrt(jnp.square(x).reshape(x.shape[0], -1).mean(-1))

@@ -13,20 +13,23 @@ from typing import Any, overload, Protocol, runtime_checkable
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jaxtyping import Float
 import numpy as np
 
+from runtime.shapes import Data, HostTimes, Key, PerRow, Time
 from samplers.ode import Observer
 from samplers.time_grids import TimeGrid
 from sde_lib import check_eps, ScoreFn, SDE
 
-Update = tuple[Array, Array]  # the new x, and its mean before noise was added
+Update = tuple[Data, Data]  # the new x, and its mean before noise was added
 
-# (rng, update, t [B]) -> update: makes x, and its mean, agree with what is known of them at time t.
+# (rng, update, t) -> update: makes x, and its mean, agree with what is known of them at time t.
 # A pytree of its arrays, as the score is.
-Constraint = Callable[[Array, Update, Array], Update]
+Constraint = Callable[[Key, Update, PerRow], Update]
 
-Denoiser = Callable[[Array, Array], Array]  # (x [B, ...], t []) -> E[x_0 | x_t = x], like x
-Coefficients = dict[str, np.ndarray]  # each [n - 1, ...], for the steps between n times
+Denoiser = Callable[[Data, Time], Data]  # (x, t) -> E[x_0 | x_t = x]
+Coefficients = dict[str, Float[np.ndarray, ' steps ...']]  # between one time more
+OfStep = dict[str, Float[Array, ' ...']]  # those of one step
 Memory = Any  # what a solver takes along from step to step, a tree of arrays
 
 SEGMENTS = 100  # that a run of a fixed number of steps is cut into
@@ -38,15 +41,15 @@ class Sampler(Protocol):
 
   def __call__(
     self,
-    rng: Array,
+    rng: Key,
     score_fn: ScoreFn,
     shape: tuple[int, ...],
     *,
     sharding: jax.sharding.Sharding | None = None,
     constraint: Constraint | None = None,
     observe: Observer | None = None,
-  ) -> tuple[Array, int]:
-    """Draws samples of `shape` [B, ...].
+  ) -> tuple[Data, int]:
+    """Draws samples of `shape`, a batch's.
 
     Args:
       rng: the key that the samples are a function of, however they are cut or sharded.
@@ -70,16 +73,16 @@ class Solver(Protocol):
   def nfe(self) -> int:
     """Score evaluations of one step."""
 
-  def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
-    """The numbers that each of the n - 1 steps between `times` [n] needs."""
+  def coefficients(self, sde: SDE, times: HostTimes) -> Coefficients:
+    """The numbers that each of the steps between `times` needs."""
 
-  def init(self, x: Array) -> Memory:
+  def init(self, x: Data) -> Memory:
     """The memory before the first step."""
 
   def update(
-    self, rng: Array, denoise: Denoiser, c: dict[str, Array], x: Array, memory: Memory
+    self, rng: Key, denoise: Denoiser, c: OfStep, x: Data, memory: Memory
   ) -> tuple[Update, Memory]:
-    """One step for x [B, ...], with its coefficients c."""
+    """One step for x, with its coefficients c."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +103,14 @@ class GridSampler:
 
   def __call__(
     self,
-    rng: Array,
+    rng: Key,
     score_fn: ScoreFn,
     shape: tuple[int, ...],
     *,
     sharding: jax.sharding.Sharding | None = None,
     constraint: Constraint | None = None,
     observe: Observer | None = None,
-  ) -> tuple[Array, int]:
+  ) -> tuple[Data, int]:
     score_fn, constraint, steps = as_pytree(score_fn), as_pytree(constraint), self.grid.n - 1
     times = self.grid.times(self.sde)
     coefficients = {'t': times[:-1], 's': times[1:], **self.solver.coefficients(self.sde, times)}
@@ -157,7 +160,7 @@ def as_pytree(function: Callable | None) -> Callable | None:
   return jax.tree_util.Partial(function) if plain else function
 
 
-def draw_prior(sde: SDE, rng: Array, shape: tuple[int, ...], sharding) -> Array:
+def draw_prior(sde: SDE, rng: Key, shape: tuple[int, ...], sharding) -> Data:
   """x_T of the given shape and sharding."""
   return _draw(sde, sharding)(rng, shape)
 
@@ -184,20 +187,20 @@ def in_segments(
   return state
 
 
-def show_samples(observe: Observer | None, x: Array) -> None:
+def show_samples(observe: Observer | None, x: Data) -> None:
   """Tells the observer, if any, that these are the samples."""
   if observe:
     observe(1.0, jax.block_until_ready(x))
 
 
-def constrain(constraint: Constraint | None, rng: Array, update: Update, t: Array) -> Update:
-  """The update as the constraint, if any, lets it be at times t [B]."""
+def constrain(constraint: Constraint | None, rng: Key, update: Update, t: PerRow) -> Update:
+  """The update as the constraint, if any, lets it be at times t."""
   return update if constraint is None else constraint(rng, update, t)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def tweedie(sde, eps, score_fn, constraint, rng, x):
-  """E[x_0 | x_eps = x] [B, ...], the last step of samplers; one score evaluation."""
+  """E[x_0 | x_eps = x], the last step of samplers; one score evaluation."""
   mean = sde.reverse(score_fn).denoise(x, jnp.full(x.shape[:1], eps))
   return constrain_clean(constraint, rng, mean)
 

@@ -12,10 +12,10 @@ import dataclasses
 import math
 
 import jax
-from jax import Array
 import numpy as np
 
-from samplers.base import Coefficients, Memory, Update
+from runtime.shapes import Data, HostTimes, Key
+from samplers.base import Coefficients, Denoiser, Memory, OfStep, Update
 from samplers.multistep import check_order, Path
 from samplers.time_grids import in_float64
 from sde_lib import SDE
@@ -50,7 +50,7 @@ class EDM:
   def nfe(self) -> int:
     return self.order
 
-  def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
+  def coefficients(self, sde: SDE, times: HostTimes) -> Coefficients:
     path = Path.of(sde, times)
     s = np.exp(-path.lam)
     gamma = min(self.churn / len(times), math.sqrt(2) - 1)
@@ -67,10 +67,12 @@ class EDM:
       'end_s': s[1:],
     }
 
-  def init(self, x: Array) -> Memory:
+  def init(self, x: Data) -> Memory:
     return ()
 
-  def update(self, rng, denoise, c, x, memory) -> tuple[Update, Memory]:
+  def update(
+    self, rng: Key, denoise: Denoiser, c: OfStep, x: Data, memory: Memory
+  ) -> tuple[Update, Memory]:
     y = x / c['alpha']
     if self.churn:
       y += c['added'] * jax.random.normal(rng, x.shape)

@@ -13,15 +13,17 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jaxtyping import Bool
 
 from runtime.errors import UserError
+from runtime.shapes import Data, Key, PerRow, PerRowExpanded
 from samplers import base
 from samplers.base import Constraint, Observer, Update
 from sde_lib import check_eps, expand, ScoreFn, SDE
 
 
-def langevin_step(x: Array, score: Array, h: Array | float, z: Array) -> Update:
-  """x + h s(x) + sqrt(2 h) z for x [B, ...], h that broadcasts to it, and noise z; and its mean."""
+def langevin_step(x: Data, score: Data, h: PerRowExpanded | float, z: Data) -> Update:
+  """x + h s(x) + sqrt(2 h) z for noise z; and its mean."""
   x_mean = x + h * score
   return x_mean + jnp.sqrt(2 * h) * z, x_mean
 
@@ -55,14 +57,14 @@ class LangevinSampler:
 
   def __call__(
     self,
-    rng: Array,
+    rng: Key,
     score_fn: ScoreFn,
     shape: tuple[int, ...],
     *,
     sharding: jax.sharding.Sharding | None = None,
     constraint: Constraint | None = None,
     observe: Observer | None = None,
-  ) -> tuple[Array, int]:
+  ) -> tuple[Data, int]:
     if constraint is not None and self.adjusted:
       raise UserError('the sampler mala takes no constraint; choose another config.sampling.method')
     if self.adjusted and not hasattr(score_fn, 'log_density'):
@@ -116,19 +118,19 @@ def _mala_segment(sampler, score_fn, constraint, rng, state, start, stop):
 class MALAState(NamedTuple):
   """Where a chain is, and what is known of it there."""
 
-  x: Array  # [B, ...]
-  score: Array  # [B, ...]
-  log_p: Array  # [B], up to a constant
+  x: Data
+  score: Data
+  log_p: PerRow  # up to a constant
 
 
-def mala_state(score_fn: Any, x: Array, t: Array) -> MALAState:
-  """The state at x [B, ...] and t [B], for a score with a method `log_density(x, t)` [B]."""
+def mala_state(score_fn: Any, x: Data, t: PerRow) -> MALAState:
+  """The state at x and t, for a score with a method `log_density(x, t)`."""
   return MALAState(x, score_fn(x, t), score_fn.log_density(x, t))
 
 
 def mala_step(
-  rng: Array, score_fn: Any, state: MALAState, t: Array, h: float
-) -> tuple[MALAState, Array]:
+  rng: Key, score_fn: Any, state: MALAState, t: PerRow, h: float
+) -> tuple[MALAState, Bool[Array, ' b']]:
   """A Langevin step that is taken with probability min(1, p(y) q(x | y) / (p(x) q(y | x))).
 
   q(y | x) = N(y; x + h s(x), 2 h I) is what proposes y. That leaves p as it is, whatever h.
@@ -137,18 +139,18 @@ def mala_step(
     rng: a key.
     score_fn: what made the state.
     state: of `mala_state`, or of the step before.
-    t: [B].
+    t: where it is.
     h: the step size.
 
   Returns:
-    The new state, and which examples took the step, bool [B]. It takes one score evaluation.
+    The new state, and which examples took the step. It takes one score evaluation.
   """
   rng_z, rng_u = jax.random.split(rng)
   x = state.x
   y, _ = langevin_step(x, state.score, h, jax.random.normal(rng_z, x.shape))
   proposed = mala_state(score_fn, y, t)
 
-  def log_q(to: Array, origin: MALAState) -> Array:
+  def log_q(to: Data, origin: MALAState) -> PerRow:
     away = (to - origin.x - h * origin.score).reshape(len(x), -1)
     return -jnp.square(away).sum(-1) / (4 * h)
 

@@ -18,9 +18,11 @@ import dataclasses
 
 import jax
 from jax import Array
+from jaxtyping import Float
 import numpy as np
 
-from samplers.base import Coefficients, Memory, Update
+from runtime.shapes import Data, HostTimes, Key
+from samplers.base import Coefficients, Denoiser, Memory, OfStep, Update
 from samplers.time_grids import finite_log_snr, in_float64
 from sde_lib import SDE
 
@@ -44,15 +46,17 @@ class DDIM:
   def __post_init__(self) -> None:
     _check_eta(self.eta)
 
-  def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
+  def coefficients(self, sde: SDE, times: HostTimes) -> Coefficients:
     path = Path.of(sde, times)
     # The posterior's variance is sigma^2 (1 - exp(-2 h)).
     return _first_order(path, np.sqrt(1 + self.eta**2 * np.expm1(-2 * path.h)))
 
-  def init(self, x: Array) -> Memory:
+  def init(self, x: Data) -> Memory:
     return _no_history(x, 1)
 
-  def update(self, rng, denoise, c, x, memory) -> tuple[Update, Memory]:
+  def update(
+    self, rng: Key, denoise: Denoiser, c: OfStep, x: Data, memory: Memory
+  ) -> tuple[Update, Memory]:
     mean, memory = _multistep(denoise(x, c['t']), c, x, memory)
     return _add_noise(rng, c, mean) if self.eta else (mean, mean), memory
 
@@ -74,16 +78,18 @@ class DPMSolver:
     check_order(self.order, (1, 2, 3), 'dpm_solver++')
     _check_eta(self.eta)
 
-  def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
+  def coefficients(self, sde: SDE, times: HostTimes) -> Coefficients:
     path = Path.of(sde, times)
     c = _first_order(path, np.exp(-self.eta * path.h))
     c['weights'] = _adams_weights(path, self.order, self.eta)
     return c
 
-  def init(self, x: Array) -> Memory:
+  def init(self, x: Data) -> Memory:
     return _no_history(x, self.order)
 
-  def update(self, rng, denoise, c, x, memory) -> tuple[Update, Memory]:
+  def update(
+    self, rng: Key, denoise: Denoiser, c: OfStep, x: Data, memory: Memory
+  ) -> tuple[Update, Memory]:
     mean, memory = _multistep(denoise(x, c['t']), c, x, memory)
     return _add_noise(rng, c, mean) if self.eta else (mean, mean), memory
 
@@ -102,7 +108,7 @@ class DEIS:
   def __post_init__(self) -> None:
     check_order(self.order, (1, 2, 3, 4), 'deis')
 
-  def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
+  def coefficients(self, sde: SDE, times: HostTimes) -> Coefficients:
     path = Path.of(sde, times)
     u, w = _quadrature(path.h[:, None])
     lam = path.lam[:-1, None] + u
@@ -115,10 +121,12 @@ class DEIS:
     at_start = {'alpha': path.alpha[:-1], 'sigma': path.sigma[:-1]}
     return {'keep': keep, 'weights': weights, **at_start}
 
-  def init(self, x: Array) -> Memory:
+  def init(self, x: Data) -> Memory:
     return _no_history(x, self.order)
 
-  def update(self, rng, denoise, c, x, memory) -> tuple[Update, Memory]:
+  def update(
+    self, rng: Key, denoise: Denoiser, c: OfStep, x: Data, memory: Memory
+  ) -> tuple[Update, Memory]:
     noise = (x - c['alpha'] * denoise(x, c['t'])) / c['sigma']
     after, memory = _multistep(noise, c, x, memory)
     return (after, after), memory
@@ -139,7 +147,7 @@ class UniPC:
   def __post_init__(self) -> None:
     check_order(self.order, (1, 2, 3), 'unipc')
 
-  def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
+  def coefficients(self, sde: SDE, times: HostTimes) -> Coefficients:
     path = Path.of(sde, times)
     c = _first_order(path, np.ones_like(path.h))
     c['weights'] = _adams_weights(path, self.order, eta=0.0)
@@ -154,10 +162,12 @@ class UniPC:
       correct[i, : len(nodes)] = path.alpha[i] * np.concatenate([w[1:2], w[:1], w[2:]])
     return c | {'correct': correct}
 
-  def init(self, x: Array) -> Memory:
+  def init(self, x: Data) -> Memory:
     return x, _no_history(x, self.order + 1)
 
-  def update(self, rng, denoise, c, x, memory) -> tuple[Update, Memory]:
+  def update(
+    self, rng: Key, denoise: Denoiser, c: OfStep, x: Data, memory: Memory
+  ) -> tuple[Update, Memory]:
     before, history = memory
     history = (denoise(x, c['t']), *history)
     x = c['correct_keep'] * before + _combine(c['correct'], history)
@@ -174,7 +184,7 @@ class DPMSolver2S:
 
   nfe = 2
 
-  def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
+  def coefficients(self, sde: SDE, times: HostTimes) -> Coefficients:
     path = Path.of(sde, times)
     middle = Path.of(sde, in_float64(sde.time_of_log_snr, path.lam[:-1] + path.h / 2))
     c = _first_order(path, np.ones_like(path.h)) | {'middle': middle.t}
@@ -182,10 +192,12 @@ class DPMSolver2S:
     c['half_weight'] = -middle.alpha * np.expm1(-path.h / 2)
     return c
 
-  def init(self, x: Array) -> Memory:
+  def init(self, x: Data) -> Memory:
     return ()
 
-  def update(self, rng, denoise, c, x, memory) -> tuple[Update, Memory]:
+  def update(
+    self, rng: Key, denoise: Denoiser, c: OfStep, x: Data, memory: Memory
+  ) -> tuple[Update, Memory]:
     half = c['half_keep'] * x + c['half_weight'] * denoise(x, c['t'])
     after = c['keep'] * x + c['weights'][0] * denoise(half, c['middle'])
     return (after, after), memory
@@ -196,19 +208,19 @@ class DPMSolver2S:
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-  """The SDE at descending times t [n]: alpha, sigma, lambda, and h [n - 1], the steps of lambda."""
+  """The SDE at descending times t: alpha, sigma, lambda, and h, the steps of lambda."""
 
-  t: np.ndarray
-  alpha: np.ndarray
-  sigma: np.ndarray
-  lam: np.ndarray
+  t: HostTimes
+  alpha: HostTimes
+  sigma: HostTimes
+  lam: HostTimes
 
   @property
-  def h(self) -> np.ndarray:
+  def h(self) -> HostTimes:
     return np.diff(self.lam)
 
   @classmethod
-  def of(cls, sde: SDE, t: np.ndarray) -> 'Path':
+  def of(cls, sde: SDE, t: HostTimes) -> 'Path':
     """Raises ValueError if the log-SNR is infinite at one of the times."""
     return cls(t, in_float64(sde.alpha, t), in_float64(sde.sigma, t), finite_log_snr(sde, t))
 
@@ -270,23 +282,21 @@ def _lagrange(nodes: np.ndarray, v: np.ndarray) -> np.ndarray:
   return basis
 
 
-def _no_history(x: Array, length: int) -> tuple[Array, ...]:
+def _no_history(x: Data, length: int) -> tuple[Data, ...]:
   """Room for all but the newest of `length` values, whose weights are zero until they exist."""
   return (x,) * (length - 1)
 
 
-def _combine(weights: Array, values: tuple[Array, ...]) -> Array:
+def _combine(weights: Float[Array, ' k'], values: tuple[Data, ...]) -> Data:
   return sum(w * v for w, v in zip(weights, values, strict=False))
 
 
-def _multistep(
-  newest: Array, c: dict[str, Array], x: Array, history: Memory
-) -> tuple[Array, Memory]:
+def _multistep(newest: Data, c: OfStep, x: Data, history: Memory) -> tuple[Data, Memory]:
   values = (newest, *history)
   return c['keep'] * x + _combine(c['weights'], values), values[:-1]
 
 
-def _add_noise(rng: Array, c: dict[str, Array], mean: Array) -> Update:
+def _add_noise(rng: Key, c: OfStep, mean: Data) -> Update:
   return mean + c['noise'] * jax.random.normal(rng, mean.shape), mean
 
 

@@ -1,7 +1,7 @@
 """Time grids: at which n times a sampler asks for the score, from sde.T down to eps.
 
-After the last time come clean data. How the times are spaced is a function (sde, n, eps) -> times
-[n], descending, in float64. The number of times has nothing to do with the number of noise scales
+After the last time come clean data. How the times are spaced is a function (sde, n, eps) -> n
+times, descending, in float64. The number of times has nothing to do with the number of noise scales
 that a model was trained with.
 """
 
@@ -12,28 +12,29 @@ from functools import partial
 import math
 
 import jax
-from jax import Array
 import jax.numpy as jnp
+from jaxtyping import Float
 import numpy as np
 
+from runtime.shapes import HostTimes, PerTime, Times
 from sde_lib import SDE
 
-Spacing = Callable[[SDE, int, float], np.ndarray]
+Spacing = Callable[[SDE, int, float], HostTimes]
 
 
-def uniform(sde: SDE, n: int, eps: float) -> np.ndarray:
+def uniform(sde: SDE, n: int, eps: float) -> HostTimes:
   """Equal steps of t, as in the released code of Song et al. 2021."""
   return np.linspace(sde.T, eps, n)
 
 
-def quadratic(sde: SDE, n: int, eps: float) -> np.ndarray:
+def quadratic(sde: SDE, n: int, eps: float) -> HostTimes:
   """Equal steps of sqrt(t) (Song et al. 2020, https://arxiv.org/abs/2010.02502, Appendix D.2)."""
   times = np.linspace(math.sqrt(sde.T), math.sqrt(eps), n) ** 2
   times[0], times[-1] = sde.T, eps  # not only to rounding
   return times
 
 
-def log_snr(sde: SDE, n: int, eps: float) -> np.ndarray:
+def log_snr(sde: SDE, n: int, eps: float) -> HostTimes:
   """Equal steps of lambda = log(alpha / sigma) (Lu et al. 2022, https://arxiv.org/abs/2206.00927).
 
   For the VE SDE this is the uniform grid.
@@ -48,7 +49,7 @@ class Karras:
 
   rho: float = 7.0
 
-  def __call__(self, sde: SDE, n: int, eps: float) -> np.ndarray:
+  def __call__(self, sde: SDE, n: int, eps: float) -> HostTimes:
     first, last = np.exp(-finite_log_snr(sde, np.array([sde.T, eps])) / self.rho)
     return _between_ends(sde, -self.rho * np.log(np.linspace(first, last, n)), eps)
 
@@ -78,12 +79,14 @@ class TimeGrid:
     if self.n < 2:
       raise ValueError(f'a time grid needs at least 2 times, T and eps; got {self.n}')
 
-  def times(self, sde: SDE) -> np.ndarray:
-    """The times [n] of an SDE."""
+  def times(self, sde: SDE) -> HostTimes:
+    """The n times of an SDE."""
     return self.spacing(sde, self.n, self.eps)
 
 
-def in_float64(f: Callable[[Array], Array], v: np.ndarray) -> np.ndarray:
+def in_float64(
+  f: Callable[[Times], PerTime], v: Float[np.ndarray, ' *n']
+) -> Float[np.ndarray, ' *n']:
   """f(v), computed now and in float64: differences of neighbouring times lose digits.
 
   The CPU of this process does it, since TPUs have no float64; the device that JAX uses, where
@@ -102,12 +105,12 @@ def _host() -> jax.Device | None:
 
 
 @partial(jax.jit, static_argnums=0)
-def _call(f: Callable[[Array], Array], v: Array) -> Array:
+def _call(f: Callable[[Times], PerTime], v: Times) -> PerTime:
   """f(v), compiled once for a method of an SDE; `jax.jit` of the method itself forgets it."""
   return f(v)
 
 
-def finite_log_snr(sde: SDE, times: np.ndarray) -> np.ndarray:
+def finite_log_snr(sde: SDE, times: HostTimes) -> HostTimes:
   """sde.log_snr(times), in float64.
 
   Raises:
@@ -122,7 +125,7 @@ def finite_log_snr(sde: SDE, times: np.ndarray) -> np.ndarray:
   return lam
 
 
-def _between_ends(sde: SDE, lam: np.ndarray, eps: float) -> np.ndarray:
+def _between_ends(sde: SDE, lam: HostTimes, eps: float) -> HostTimes:
   """The times of the log-SNRs `lam`, which lie between those of T and eps."""
   times = in_float64(sde.time_of_log_snr, lam)
   times[0], times[-1] = sde.T, eps

@@ -24,7 +24,10 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:  # the workers inherit it
   start.prepare()
 
 # Shapes are checked where they are said. Before any of these is imported.
-CHECKED = 'sde_lib', 'losses', 'models.preconditioning', 'models.score'
+CHECKED = (
+  'sde_lib', 'losses', 'sampling', 'likelihood', 'controllable_generation', 'samplers',
+  'models.preconditioning', 'models.score', 'models.classifier', 'training.step',
+)  # fmt: skip
 jaxtyping.install_import_hook(CHECKED, 'beartype.beartype')
 
 

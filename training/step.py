@@ -15,6 +15,7 @@ from data.codec import Codec
 from losses import Objective, score_matching_loss
 from models.classifier import Classifier
 from models.score import Params, ScoreModel
+from runtime.shapes import Data, Key, Labels, PerRow
 from training.packing import pack_like, unpacked
 
 Metrics = dict[str, Array]
@@ -29,7 +30,7 @@ class TrainState:
   While it is trained, what is a tree like the parameters may be `training.packing.Packed`.
   """
 
-  step: Array  # optimiser steps taken, int32 []
+  step: Array  # optimiser steps taken, int32 []; a `jax.ShapeDtypeStruct` in a template
   params: Params
   averages: tuple[Params, ...]  # moving averages of the parameters, at least one
   opt_state: Any
@@ -44,7 +45,7 @@ AnyState = TypeVar('AnyState', bound=TrainState)
 
 
 def init_state(
-  rng: Array,
+  rng: Key,
   model: ScoreModel | Classifier,
   tx: optax.GradientTransformation,
   shape: tuple[int, ...],
@@ -58,7 +59,7 @@ def init_state(
 def train_step(
   state: TrainState,
   batch: Batch,
-  rng: Array,
+  rng: Key,
   *,
   model: ScoreModel,
   codec: Codec,
@@ -91,11 +92,11 @@ def train_step(
 
 def optimize(
   state: TrainState,
-  x0: Array,
-  t: Array,
-  z: Array,
-  rng_dropout: Array,
-  labels: Array | None = None,
+  x0: Data,
+  t: PerRow,
+  z: Data,
+  rng_dropout: Key,
+  labels: Labels | None = None,
   *,
   model: ScoreModel,
   objective: Objective,
@@ -104,7 +105,7 @@ def optimize(
   ema_warmup: bool = False,
   grad_accum: int = 1,
 ) -> tuple[TrainState, Metrics]:
-  """The step of `train_step` once data x0 [B, ...], times t [B], noise z and labels are drawn."""
+  """The step of `train_step` once data x0, times t, noise z and labels are drawn."""
 
   def loss_fn(params: Params, part: Any) -> tuple[Array, Metrics]:
     rng_dropout, x0, t, z, labels = part
@@ -193,7 +194,7 @@ def finite_step(
   state: TrainState,
   frozen: Any,
   batch: Batch,
-  rng: Array,
+  rng: Key,
 ) -> tuple[TrainState, Metrics]:
   """The step that `update` makes, but where its loss or gradient is not finite.
 
@@ -209,13 +210,13 @@ def finite_step(
 def eval_step(
   params: Params,
   batch: Batch,
-  rng: Array,
+  rng: Key,
   *,
   model: ScoreModel,
   codec: Codec,
   objective: Objective,
-) -> Array:
-  """The loss of each example of a batch [B] at random times, without dropout or flips."""
+) -> PerRow:
+  """The loss of each example of a batch at random times, without dropout or flips."""
   rng_data, rng_t, rng_z = jax.random.split(rng, 3)
   x0 = codec.for_evaluation(rng_data, batch['data'])
   t = objective.times(rng_t, len(x0))

@@ -182,9 +182,9 @@ def test_superresolution_keeps_the_means_of_blocks(tmp_path, inputs):
   y, operator = known.y, known.operator
   samples = draw(setup, tmp_path / 'out')['samples'] / 127.5 - 1
   inside = np.all(np.abs(samples) < 0.99, axis=0)  # clipped pixels change the mean of their block
-  whole = np.asarray(operator(np.float32(inside)[None]))[0] == 1
+  whole = np.asarray(operator(jnp.float32(inside)[None]))[0] == 1
   assert whole.any()
-  means = np.asarray(operator(np.float32(samples)))
+  means = np.asarray(operator(jnp.float32(samples)))
   np.testing.assert_allclose(means[:, whole], y.repeat(2, 0)[:, whole], atol=0.01)
 
 

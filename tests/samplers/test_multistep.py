@@ -55,13 +55,15 @@ every_solver = pytest.mark.parametrize('solver', ORDERS, ids=str)
 def walk(
   solver: Solver, sde: SDE, times: np.ndarray, x: np.ndarray, denoise: Callable
 ) -> np.ndarray:
-  """What `GridSampler` does in between prior and noise removal, in float64 NumPy."""
+  """What `GridSampler` does in between prior and noise removal, in float64."""
   coefficients = {'t': times[:-1], 's': times[1:], **solver.coefficients(sde, times)}
-  memory = solver.init(x)
-  for i in range(len(times) - 1):
-    c = {name: values[i] for name, values in coefficients.items()}
-    (x, _), memory = solver.update(KEY, denoise, c, x, memory)
-  return x
+  with jax.enable_x64(True):
+    at = jnp.asarray(x)
+    memory = solver.init(at)
+    for i in range(len(times) - 1):
+      c = {name: jnp.asarray(values[i]) for name, values in coefficients.items()}
+      (at, _), memory = solver.update(KEY, denoise, c, at, memory)
+    return np.asarray(at)
 
 
 def denoiser(sde: SDE, mean: float, std: float):
@@ -94,7 +96,7 @@ def test_solvers_converge_with_their_order(sde, solver):
   steps = np.array([40, 80]) * (4 if ORDERS[solver] == 4 else 1)
   errors = []
   for n in steps:
-    times = time_grids.log_snr(sde, n + 1, EPS[type(sde)])
+    times = time_grids.log_snr(sde, int(n) + 1, EPS[type(sde)])
     got = walk(solver, sde, times, x, denoiser(sde, mean, std))
     errors.append(np.abs(got - exact_flow(sde, mean, std, x)).max())
   slope = np.log2(errors[0] / errors[1])
@@ -130,7 +132,7 @@ def test_first_orders_are_one_method(sde):
 def test_ddim_with_eta_one_is_ancestral_sampling(sde):
   """Between the times of the chain: the same mean, and the same noise."""
   chain, i = Chain(sde, 20), np.arange(19, 0, -1)
-  times = np.asarray(chain.time(i), np.float64)
+  times = np.asarray(chain.time(jnp.asarray(i)), np.float64)
   x = jax.random.normal(KEY, (len(times) - 1, 2)) * sde.prior_std
   t = jnp.asarray(times[:-1], jnp.float32)
   score = DATA.score_fn(sde)(x, t)
@@ -144,7 +146,7 @@ def test_ddim_with_eta_one_is_ancestral_sampling(sde):
 def test_ddim_with_eta_one_is_almost_the_ancestral_step_of_ddpm():
   """Whose steps differ by O(beta), and whose variance is beta, not the posterior's."""
   chain, i = VPSDE().chain(1000), np.arange(999, 100, -1)
-  c = DDIM(1.0).coefficients(chain.sde, np.asarray(chain.time(i), np.float64))
+  c = DDIM(1.0).coefficients(chain.sde, np.asarray(chain.time(jnp.asarray(i)), np.float64))
   x = jnp.zeros((len(i) - 1, 1))
   _, std = chain.ancestral(x, x, jnp.asarray(i[:-1]))
   np.testing.assert_allclose(c['noise'], std, rtol=0.02)

@@ -61,13 +61,14 @@ def test_the_average_of_a_rate_of_0_is_the_parameters(rate):
 
 def test_a_step_that_is_not_finite_changes_nothing_but_their_number():
   def update(state, frozen, batch, rng):
-    step = state.replace(step=state.step + 1, params=state.params + 1 / batch, opt_state=batch)
-    return step, {'loss': 1 / batch, 'grad_norm': batch}
+    one = batch['data']
+    step = state.replace(step=state.step + 1, params=state.params + 1 / one, opt_state=one)
+    return step, {'loss': 1 / one, 'grad_norm': one}
 
   one = jnp.ones(())
   state = TrainState(jnp.int32(3), one, (one,), one)
-  taken, measured = finite_step(update, state, None, 2 * one, None)
+  taken, measured = finite_step(update, state, None, {'data': 2 * one}, jax.random.key(0))
   assert measured['skipped'] == 0 and (taken.step, taken.params, taken.opt_state) == (4, 1.5, 2)
-  for batch in (0 * one, jnp.inf * one):
-    left, measured = finite_step(update, state, None, batch, None)
+  for value in (0 * one, jnp.inf * one):
+    left, measured = finite_step(update, state, None, {'data': value}, jax.random.key(0))
     assert measured['skipped'] == 1 and (left.step, left.params, left.opt_state) == (4, 1, 1)
