@@ -44,11 +44,12 @@ def load_source(config: FrozenConfigDict, split: str, section: str = 'model') ->
   """The data of a split, for the network that a section of the config describes.
 
   Raises:
-    UserError: if they cannot be read, or have other classes than the network.
+    UserError: if they cannot be read, show nothing, or have other classes than the network.
   """
   data, num_classes = config.data, config[section].num_classes
   if data.dim:
     return points.load(data.dataset, split, data.dim)
+  takes_labels = num_classes > 0 or section == 'classifier'
   source = sources.load(
     data.dataset,
     split,
@@ -58,8 +59,12 @@ def load_source(config: FrozenConfigDict, split: str, section: str = 'model') ->
     data_dir=data.tfds_dir,
     category=data.category,
     decoder=make_decoder(config),
+    held_out=data.held_out,
+    labelled=takes_labels,
+    skip_damaged=data.skip_damaged,
   )
-  takes_labels = num_classes > 0 or section == 'classifier'
+  if split == 'train':
+    sources.refuse_one_value(source)
   if takes_labels and not num_classes == source.num_classes > 0:
     n = source.num_classes
     there = f'{n} classes; set it to that' if n else 'no labels; choose another dataset'

@@ -73,6 +73,8 @@ def _default() -> ConfigDict:
   data.black = 0.0  # stored values shown as black and as white, in images of more than 8 bits;
   data.white = 0.0  # white 0: as the files tell, or else the largest value of all of them says
   data.max_pixels = 178_956_970  # of an image as it is decoded, a limit to memory
+  data.held_out = ''  # folder in data.path of the split test; empty: the one named test, val, ...
+  data.skip_damaged = False  # leave out images that cannot be read; all are read at the start
   data.dim = 0  # of points, data.points.DISTRIBUTIONS; 0 for images
   data.centered = False
   data.random_flip = True

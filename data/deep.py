@@ -171,11 +171,16 @@ class Usual:
   It is the same in every process and on every day, as long as the images are.
   """
 
-  def __init__(self, n: int, open_image: Callable[[int], Image.Image], where: str):
-    """`open_image(i)` opens image i of n; `where` names them all."""
-    self._n, self._open, self._where = n, open_image, where
+  def __init__(self, images: Callable[[], Sequence[Callable[[], Image.Image]]], where: str):
+    """`images()` are all of them, each opened by a call; `where` names them."""
+    self._images, self._where = images, where
     self._lock = threading.Lock()
     self._spans: dict[bool, Span] = {}
+
+  @property
+  def was_asked(self) -> bool:
+    """Whether there are such images, as far as they were read."""
+    return bool(self._spans)
 
   def span(self, floats: bool) -> Span:
     """Of images of floats, or of whole numbers."""
@@ -186,9 +191,10 @@ class Usual:
 
   def _look(self) -> dict[bool, Span]:
     ranges: dict[bool, list[tuple[float, float, int]]] = {False: [], True: []}
-    for i in spread(self._n, LOOKED_AT):
+    images = self._images()
+    for i in spread(len(images), LOOKED_AT):
       try:
-        with self._open(int(i)) as image:
+        with images[i]() as image:
           if is_deep(image):
             deep = read(image)
             if deep.told is None:

@@ -9,8 +9,10 @@ Images stay uint8 here; flips, dequantisation and scaling happen on the device.
 """
 
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 import dataclasses
+import errno
 import functools
 import io
 import logging
@@ -24,9 +26,9 @@ from PIL import Image
 
 from data import deep, geometry
 from data.decoding import Decoder
-from data.folder import find, fingerprint, shown
+from data.folder import fingerprint, read_folder, shown
 from data.tfds import parse_example, prepared_builder, tfrecord_spans
-from runtime.errors import unknown, UserError
+from runtime.errors import Failure, unknown, UserError
 
 logger = logging.getLogger('score_sde')
 
@@ -65,6 +67,13 @@ class Source(Protocol):
 _MEMORY_LIMIT = 4 * 2**30  # bytes; a larger set is decoded anew each time
 _COUNTED = 200_000  # images, at most, whose labels are looked at when training begins
 _AHEAD_LIMIT = 2**30  # bytes of batches that are prepared ahead, but at least two
+# Of a file that was there when its folder was listed: its disk or network is lost, or the machine
+# is short of something.
+_OUT_OF_REACH = (
+  errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO,
+  errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+  errno.ECONNRESET, errno.ECONNABORTED, errno.EREMOTEIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+)  # fmt: skip
 _DIGITS = Path(__file__).parent.parent / 'assets' / 'digits.npz'
 
 
@@ -137,7 +146,7 @@ class ImageSource(Source):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Records:
+class Records:
   """Images as they are stored, in any size and mode.
 
   Attributes:
@@ -149,6 +158,8 @@ class _Records:
     upright: images are turned as their EXIF says.
     label: (i) -> its label alone, if that takes no time.
     files: of the user, if they are.
+    of_training: though another split was asked for, as there is no other.
+    all_splits: () -> what opens each image, of all splits if they are at hand.
   """
 
   length: int
@@ -159,13 +170,129 @@ class _Records:
   label: Callable[[int], int] | None = None
   files: Sequence[Path] = ()
   upright: bool = False
+  of_training: bool = False
+  all_splits: Callable[[], Sequence[Callable[[], Image.Image]]] | None = None
+
+  def opened(self, i: int) -> Image.Image:
+    return self.read(i)[0]
+
+  def only(self, kept: Sequence[int]) -> 'Records':
+    """These of the images."""
+    label = self.label
+    return dataclasses.replace(
+      self,
+      length=len(kept),
+      read=lambda i: self.read(kept[i]),
+      where=lambda i: self.where(kept[i]),
+      label=None if label is None else lambda i: label(kept[i]),
+      files=[self.files[i] for i in kept] if self.files else (),
+    )
 
 
-def _digits(split: str, _: str) -> _Records:
+@dataclasses.dataclass(frozen=True)
+class Reader:
+  """`reader(i)` is image i as a network's dataset has it, uint8 [size, size, C], and its label."""
+
+  records: Records
+  decoder: Decoder
+  size: int
+  usual: deep.Usual  # of images of more than 8 bits
+
+  @classmethod
+  def of(cls, records: Records, decoder: Decoder, size: int, where: str) -> 'Reader':
+    def images() -> Sequence[Callable[[], Image.Image]]:
+      if records.all_splits:
+        return records.all_splits()
+      return [functools.partial(records.opened, i) for i in range(records.length)]
+
+    return cls(records, decoder, size, deep.Usual(images, shown(where)))
+
+  def __call__(self, i: int) -> tuple[np.ndarray, int]:
+    return self.decoded(i)[0]
+
+  def decoded(self, i: int) -> tuple[tuple[np.ndarray, int], Image.Image]:
+    """The same, and the image as it was opened.
+
+    Raises:
+      UserError: if it is damaged, or is none.
+      Failure: if it cannot be reached any more.
+    """
+    records = self.records
+    try:
+      image, label = records.read(i)
+      with image:
+        pixels = self.decoder.pixels(image, self.size, self.usual, records.fit, records.upright)
+      return (pixels, int(label)), image
+    except UserError as error:
+      raise UserError(f'{records.where(i)}: {error}') from error
+    except Exception as error:  # Pillow, protobuf and array_record each have a dozen
+      if isinstance(error, FileNotFoundError) and _has_entries(os.path.dirname(error.filename)):
+        raise UserError(
+          f'{records.where(i)} cannot be read: it is not there any more; put it back, and repeat '
+          'the command: it goes on'
+        ) from error
+      if isinstance(error, MemoryError) or getattr(error, 'errno', None) in _OUT_OF_REACH:
+        reason = getattr(error, 'strerror', '') or 'out of memory'
+        raise Failure(
+          f'{records.where(i)} cannot be read any more ({reason}); see to that, for example '
+          'connect its disk again, and repeat the command: it goes on'
+        ) from error
+      raise UserError(
+        f'{records.where(i)} cannot be read as an image ({error}); replace or remove it, or leave '
+        'out all such with --config.data.skip_damaged'
+      ) from error
+
+  def readable(self) -> list[int]:
+    """The numbers of the images that can be read, all of which are; the others are logged.
+
+    Raises:
+      UserError: if there are none, or a class has none.
+    """
+    damaged: list[tuple[int, str]] = []
+
+    def check(i: int) -> None:
+      try:
+        self(i)
+      except UserError as error:
+        damaged.append((i, str(error)))
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+      for _ in pool.map(check, range(self.records.length)):
+        pass
+    lost = {i for i, _ in damaged}
+    kept = [i for i in range(self.records.length) if i not in lost]
+    if damaged:
+      first = min(damaged)[1]
+      if not kept:
+        raise UserError(f'none of {self.records.length} images can be read; the first: {first}')
+      logger.warning(
+        'left out: %d of %d images, which cannot be read, such as: %s',
+        len(damaged), self.records.length, first.partition('; replace')[0],
+      )  # fmt: skip
+      self._check_classes(lost, kept)
+    return kept
+
+  def _check_classes(self, lost: set[int], kept: list[int]) -> None:
+    if (label := self.records.label) and (names := self.records.class_names):
+      gone = {label(i) for i in lost} - {label(i) for i in kept}
+      if gone:
+        raise UserError(f'of class {names[min(gone)]} no image can be read; replace them')
+
+
+def _has_entries(folder: str) -> bool:
+  """Whether a folder is there, and is not the empty one that an unmounted disk leaves behind."""
+  try:
+    with os.scandir(folder) as entries:
+      return any(entries)
+  except OSError:
+    return False
+
+
+def _digits(split: str, _: str) -> Records:
   with np.load(_DIGITS) as file:
     part = slice(1500) if split == 'train' else slice(1500, None)
     images, labels = file['images'][part], file['labels'][part]
-  return _Records(
+  return Records(
     len(images),
     lambda i: (Image.fromarray(images[i]), labels[i]),
     lambda i: f'digits {split} {i}',
@@ -175,27 +302,36 @@ def _digits(split: str, _: str) -> _Records:
   )
 
 
-def _folder(split: str, path: str) -> _Records:
-  files, labels, class_names = find(path, split)
-  return _Records(
+def _folder(split: str, path: str, held_out: str = '', labelled: bool = True) -> Records:
+  found = read_folder(path, held_out, labelled)
+  files, labels = found.told(split, path)
+  of_training = split == 'test' and found.test is None
+
+  def all_splits() -> Sequence[Callable[[], Image.Image]]:
+    every = [*found.train.files, *(found.test.files if found.test else [])]
+    return [functools.partial(Image.open, file) for file in every]
+
+  return Records(
     len(files),
     lambda i: (Image.open(files[i]), labels[i]),
     lambda i: shown(files[i]),
     None,
-    class_names,
+    found.class_names,
     labels.__getitem__,
     files,
     upright=True,
+    of_training=of_training,
+    all_splits=all_splits,
   )
 
 
-def _tfds(name: str, split: str, path: str, data_dir: str, held_out: str, fit: Any) -> _Records:
+def _tfds(name: str, split: str, path: str, data_dir: str, held_out: str, fit: Any) -> Records:
   """A TFDS dataset. `held_out` names its evaluation split; '' picks test or validation."""
   from tensorflow_datasets.core.decode import DeserializeMethod
   from tensorflow_datasets.core.features import ClassLabel
   from tensorflow_datasets.core.features import Image as ImageFeature
 
-  also = [*_LOCAL, *(own for own, _, _, _ in _TFDS)]
+  also = ['folder', *_LOCAL, *(own for own, _, _, _ in _TFDS)]
   builder = prepared_builder(name, path=path, data_dir=data_dir, also=also)
   info = builder.info
   if 'image' not in info.features or not isinstance(info.features['image'], ImageFeature):
@@ -232,10 +368,10 @@ def _tfds(name: str, split: str, path: str, data_dir: str, held_out: str, fit: A
     return parse_example(records[i])['label'].int64_list.value[0]
 
   where = f'TFDS dataset {name}, split {split}, image'
-  return _Records(length, read, lambda i: f'{where} {i}', fit, class_names, label)
+  return Records(length, read, lambda i: f'{where} {i}', fit, class_names, label)
 
 
-def _tfrecords(split: str, path: str) -> _Records:
+def _tfrecords(split: str, path: str) -> Records:
   """TFRecord files of tf.train.Example: 'shape' int64 [3], 'data' uint8 bytes, channels first."""
   root = Path(path).expanduser()
   folder, pattern = (root, '*.tfrecord*') if os.path.isdir(root) else (root.parent, root.name)
@@ -259,10 +395,14 @@ def _tfrecords(split: str, path: str) -> _Records:
     return Image.fromarray(data.reshape(shape).transpose(1, 2, 0).squeeze()), 0
 
   where = lambda i: f'{spans[i][0]}, byte {spans[i][1]}'  # noqa: E731
-  return _Records(len(spans), read, where, geometry.stored, files=files)
+  return Records(len(spans), read, where, geometry.stored, files=files)
 
 
-_LOCAL = {'digits': _digits, 'folder': _folder, 'FFHQ': _tfrecords, 'CelebAHQ': _tfrecords}
+_LOCAL: dict[str, Callable[[str, str], Records]] = {
+  'digits': _digits,
+  'FFHQ': _tfrecords,
+  'CelebAHQ': _tfrecords,
+}  # and folder
 _TFDS = (  # name in a config, name in TFDS, evaluation split, geometry
   ('CIFAR10', 'cifar10', 'test', geometry.stretch),
   ('MNIST', 'mnist', 'test', geometry.stretch),
@@ -283,6 +423,9 @@ def load(
   data_dir: str = '',
   category: str = '',
   decoder: Decoder | None = None,
+  held_out: str = '',
+  labelled: bool = True,
+  skip_damaged: bool = False,
 ) -> ImageSource:
   """The images of one split of a dataset, each uint8 [image_size, image_size, num_channels].
 
@@ -297,13 +440,14 @@ def load(
     data_dir: TFDS's data directory; empty for its default.
     category: of LSUN, such as 'bedroom' or 'church_outdoor'.
     decoder: how images in files become those of the dataset; by default cropped, on white.
+    held_out: the subfolder of a folder with the images of its split test; by default found by name.
+    labelled: classes are wanted: images outside of the folders of classes are left out.
+    skip_damaged: leave out images that cannot be read; all are read now to find them.
 
   Raises:
     UserError: unknown name, split or category; data that are missing, not prepared or damaged. A
-      damaged image raises when it is first read.
+      damaged image raises when it is first read, unless it is left out.
   """
-  if split not in ('train', 'test'):
-    raise unknown('split', split, ('train', 'test'))
   decoder = dataclasses.replace(decoder or Decoder(), num_channels=num_channels)
   if image_size < 1:
     raise UserError(f'config.data.image_size is {image_size}; it must be at least 1')
@@ -312,46 +456,70 @@ def load(
       f'config.data.fit = {decoder.fit} is for folders, and dataset {name!r} has a geometry of its '
       'own; leave it at crop'
     )
+  records = open_records(name, split, path, data_dir, category, held_out, labelled)
+  files = records.files
+  read = Reader.of(records, decoder, image_size, path or name)
+  if skip_damaged:
+    records = records.only(read.readable())
+    read = dataclasses.replace(read, records=records)
+  _, label = read(0)  # a wrong path or image_size shows now, not in the first training step
+  source = ImageSource(
+    (image_size, image_size, num_channels),
+    records.length,
+    read,
+    # TFDS has -1 for every image of a split whose labels are secret.
+    records.class_names if label >= 0 else (),
+    records.label,
+    functools.partial(fingerprint, path, files),
+  )
+  if read.usual.was_asked:
+    refuse_one_value(source)
+  return source
+
+
+def refuse_one_value(source: ImageSource) -> None:
+  """Raises UserError if all images are of one and the same value, so that nothing is seen."""
+  first = source[0]
+  for i in deep.spread(len(source), deep.LOOKED_AT):
+    image = source[i]
+    if image.min() < image.max() or image.flat[0] != first.flat[0]:
+      return
+  raise UserError(
+    f'every pixel of all images is {first.flat[0]} of 255, so that there is nothing to learn; look '
+    'at the files, and at --config.data.black and --config.data.white if they have more than 8 bits'
+  )
+
+
+def open_records(
+  name: str,
+  split: str,
+  path: str = '',
+  data_dir: str = '',
+  category: str = '',
+  held_out: str = '',
+  labelled: bool = True,
+) -> Records:
+  """The images of one split as they are stored; arguments and errors are those of `load`."""
+  if split not in ('train', 'test'):
+    raise unknown('split', split, ('train', 'test'))
   try:
-    records = _open(name, split, path, os.path.expanduser(data_dir), category)
+    if name.lower() == 'folder':
+      records = _folder(split, path, held_out, labelled)
+    else:
+      records = _open(name, split, path, os.path.expanduser(data_dir), category)
   except OSError as error:
     raise UserError(f'cannot open dataset {name!r}: {error}') from error
   if not records.length:
     raise UserError(f'dataset {name!r} has no images in split {split}')
-  shape = (image_size, image_size, num_channels)
-  usual = deep.Usual(records.length, lambda i: records.read(i)[0], path or name)
-
-  def read(i: int) -> tuple[np.ndarray, int]:
-    try:
-      image, label = records.read(i)
-      with image:
-        pixels = decoder.pixels(image, image_size, usual, records.fit, records.upright)
-      return pixels, int(label)
-    except UserError as error:
-      raise UserError(f'{records.where(i)}: {error}') from error
-    except Exception as error:  # Pillow, protobuf and array_record each have a dozen
-      raise UserError(
-        f'{records.where(i)} cannot be read as an image ({error}); replace or remove it'
-      ) from error
-
-  _, label = read(0)  # a wrong path or image_size shows now, not in the first training step
-  # TFDS has -1 for every image of a split whose labels are secret.
-  return ImageSource(
-    shape,
-    records.length,
-    read,
-    records.class_names if label >= 0 else (),
-    records.label,
-    functools.partial(fingerprint, path, records.files),
-  )
+  return records
 
 
 def _has_own_fit(name: str) -> bool:
-  own = {n.lower() for n in _LOCAL if n != 'folder'}
+  own = {n.lower() for n in _LOCAL}
   return name.partition('/')[0].lower() in own.union(*({n.lower(), t} for n, t, _, _ in _TFDS))
 
 
-def _open(name: str, split: str, path: str, data_dir: str, category: str) -> _Records:
+def _open(name: str, split: str, path: str, data_dir: str, category: str) -> Records:
   for own, opener in _LOCAL.items():
     if name.lower() == own.lower():
       return opener(split, path)

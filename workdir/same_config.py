@@ -39,7 +39,8 @@ LEARNED = (
 # How it is learned, for how long, and what is made of it. Of `data.path` the images are compared,
 # which may have moved.
 MAY_CHANGE = (
-  'data.path', 'data.tfds_dir', 'data.max_pixels', 'model.ema_rate', 'model.ema_warmup',
+  'data.path', 'data.tfds_dir', 'data.max_pixels', 'data.held_out',
+  'data.skip_damaged', 'model.ema_rate', 'model.ema_warmup',
   'model.dropout', 'model.dtype', 'model.precision', 'model.remat', 'training.batch_size',
   'training.n_iters', 'training.n_jitted_steps', 'training.grad_accum', 'training.skip_nonfinite',
   'training.log_freq', 'training.eval_freq', 'training.snapshot_freq',
@@ -54,8 +55,8 @@ MAY_CHANGE = (
 FIXED_IN_EVAL = (
   *MODEL, 'model.dtype', 'model.precision', 'training.reduce_mean',
   'training.likelihood_weighting', 'training.eps', 'data.dataset', 'data.category', 'data.path',
-  'data.uniform_dequantization', 'data.fit', 'data.background', 'data.black', 'data.white',
-  'sampling', 'eval.batch_size', 'seed',
+  'data.held_out', 'data.skip_damaged', 'data.uniform_dequantization', 'data.fit',
+  'data.background', 'data.black', 'data.white', 'sampling', 'eval.batch_size', 'seed',
 )  # fmt: skip
 # How images are perturbed; what a classifier of such images depends on; what it learns.
 FIXED_NOISE = (

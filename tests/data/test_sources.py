@@ -43,7 +43,8 @@ def save(array, file, **options):
 
 
 def folder(path, size, channels=3, split='train'):
-  return load('folder', split, image_size=size, num_channels=channels, path=str(path))
+  shape = {'image_size': size, 'num_channels': channels}
+  return load('folder', split, path=str(path), labelled=False, **shape)
 
 
 # Batches
