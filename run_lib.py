@@ -20,7 +20,9 @@ from ml_collections import ConfigDict
 from builders.data import load_source
 from builders.evaluation import (
   checkpoint_range,
+  make_average,
   make_drawing,
+  make_late_average,
   make_measurements,
   make_sample_request,
   reference_file,
@@ -156,6 +158,7 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   if setup.model.num_classes:
     _class_names(setup, root)  # which says so if they are others
   measurements, all_reports = make_measurements(setup), []
+  late_average = make_late_average(setup, measurements)
   _check_results(out, setup)
   with open_workdir(out), Checkpoints(root) as checkpoints:
     for step in checkpoint_range(setup.config).steps(checkpoints):
@@ -173,12 +176,18 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
         if not measurement.is_in(report):
           report |= measurement.measure(params, step, folder)
           reports.write(out, report)
+      if late_average and late_average.is_wanted(report):
+        not_averaged = checkpoints.restore_params(step, _abstract_state(setup))
+        report |= late_average.measure(not_averaged, step, folder)
+        reports.write(out, report)
       all_reports.append(report)
       reports.publish(out, all_reports)
       page.write(root)
       logger.info(
         'step %d: %s; report in %s', step, reports.summary(report), reports.path_of(out, step)
       )
+      if late_average:
+        late_average.tell(report)
       if setup.config.eval.enable_sampling:
         logger.info('samples are in %s', folder / 'samples.png')
   if len(all_reports) > 1:
@@ -217,6 +226,7 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
     page.write(root)
   logger.info('%(samples)d samples, %(nfe)d evaluations each', report)
   logger.info('samples are in %s', folder / 'samples.png')
+  _hint_of_average(setup, step)
   return report
 
 
@@ -524,3 +534,11 @@ def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop
       return
   artifacts.write_png(path, setup.codec.pictures.overview(samples))
   logger.info('step %d: samples are in %s', step, path)
+  _hint_of_average(setup, step)
+
+
+def _hint_of_average(setup: Setup, step: int) -> None:
+  """Says so, where samples are of a moving average that has not arrived."""
+  average = make_average(setup.config)
+  if average.is_late(step):
+    logger.warning('samples are of parameters that have not arrived: %s', average.told(step))

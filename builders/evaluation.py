@@ -12,6 +12,7 @@ from builders.data import load_source, make_decoder
 from builders.setup import explicit_matching, Setup
 from data.classes import numbers_of
 from evaluation import features
+from evaluation.average import Average, LateAverage
 from evaluation.bits_per_dim import BitsPerDim
 from evaluation.draw import Drawing
 from evaluation.evaluate import CheckpointRange, Measurement
@@ -63,6 +64,18 @@ def make_measurements(setup: Setup) -> list[Measurement]:
   if wanted.enable_sampling:
     made.append(make_sample_quality(setup))
   return made
+
+
+def make_average(config: FrozenConfigDict) -> Average:
+  """How the parameters of the score model are averaged."""
+  return Average(config.model.ema_rate, config.model.ema_warmup)
+
+
+def make_late_average(setup: Setup, measurements: list[Measurement]) -> LateAverage | None:
+  """What is measured beside the loss of an average that has not arrived, if there is a loss."""
+  average = make_average(setup.config)
+  found = (LateAverage(average, m) for m in measurements if isinstance(m, HeldOutLoss))
+  return next(found, None)
 
 
 def make_held_out_loss(setup: Setup) -> HeldOutLoss:

@@ -141,6 +141,36 @@ def kernel_distance(
   return float(np.mean(values)), float(np.std(values))
 
 
+@dataclasses.dataclass(frozen=True)
+class Floor:
+  """How far data are from other data of the same kind, by features of so many of each.
+
+  A perfect model is no nearer than that: what is above it in a distance is the model's.
+
+  Attributes:
+    n: images of each half.
+    frechet: `frechet_distance` of the halves.
+    kernel: `kernel_distance` of them.
+  """
+
+  n: int
+  frechet: float
+  kernel: float
+
+  @classmethod
+  def of(cls, data: np.ndarray, n: int, seed: int = 0) -> 'Floor':
+    """Of two disjoint parts, of n rows each, of features [M, d]; of fewer where M is below 2 n.
+
+    The parts are drawn at random: the rows of a dataset may be in an order.
+    """
+    n = min(n, len(data) // 2)
+    rows = np.random.RandomState(seed).permutation(len(data))
+    halves = data[rows[:n]], data[rows[n : 2 * n]]
+    a, b = map(Moments.of, halves)
+    frechet = frechet_distance(a.mean, a.cov, b.mean, b.cov)
+    return cls(n, frechet, kernel_distance(*halves)[0])
+
+
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   base = x @ y.T / x.shape[1] + 1
   return base * base * base  # which NumPy's power is far slower at

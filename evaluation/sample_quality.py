@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
-from functools import partial
+from functools import cached_property, partial
 import math
 import time
 
@@ -16,12 +16,12 @@ from evaluation.draw import Drawing
 from evaluation.evaluate import Measurement
 from evaluation.features import FeatureNetwork
 from evaluation.labels import LabelLaw
-from evaluation.metrics import Moments
+from evaluation.metrics import Floor, Moments
 from evaluation.reference import Reference
 from models.score import Params
 from runtime import processes
 from runtime.devices import Keys
-from workdir import artifacts, rounds
+from workdir import artifacts, reports, rounds
 from workdir.progress import Bar
 from workdir.reports import Report
 from workdir.rounds import Arrays
@@ -45,6 +45,16 @@ class Comparison:
     """Whether a report tells of it."""
     return report.get(f'reference_{self.network.name}') == self.reference.identity
 
+  def floor(self, n: int) -> Floor:
+    """How far data are from data, n of each or as many as there are; computed once."""
+    if n not in self._floors:
+      self._floors[n] = Floor.of(self.reference.features, n)
+    return self._floors[n]
+
+  @cached_property
+  def _floors(self) -> dict[int, Floor]:
+    return {}
+
   def report(self, features: np.ndarray, mesh: Mesh) -> Report:
     """All that `metrics` knows of features [N, d] of samples, in the order of the samples."""
     network, reference, moments = self.network, self.reference, Moments.of(features)
@@ -62,6 +72,13 @@ class Comparison:
     if network.logits:
       score, score_std = metrics.inception_score(network.logits(features))
       report |= {'inception_score': score, 'inception_score_std': score_std}
+    floor = self.floor(len(features))
+    report |= {
+      f'{network.frechet}_floor': floor.frechet,
+      f'{network.kernel}_floor': floor.kernel,
+      f'{network.frechet}_floor_images': floor.n,
+      'few_samples': len(features) < reports.FEW,
+    }
     return report | {f'reference_{network.name}': reference.identity}
 
 

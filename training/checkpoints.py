@@ -254,6 +254,10 @@ class Checkpoints:
     """The averages of the snapshot of a step alone; nothing else is read. Raises as `restore`."""
     return _restore_averages(self._kept, step, like)
 
+  def restore_params(self, step: int, like: TrainState) -> Params:
+    """The parameters of the snapshot of a step, not their averages. Raises as `restore`."""
+    return _restore_parts(self._kept, step, like, ['params'])['params']
+
   def restore_latest(self, like: AnyState) -> AnyState | None:
     """The newest good checkpoint of either kind, or None if there is none at all.
 

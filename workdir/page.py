@@ -138,6 +138,8 @@ def _evaluation(root: epath.Path, folder: epath.Path) -> str:
   read = (_json(path) for path in sorted(folder.glob('report_*.json'), key=_number))
   found = [report for report in read if report]
   body = _table([{'step': r.get('step'), **reports.scalars(r)} for r in found])
+  for note in dict.fromkeys(note for report in found for note in reports.notes(report)):
+    body += f'<p>{escape(note)}.</p>'
   if chosen := reports.best(found):
     body += f'<p>Best by {chosen[1]}: the checkpoint of step {chosen[0]:,}.</p>'
   grids = sorted(folder.glob('step_*/samples.png'), key=lambda path: _number(path.parent))

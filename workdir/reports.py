@@ -10,6 +10,8 @@ from workdir import artifacts, versions
 
 Report = dict[str, Any]
 
+FEW = 10_000  # samples, below which a distance is not one to publish
+_FLOOR = '_floor'  # what the floor of a distance is called, after its name
 # What checkpoints are compared by, the first that they all have: less is better.
 RANKING = ('fid', 'frechet_pixels', 'bpd_test', 'bpd_train', 'score_error', 'loss')
 
@@ -35,16 +37,41 @@ def scalars(report: Report) -> dict[str, float]:
   numbers = {
     name: value
     for name, value in report.items()
-    if isinstance(value, int | float) and math.isfinite(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
   }
   return {name: value for name, value in numbers.items() if name != 'step'}
 
 
 def summary(report: Report) -> str:
   """The measures of a report in a line, without what they cost and how many images they are of."""
-  details = ('_seconds', '_images', '_repeats', '_std', '_std_error')
-  shown = {k: v for k, v in scalars(report).items() if not k.endswith(details)}
-  return ', '.join(f'{name} {value:.6g}' for name, value in shown.items())
+  details = ('_seconds', '_images', '_repeats', '_std', '_std_error', _FLOOR)
+  numbers, told = scalars(report), []
+  for name, value in numbers.items():
+    if not name.endswith(details):
+      floor = numbers.get(name + _FLOOR)
+      told.append(f'{name} {value:.6g}' + ('' if floor is None else f' (floor {floor:.6g})'))
+  return '. '.join([', '.join(told), *notes(report)])
+
+
+def notes(report: Report) -> list[str]:
+  """What the distances of a report are worth: sentences, without their full stops."""
+  numbers = scalars(report)
+  floors = [name for name in numbers if name.endswith(_FLOOR)]
+  samples, told = int(numbers.get('samples', 0)), []
+  if not any(name in numbers for name in ('fid', 'frechet_pixels')):
+    return []
+  if samples < FEW:
+    told.append(
+      f'{samples:,} samples are fewer than {FEW:,}: the fewer, the larger is the distance, so that '
+      'it can be compared with that of as many only'
+    )
+  if floors:
+    there = next(int(v) for name, v in numbers.items() if name.endswith(f'{_FLOOR}_images'))
+    too_few = f', as there are too few for {samples:,}' if there < samples else ''
+    told.append(
+      f'The floor is the distance between two halves of the data, of {there:,} images each{too_few}'
+    )
+  return told
 
 
 def best(reports: list[Report]) -> tuple[int, str] | None:
@@ -64,6 +91,8 @@ def table(reports: list[Report]) -> str:
     values = (f'{numbers[name]:.6g}' if name in numbers else '' for name in names)
     rows.append([str(report['step']), *values])
   lines = [f'| {" | ".join(row)} |' for row in rows]
+  for note in dict.fromkeys(note for report in reports for note in notes(report)):
+    lines += ['', f'{note}.']
   if chosen := best(reports):
     lines += ['', f'Best by {chosen[1]}: the checkpoint of step {chosen[0]}.']
   return '\n'.join(lines) + '\n'
