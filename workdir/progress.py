@@ -16,13 +16,14 @@ from jax.experimental import multihost_utils
 import numpy as np
 from tqdm import tqdm
 
+from runtime.compilation import working_time
 from runtime.errors import UserError
 from workdir.artifacts import Metrics
 
 logger = logging.getLogger('score_sde')
 
 LINE_SECONDS = 20.0  # between two lines in a log
-BAR_FORMAT = '{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}{postfix}]'
+BAR_FORMAT = '{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}{postfix}]'
 MOST_SKIPPED = 100  # steps in a row that may have no finite loss or gradient
 NOTICE_SECONDS = 5.0  # about, between two questions of several processes whether to stop
 AHEAD = 2  # calls of the training step that may wait for the device
@@ -30,6 +31,9 @@ AHEAD = 2  # calls of the training step that may wait for the device
 
 class Bar:
   """How far a task is, and the time that is left; a context manager.
+
+  That is by the pace since the first word of progress: what comes before it is getting ready. Time
+  in which something is compiled does not count, then or later.
 
   Args:
     what: the task, in a word.
@@ -41,7 +45,8 @@ class Bar:
   def __init__(self, what: str, total: float, done: float = 0, unit: str = 'steps'):
     self._what, self._total, self._unit, self._first = what, total, unit, done
     self._tty = sys.stderr.isatty()
-    self._began = self._last_line = time.monotonic()
+    self._last_line = time.monotonic()
+    self._from: tuple[float, float] | None = None  # units and time of the first word
     self._bar = tqdm(
       desc=what,
       total=total,
@@ -60,18 +65,31 @@ class Bar:
 
   def update(self, done: float, note: str = '') -> None:
     """Says that `done` units are done in all, with a note beside the bar."""
+    notes = ', '.join(filter(None, (self._left(done), note)))
     if not self._bar.disable:
-      self._bar.set_postfix_str(note, refresh=False)
+      self._bar.set_postfix_str(notes, refresh=False)
       self._bar.update(done - self._bar.n)
     now = time.monotonic()
     line_due = now - self._last_line >= LINE_SECONDS and self._first < done < self._total
     if line_due and not self._tty and jax.process_index() == 0:
       self._last_line = now
-      left = (self._total - done) * (now - self._began) / (done - self._first)
       logger.info(
-        '%s %.0f/%.0f %s, %s left%s', self._what, done, self._total, self._unit,
-        tqdm.format_interval(left), f', {note}' if note else '',
+        '%s %.0f/%.0f %s%s', self._what, done, self._total, self._unit,
+        f', {notes}' if notes else '',
       )  # fmt: skip
+
+  def _left(self, done: float) -> str:
+    """The time that is left, in words; nothing as long as that cannot be told."""
+    now = working_time()
+    if self._from is None:
+      if done > self._first:
+        self._from = done, now
+      return ''
+    first, began = self._from
+    if done <= first:
+      return ''
+    left = (self._total - done) * (now - began) / (done - first)
+    return f'{tqdm.format_interval(left)} left'
 
 
 class Stop:
@@ -149,7 +167,7 @@ class TrainLog:
     self._window: list[dict[str, Array]] = []
     self._running: deque[dict[str, Array]] = deque()
     self._due: list[tuple[int, list[dict[str, Array]]]] = []
-    self._since, self._since_step = time.monotonic(), step
+    self._since, self._since_step = working_time(), step
 
   def __enter__(self) -> 'TrainLog':
     return self
@@ -182,8 +200,8 @@ class TrainLog:
     for step, window in self._due:
       means = self._finite_means(step, window)
       if 'loss' in means:
-        now = time.monotonic()
-        rate = (step - self._since_step) / (now - self._since)
+        now = working_time()
+        rate = (step - self._since_step) / max(now - self._since, 1e-9)
         self._since, self._since_step = now, step
         means |= {'steps_per_s': rate, 'images_per_s': rate * self._batch_size}
         self._note = f'{rate:.3g} steps/s, {rate * self._batch_size:.0f} images/s'

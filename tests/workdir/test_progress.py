@@ -9,8 +9,11 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from runtime import compilation
 from workdir import progress
 from workdir.progress import steps_to_question, Stop
 
@@ -104,3 +107,60 @@ def test_one_process_notices_at_once(monkeypatch):
     assert not stop.agreed(7, 1000)
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.agreed(8, 1000) and stop.signal == signal.SIGTERM
+
+
+# The time that is left.
+
+
+class Clock:
+  """A time that passes as it is told."""
+
+  def __init__(self, monkeypatch):
+    self.now = 1000.0
+    monkeypatch.setattr(progress.time, 'monotonic', lambda: self.now)
+
+
+def line(caplog, bar: progress.Bar, done: float, note: str = '') -> str:
+  """What a log is told next, if anything."""
+  caplog.clear()
+  caplog.set_level('INFO', logger='score_sde')
+  bar.update(done, note)
+  return caplog.text.partition('score_sde:')[2].partition(' ')[2].strip()
+
+
+def test_the_time_that_is_left_does_not_count_what_comes_before_the_first_step(monkeypatch, caplog):
+  clock = Clock(monkeypatch)
+  with progress.Bar('train', 1010, done=10) as bar:
+    clock.now += 600  # which compile
+    assert line(caplog, bar, 15, 'loss 2') == 'train 15/1010 steps, loss 2'
+    clock.now += 30
+    assert line(caplog, bar, 30) == 'train 30/1010 steps, 32:40 left'  # 2 s each
+    clock.now += 10
+    assert line(caplog, bar, 35) == ''  # too soon for another
+    clock.now += 10
+    assert line(caplog, bar, 40, 'loss 1') == 'train 40/1010 steps, 32:20 left, loss 1'
+
+
+def test_the_time_that_is_left_does_not_count_what_is_compiled_later(monkeypatch, caplog):
+  """An evaluation in mid-training, and other programs; functions within functions count once."""
+  clock = Clock(monkeypatch)
+  monkeypatch.setattr(compilation, 'here', compiling := compilation.Compilation())
+  with progress.Bar('train', 100) as bar:
+    bar.update(1)
+    clock.now += 20
+    assert line(caplog, bar, 11) == 'train 11/100 steps, 02:58 left'
+    clock.now += 50
+    compiling.note('/jax/core/compile/jaxpr_trace_duration', 30.0)
+    compiling.note('/jax/core/compile/jaxpr_trace_duration', 40.0)  # around it
+    clock.now += 60
+    compiling.note('/jax/core/compile/backend_compile_duration', 60.0)
+    compiling.note('/jax/compilation_cache/compile_time_saved_sec', 500.0)
+    clock.now += 10
+    assert line(caplog, bar, 21) == 'train 21/100 steps, 02:38 left'  # 20 of 120 s for ten steps
+
+
+def test_what_jax_compiles_stops_the_clock():
+  wall, work = time.monotonic(), compilation.working_time()
+  jax.jit(lambda x: jnp.linalg.svd(x) + jnp.linalg.svd(2 * x))(jnp.ones((7, 5)))
+  wall, work = time.monotonic() - wall, compilation.working_time() - work
+  assert 0 <= work < 0.8 * wall  # never back: what lies within something else counts once
