@@ -30,7 +30,7 @@ class TrainState:
   While it is trained, what is a tree like the parameters may be `training.packing.Packed`.
   """
 
-  step: Array  # optimiser steps taken, int32 []; a `jax.ShapeDtypeStruct` in a template
+  step: Any  # optimiser steps taken, int32 []; a `jax.ShapeDtypeStruct` in a template
   params: Params
   averages: tuple[Params, ...]  # moving averages of the parameters, at least one
   opt_state: Any
