@@ -501,9 +501,11 @@ def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop
   path = root / 'samples' / f'iter_{step}' / 'sample.png'
   if not training.snapshot_sampling:
     return
-  checkpoints_lib.origin(root, step, state.ema_params).claim(path.parent)
+  origin = checkpoints_lib.origin(root, step, state.ema_params)
   if processes.from_first(path.exists()):
-    return
+    origin.claim(path.parent)
+    if processes.from_first(path.exists()):
+      return
 
   with Bar('sample', 100, unit='%') as bar:
 
@@ -532,6 +534,7 @@ def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop
         step, min(n, most),
       )  # fmt: skip
       return
+  origin.claim(path.parent)
   artifacts.write_png(path, setup.codec.pictures.overview(samples))
   logger.info('step %d: samples are in %s', step, path)
   _hint_of_average(setup, step)

@@ -192,8 +192,9 @@ class Checkpoints:
     # What is on its way is finished; if it cannot be, an error that came before is told instead.
     with contextlib.suppress(Failure) if kind else contextlib.nullcontext():
       self.wait()
-    self._kept.close()
-    self._meta.close()
+    for manager in (self._kept, self._meta):
+      with contextlib.suppress(Exception) if kind else _told(manager):
+        manager.close()
 
   def save(self, state: TrainState, *, keep: bool) -> None:
     """Saves the state in the background: for good if `keep`, else until two newer ones are.
