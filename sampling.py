@@ -357,8 +357,7 @@ class ProbabilityFlow:
   sde: SDE = flax.struct.field(pytree_node=False)
 
   def __call__(self, x: Data, t: Time) -> Data:
-    rsde = self.sde.reverse(self.score_fn, probability_flow=True)
-    return rsde.sde(x, jnp.broadcast_to(t, x.shape[:1]))[0]
+    return self.sde.probability_flow(self.score_fn, x, jnp.broadcast_to(t, x.shape[:1]))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -127,6 +127,10 @@ class SDE(abc.ABC):
     """The time reversal of this SDE, or its probability flow ODE."""
     return ReverseSDE(self, score_fn, probability_flow)
 
+  def probability_flow(self, score_fn: ScoreFn, x: Array, t: Array) -> Array:
+    """dx/dt [B, ...] of the probability flow ODE (Eq. 13), at x [B, ...] and times t [B]."""
+    return self.reverse(score_fn, probability_flow=True).sde(x, t)[0]
+
   def chain(self, N: int) -> 'Chain':
     """Its chain of N steps, by default the one that Euler-Maruyama steps make."""
     return Chain(self, N)
@@ -168,7 +172,7 @@ class ReverseSDE:
 class Chain:
   """The chain of N steps that an SDE is discretised to, whose kernels models are trained on.
 
-  This one is made of Euler-Maruyama steps of length 1 / N; SMLD and DDPM are chains of their own.
+  This one is made of Euler-Maruyama steps of length T / N; SMLD and DDPM are chains of their own.
   """
 
   sde: SDE
@@ -210,7 +214,7 @@ class Chain:
   def discretize(self, x: Data, t: PerRow, i: StepPerRow) -> tuple[Data, PerRow]:
     """f and G of the step x_{i+1} = x_i + f_i(x_i) + G_i z_i (Appendix E).
 
-    By default an Euler-Maruyama step of length 1 / N.
+    By default an Euler-Maruyama step of length T / N.
 
     Args:
       x: at this step.
@@ -220,7 +224,8 @@ class Chain:
     """
     del i
     drift, diffusion = self.sde.sde(x, t)
-    return drift / self.N, diffusion / math.sqrt(self.N)
+    T = self.sde.T
+    return T * drift / self.N, math.sqrt(T) * diffusion / math.sqrt(self.N)
 
   def ancestral(self, x: Data, score: Data, i: StepPerRow) -> tuple[Data, PerRow]:
     """Mean and standard deviation of the ancestral step from x_i to x_{i-1}.
@@ -459,3 +464,96 @@ class DDPM(_LinearBetaChain):
     beta = self.discrete_betas[i]
     mean = (x + expand(beta, x) * score) / expand(jnp.sqrt(1.0 - beta), x)
     return mean, jnp.sqrt(beta)
+
+
+# What came after: EDM's choice of time, and the straight paths of flow matching.
+
+
+@dataclasses.dataclass(frozen=True)
+class EDMSDE(SDE):
+  """The SDE of EDM: alpha = 1 and sigma(t) = t, so that time is the standard deviation of the noise.
+
+  Karras et al. 2022, https://arxiv.org/abs/2206.00364, Table 1: there sigma lies in [0.002, 80],
+  of which 0.002 is the sampler's eps.
+  """
+
+  sigma_max: float = 80.0
+
+  def __post_init__(self) -> None:
+    if not self.sigma_max > 0:
+      raise ValueError(f'EDMSDE needs sigma_max > 0; got {self.sigma_max}')
+
+  @property
+  def T(self) -> float:
+    return self.sigma_max
+
+  @property
+  def prior_std(self) -> float:
+    return self.sigma_max
+
+  def alpha(self, t: Array) -> Array:
+    return jnp.ones_like(t)
+
+  def sigma(self, t: Array) -> Array:
+    return t
+
+  def log_snr(self, t: Array) -> Array:
+    return -jnp.log(t)
+
+  def time_of_log_snr(self, log_snr: Array) -> Array:
+    return jnp.exp(-log_snr)
+
+  def drift_coef(self, t: Array) -> Array:
+    return jnp.zeros_like(t)
+
+  def diffusion_coef(self, t: Array) -> Array:
+    return jnp.sqrt(2 * t)
+
+
+@dataclasses.dataclass(frozen=True)
+class RectifiedFlow(SDE):
+  """Straight paths between data and noise: alpha = 1 - t and sigma = t, on [0, T].
+
+  Flow matching (Lipman et al. 2022, https://arxiv.org/abs/2210.02747) and rectified flow (Liu et
+  al. 2022, https://arxiv.org/abs/2209.03003): the probability flow is x' = E[z - x_0 | x_t = x].
+
+  At t = 1 nothing is left of the data: the log-SNR and the drift of the SDE are infinite there,
+  though x' is not. So T lies before it; of x_0 a thousandth is then left.
+  """
+
+  t_max: float = 0.999
+
+  def __post_init__(self) -> None:
+    if not 0 < self.t_max < 1:
+      raise ValueError(f'RectifiedFlow needs 0 < t_max < 1; got {self.t_max}')
+
+  @property
+  def T(self) -> float:
+    return self.t_max
+
+  @property
+  def prior_std(self) -> float:
+    return self.t_max
+
+  def alpha(self, t: Array) -> Array:
+    return 1 - t
+
+  def sigma(self, t: Array) -> Array:
+    return t
+
+  def log_snr(self, t: Array) -> Array:
+    return jnp.log1p(-t) - jnp.log(t)
+
+  def time_of_log_snr(self, log_snr: Array) -> Array:
+    return jax.nn.sigmoid(-log_snr)
+
+  def drift_coef(self, t: Array) -> Array:
+    return -1 / (1 - t)
+
+  def diffusion_coef(self, t: Array) -> Array:
+    return jnp.sqrt(2 * t / (1 - t))
+
+  def probability_flow(self, score_fn: ScoreFn, x: Array, t: Array) -> Array:
+    """E[z - x_0 | x_t = x], asked of scores that know it: the score is infinite at t = 0."""
+    velocity = getattr(score_fn, 'noise_minus_data', None)
+    return velocity(x, t) if velocity else super().probability_flow(score_fn, x, t)

@@ -46,6 +46,18 @@ class Preconditioning(abc.ABC):
   ) -> Data:
     """E[x_0 | x_t = x]."""
 
+  def noise_minus_data(
+    self, network: Network, x: Data, alpha: PerRowExpanded, sigma: PerRowExpanded
+  ) -> Data:
+    """E[z - x_0 | x_t = x]: the velocity of flow matching."""
+    noise = -sigma * self.score(network, x, alpha, sigma)
+    return noise - self.denoised(network, x, alpha, sigma)
+
+  def for_data(self, sigma_data: float) -> 'Preconditioning':
+    """The same for data whose standard deviation is `sigma_data`, where that makes a difference."""
+    del sigma_data
+    return self
+
   def energy(
     self, network: Network, x: Data, alpha: PerRowExpanded, sigma: PerRowExpanded
   ) -> PerRow:
@@ -71,6 +83,60 @@ class Linear(Preconditioning):
     self, network: Network, x: Data, alpha: PerRowExpanded, sigma: PerRowExpanded
   ) -> Data:
     return self.denoised_of(network(x)[0], x, alpha, sigma)
+
+
+@dataclasses.dataclass(frozen=True)
+class EDM(Preconditioning):
+  """F of unit variance in and out, if data have the standard deviation sigma_data.
+
+  With s = sigma / alpha and y = x / alpha it is
+
+    D = c_skip y + c_out F(c_in y),    c_skip = sigma_data^2 / (s^2 + sigma_data^2),
+    c_out = s sigma_data / sqrt(s^2 + sigma_data^2),    c_in = 1 / sqrt(s^2 + sigma_data^2)
+
+  (Karras et al. 2022, https://arxiv.org/abs/2206.00364, Table 1), which for r^2 = sigma^2 + alpha^2
+  sigma_data^2, the variance of x, reads as below.
+  """
+
+  sigma_data: float = 0.5
+
+  def score(self, network: Network, x: Data, alpha: PerRowExpanded, sigma: PerRowExpanded) -> Data:
+    r = self._std_of_x(alpha, sigma)
+    return -x / r**2 + self.sigma_data * alpha / (sigma * r) * network(x / r)[0]
+
+  def denoised(
+    self, network: Network, x: Data, alpha: PerRowExpanded, sigma: PerRowExpanded
+  ) -> Data:
+    r = self._std_of_x(alpha, sigma)
+    return alpha * self.sigma_data**2 / r**2 * x + self.sigma_data * sigma / r * network(x / r)[0]
+
+  def for_data(self, sigma_data: float) -> 'Preconditioning':
+    return dataclasses.replace(self, sigma_data=sigma_data)
+
+  def _std_of_x(self, alpha: PerRowExpanded, sigma: PerRowExpanded) -> PerRowExpanded:
+    return jnp.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow(Preconditioning):
+  """F = E[z - x_0 | x_t = x], the velocity of flow matching; see `sde_lib.RectifiedFlow`.
+
+  From x = alpha x_0 + sigma z follow E[z] = (x + alpha F) / (alpha + sigma) and E[x_0] = (x - sigma
+  F) / (alpha + sigma), for any SDE. The sum of alpha and sigma is 1 for that of flow matching.
+  """
+
+  def score(self, network: Network, x: Data, alpha: PerRowExpanded, sigma: PerRowExpanded) -> Data:
+    return -(x + alpha * network(x)[0]) / ((alpha + sigma) * sigma)
+
+  def denoised(
+    self, network: Network, x: Data, alpha: PerRowExpanded, sigma: PerRowExpanded
+  ) -> Data:
+    return (x - sigma * network(x)[0]) / (alpha + sigma)
+
+  def noise_minus_data(
+    self, network: Network, x: Data, alpha: PerRowExpanded, sigma: PerRowExpanded
+  ) -> Data:
+    return network(x)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,5 +195,7 @@ PRECONDITIONINGS: dict[str, Preconditioning] = {
       alpha / (alpha**2 + sigma**2) * x - sigma / jnp.sqrt(alpha**2 + sigma**2) * F
     ),
   ),
+  'edm': EDM(),
+  'flow': Flow(),
   ENERGY: Energy(in_float32=True),
 }

@@ -52,6 +52,11 @@ def chain_time(chain: Chain, t: PerRow) -> PerRow:
   return (chain.N - 1) * t
 
 
+def quarter_log_noise(chain: Chain, t: Array) -> Array:
+  """1/4 log(sigma / alpha), EDM's c_noise (https://arxiv.org/abs/2206.00364, Table 1)."""
+  return -0.25 * chain.sde.log_snr(t)
+
+
 @dataclasses.dataclass(frozen=True)
 class ScoreModel:
   """score(x, t), from a network whose `net.apply` takes (x in [-1, 1], conditioning, train).
@@ -132,6 +137,10 @@ class ModelScore:
   def denoised(self, x: Data, t: PerRow) -> Data:
     """E[x_0 | x_t = x]."""
     return self.model.preconditioning.denoised(self._network(t), x, *self._kernel(x, t))
+
+  def noise_minus_data(self, x: Data, t: PerRow) -> Data:
+    """E[z - x_0 | x_t = x]: the velocity of flow matching."""
+    return self.model.preconditioning.noise_minus_data(self._network(t), x, *self._kernel(x, t))
 
   def energy(self, x: Data, t: PerRow) -> PerRow:
     """E(x, t), where p_t(x) is proportional to exp(-E(x, t)).

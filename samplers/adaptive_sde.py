@@ -23,7 +23,7 @@ from samplers import base
 from samplers.base import Constraint, Observer
 from sde_lib import check_eps, expand, ScoreFn, SDE
 
-FIRST_STEP = 0.01
+FIRST_STEP = 0.01  # of T
 SAFETY = 0.9  # theta in the paper
 EXPONENT = 0.9  # r: the next step is theta h error^-r
 SEGMENT = 10  # steps between two looks at how far the samples are
@@ -115,7 +115,7 @@ class State:
 @partial(jax.jit, static_argnums=0)
 def _start(sampler, x):
   t = jnp.full(x.shape[:1], sampler.sde.T)
-  return State(x, t, jnp.full_like(t, FIRST_STEP), x, 0 * x, jnp.zeros((), jnp.int32))
+  return State(x, t, jnp.full_like(t, FIRST_STEP * sampler.sde.T), x, 0 * x, jnp.zeros((), jnp.int32))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,4 +1,4 @@
-"""EDM's solver: Heun's method in sigma / alpha, with churn.
+"""EDM's solvers: Heun's method in sigma / alpha, with churn, and in x and t.
 
 In y = x / alpha and s = sigma / alpha the probability flow of every SDE is
 
@@ -84,3 +84,54 @@ class EDM:
       end = y + ds * (slope + end_slope) / 2
     x = c['end_alpha'] * end
     return (x, x), memory
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowSolver:
+  """Euler's or Heun's method in x and t (Algorithm 1): straight steps along the probability flow.
+
+  With D = E[x_0 | x_t = x] the flow of any SDE is
+
+    dx/dt = (f + g^2 / (2 sigma^2)) x - alpha g^2 / (2 sigma^2) D,
+
+  which for flow matching is (x - D) / t: its first order is Euler's method for x' = v.
+
+  Attributes:
+    order: 2 for Heun's method, 1 for Euler's.
+  """
+
+  order: int = 2
+
+  def __post_init__(self) -> None:
+    check_order(self.order, (1, 2), 'flow_heun')
+
+  @property
+  def nfe(self) -> int:
+    return self.order
+
+  def coefficients(self, sde: SDE, times: np.ndarray) -> Coefficients:
+    alpha, sigma, f, g = (
+      in_float64(v, times) for v in (sde.alpha, sde.sigma, sde.drift_coef, sde.diffusion_coef)
+    )
+    if not sigma[-1] > 0:
+      raise ValueError(f'{type(sde).__name__} has no noise left at t = {times[-1]}; choose eps > 0')
+    rate = np.square(g / sigma) / 2
+    of_x, of_data = f + rate, -alpha * rate
+    return {
+      'dt': np.diff(times),
+      'of_x': of_x[:-1],
+      'of_data': of_data[:-1],
+      'end_of_x': of_x[1:],
+      'end_of_data': of_data[1:],
+    }
+
+  def init(self, x: Array) -> Memory:
+    return ()
+
+  def update(self, rng, denoise, c, x, memory) -> tuple[Update, Memory]:
+    slope = c['of_x'] * x + c['of_data'] * denoise(x, c['t'])
+    end = x + c['dt'] * slope
+    if self.order == 2:
+      end_slope = c['end_of_x'] * end + c['end_of_data'] * denoise(end, c['s'])
+      end = x + c['dt'] * (slope + end_slope) / 2
+    return (end, end), memory
