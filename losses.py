@@ -8,6 +8,7 @@ minimise. Its forerunners, explicit, implicit and sliced score matching, ask for
 
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from runtime.shapes import Data, Key, PerRow
-from sde_lib import Chain, expand, ScoreFn, SDE
+from sde_lib import Chain, check_eps, expand, ScoreFn, SDE
 
 # (score_fn, x, t, key) -> loss, whose expectation over x ~ p_t is least at the score of p_t.
 Matching = Callable[[ScoreFn, Data, PerRow, Key], PerRow]
@@ -69,20 +70,114 @@ class OneTime:
     return jnp.full(n, self.t)
 
 
-# How a time counts: (sde, t, sigma) -> the factor of sigma times the error of the score, which is
-# of unit scale at every level of noise.
-Weight = Callable[[SDE, PerRow, PerRow], PerRow]
+@dataclasses.dataclass(frozen=True)
+class LogNormalTimes:
+  """log(sigma / alpha) is normal: EDM's law of noise levels.
+
+  Karras et al. 2022, https://arxiv.org/abs/2206.00364, Table 1. For flow matching it is the
+  logit-normal law of t (Esser et al. 2024, https://arxiv.org/abs/2403.03206, Sec. 3.1), since
+  sigma / alpha = t / (1 - t) there.
+
+  Attributes:
+    sde: whose times they are.
+    mean, std: of log(sigma / alpha).
+    eps: times outside of [eps, T] move to its ends.
+  """
+
+  sde: SDE
+  mean: float = -1.2
+  std: float = 1.2
+  eps: float = 1e-5
+
+  def __post_init__(self) -> None:
+    check_eps(self.sde, self.eps)
+
+  def __call__(self, rng: Key, n: int) -> PerRow:
+    log_noise = self.mean + self.std * jax.random.normal(rng, (n,))
+    return jnp.clip(self.sde.time_of_log_snr(-log_noise), self.eps, self.sde.T)
 
 
-def by_variance(sde: SDE, t: PerRow, sigma: PerRow) -> PerRow:
+# How a time counts: (sde, t, alpha, sigma) -> w, the factor of sigma times the
+# error of the score, which is the error of the predicted noise z. As sigma times it is alpha times
+# the error of the predicted data, 1 means a squared error of the data that counts SNR = (alpha /
+# sigma)^2.
+Weight = Callable[[SDE, PerRow, PerRow, PerRow], PerRow]
+
+
+def by_variance(sde: SDE, t: PerRow, alpha: PerRow, sigma: PerRow) -> PerRow:
   """The squared error of the score counts sigma(t)^2: for samples (Sec. 3.3)."""
-  del sde, t
+  del sde, t, alpha
   return jnp.ones_like(sigma)
 
 
-def by_likelihood(sde: SDE, t: PerRow, sigma: PerRow) -> PerRow:
+def by_likelihood(sde: SDE, t: PerRow, alpha: PerRow, sigma: PerRow) -> PerRow:
   """It counts g(t)^2, for likelihood (https://arxiv.org/abs/2101.09258)."""
+  del alpha
   return sde.diffusion_coef(t) / sigma
+
+
+def by_velocity(sde: SDE, t: PerRow, alpha: PerRow, sigma: PerRow) -> PerRow:
+  """The squared error of E[z - x_0 | x_t] counts 1: flow matching's weight."""
+  del sde, t
+  return 1 + sigma / alpha
+
+
+@dataclasses.dataclass(frozen=True)
+class ByUnitLoss:
+  """EDM's weight: the loss of F = 0 is 1 in each dimension, at every level of noise.
+
+  The squared error of the data counts (s^2 + sigma_data^2) / (s sigma_data)^2, s = sigma / alpha
+  (https://arxiv.org/abs/2206.00364, Table 1).
+  """
+
+  sigma_data: float = 0.5
+
+  def __call__(self, sde: SDE, t: PerRow, alpha: PerRow, sigma: PerRow) -> PerRow:
+    del sde, t
+    return jnp.hypot(sigma / alpha / self.sigma_data, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByMinSNR:
+  """The squared error of the data counts min(SNR, gamma).
+
+  Hang et al. 2023, https://arxiv.org/abs/2303.09556, Sec. 3.4, where gamma = 5.
+  """
+
+  gamma: float = 5.0
+
+  def __call__(self, sde: SDE, t: PerRow, alpha: PerRow, sigma: PerRow) -> PerRow:
+    del sde, t
+    return jnp.minimum(1.0, math.sqrt(self.gamma) * sigma / alpha)
+
+
+@dataclasses.dataclass(frozen=True)
+class BySoftMinSNR:
+  """The squared error of the data counts SNR gamma / (SNR + gamma), min-SNR without its corner.
+
+  Crowson et al. 2024, https://arxiv.org/abs/2401.11605, Sec. 4.2.
+  """
+
+  gamma: float = 5.0
+
+  def __call__(self, sde: SDE, t: PerRow, alpha: PerRow, sigma: PerRow) -> PerRow:
+    del sde, t
+    return jax.lax.rsqrt(1 + jnp.square(alpha / sigma) / self.gamma)
+
+
+@dataclasses.dataclass(frozen=True)
+class BySigmoid:
+  """That of the noise counts sigmoid(bias - lambda) dlambda / dt, with lambda = log SNR.
+
+  Kingma & Gao 2023, https://arxiv.org/abs/2303.00848: in their terms the weight of lambda, whatever
+  the SDE is, if times are uniform. -dlambda / dt is g^2 / sigma^2, the weight of likelihood.
+  """
+
+  bias: float = 2.0
+
+  def __call__(self, sde: SDE, t: PerRow, alpha: PerRow, sigma: PerRow) -> PerRow:
+    share = jax.nn.sigmoid(self.bias - 2 * sde.log_snr(t))
+    return jnp.sqrt(share) * by_likelihood(sde, t, alpha, sigma)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +281,7 @@ def score_matching_loss(
     return dsm_loss(objective, score_fn, x0, t, z)
   alpha, sigma = objective.kernels.kernel(t)
   x = expand(alpha, x0) * x0 + expand(sigma, x0) * z
-  weight = sigma * objective.weight(objective.kernels.forward, t, sigma)
+  weight = sigma * objective.weight(objective.kernels.forward, t, alpha, sigma)
   loss = weight**2 * objective.matching(score_fn, x, t, rng)
   return 2 / x0[0].size * loss if objective.reduce_mean else loss
 
@@ -206,7 +301,7 @@ def dsm_loss(objective: Objective, score_fn: ScoreFn, x0: Data, t: PerRow, z: Da
   """
   alpha, sigma = objective.kernels.kernel(t)
   x = expand(alpha, x0) * x0 + expand(sigma, x0) * z
-  weight = objective.weight(objective.kernels.forward, t, sigma)
+  weight = objective.weight(objective.kernels.forward, t, alpha, sigma)
   residual = expand(weight, x0) * (expand(sigma, x0) * score_fn(x, t) + z)
   squares = jnp.square(residual).reshape(x0.shape[0], -1)
   return squares.mean(-1) if objective.reduce_mean else 0.5 * squares.sum(-1)

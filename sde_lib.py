@@ -127,8 +127,8 @@ class SDE(abc.ABC):
     """The time reversal of this SDE, or its probability flow ODE."""
     return ReverseSDE(self, score_fn, probability_flow)
 
-  def probability_flow(self, score_fn: ScoreFn, x: Array, t: Array) -> Array:
-    """dx/dt [B, ...] of the probability flow ODE (Eq. 13), at x [B, ...] and times t [B]."""
+  def probability_flow(self, score_fn: ScoreFn, x: Data, t: PerRow) -> Data:
+    """dx/dt of the probability flow ODE (Eq. 13), at x and times t."""
     return self.reverse(score_fn, probability_flow=True).sde(x, t)[0]
 
   def chain(self, N: int) -> 'Chain':
@@ -186,6 +186,11 @@ class Chain:
   def forward(self) -> SDE:
     """Its SDE."""
     return self.sde
+
+  @property
+  def is_released(self) -> bool:
+    """Whether published samples were drawn with these steps."""
+    return False
 
   @property
   def can_be_taken(self) -> bool:
@@ -300,6 +305,10 @@ class SMLD(Chain):
   sde: VESDE
 
   @property
+  def is_released(self) -> bool:
+    return True
+
+  @property
   def discrete_sigmas(self) -> PerStep:
     """The noise scales, ascending."""
     return self.sde.sigma(self.time(jnp.arange(self.N)))
@@ -406,6 +415,10 @@ class _LinearBetaChain(Chain):
   sde: _LinearBeta
 
   @property
+  def is_released(self) -> bool:
+    return True
+
+  @property
   def can_be_taken(self) -> bool:
     return self.sde.beta_max < self.N
 
@@ -471,7 +484,7 @@ class DDPM(_LinearBetaChain):
 
 @dataclasses.dataclass(frozen=True)
 class EDMSDE(SDE):
-  """The SDE of EDM: alpha = 1 and sigma(t) = t, so that time is the standard deviation of the noise.
+  """The SDE of EDM: alpha = 1 and sigma(t) = t. Time is the standard deviation of the noise.
 
   Karras et al. 2022, https://arxiv.org/abs/2206.00364, Table 1: there sigma lies in [0.002, 80],
   of which 0.002 is the sampler's eps.
@@ -491,22 +504,22 @@ class EDMSDE(SDE):
   def prior_std(self) -> float:
     return self.sigma_max
 
-  def alpha(self, t: Array) -> Array:
+  def alpha(self, t: Times) -> PerTime:
     return jnp.ones_like(t)
 
-  def sigma(self, t: Array) -> Array:
+  def sigma(self, t: Times) -> PerTime:
     return t
 
-  def log_snr(self, t: Array) -> Array:
+  def log_snr(self, t: Times) -> PerTime:
     return -jnp.log(t)
 
-  def time_of_log_snr(self, log_snr: Array) -> Array:
+  def time_of_log_snr(self, log_snr: PerTime) -> Times:
     return jnp.exp(-log_snr)
 
-  def drift_coef(self, t: Array) -> Array:
+  def drift_coef(self, t: Times) -> PerTime:
     return jnp.zeros_like(t)
 
-  def diffusion_coef(self, t: Array) -> Array:
+  def diffusion_coef(self, t: Times) -> PerTime:
     return jnp.sqrt(2 * t)
 
 
@@ -535,25 +548,25 @@ class RectifiedFlow(SDE):
   def prior_std(self) -> float:
     return self.t_max
 
-  def alpha(self, t: Array) -> Array:
+  def alpha(self, t: Times) -> PerTime:
     return 1 - t
 
-  def sigma(self, t: Array) -> Array:
+  def sigma(self, t: Times) -> PerTime:
     return t
 
-  def log_snr(self, t: Array) -> Array:
+  def log_snr(self, t: Times) -> PerTime:
     return jnp.log1p(-t) - jnp.log(t)
 
-  def time_of_log_snr(self, log_snr: Array) -> Array:
+  def time_of_log_snr(self, log_snr: PerTime) -> Times:
     return jax.nn.sigmoid(-log_snr)
 
-  def drift_coef(self, t: Array) -> Array:
+  def drift_coef(self, t: Times) -> PerTime:
     return -1 / (1 - t)
 
-  def diffusion_coef(self, t: Array) -> Array:
+  def diffusion_coef(self, t: Times) -> PerTime:
     return jnp.sqrt(2 * t / (1 - t))
 
-  def probability_flow(self, score_fn: ScoreFn, x: Array, t: Array) -> Array:
+  def probability_flow(self, score_fn: ScoreFn, x: Data, t: PerRow) -> Data:
     """E[z - x_0 | x_t = x], asked of scores that know it: the score is infinite at t = 0."""
     velocity = getattr(score_fn, 'noise_minus_data', None)
     return velocity(x, t) if velocity else super().probability_flow(score_fn, x, t)

@@ -10,7 +10,7 @@ from runtime.errors import UserError
 from samplers import multistep as fast
 from samplers.adaptive_sde import AdaptiveSDESampler
 from samplers.base import GridSampler, Sampler, Solver
-from samplers.edm import EDM
+from samplers.edm import EDM, FlowSolver
 from samplers.langevin import LangevinSampler
 from samplers.time_grids import SPACINGS, TimeGrid, uniform
 import sampling
@@ -26,6 +26,8 @@ _SOLVERS: dict[str, tuple[Callable[[Any], Solver], str]] = {
   'unipc': (lambda choice: fast.UniPC(choice.order), 'log_snr'),
   'euler': (lambda choice: _edm(choice, 1), 'edm'),
   'heun': (lambda choice: _edm(choice, 2), 'edm'),
+  'flow_euler': (lambda choice: FlowSolver(1), 'uniform'),
+  'flow_heun': (lambda choice: FlowSolver(2), 'uniform'),
 }
 
 METHODS = ('pc', 'ode', 'adaptive_sde', 'langevin', 'mala', *_SOLVERS)
@@ -41,7 +43,8 @@ def make_sampler(config: FrozenConfigDict, chain: Chain) -> Sampler:
   choice, sde = config.sampling, chain.sde
   n = choice.num_steps or chain.N
   # Where the steps are those that published samples were drawn with, they are taken as they were.
-  own_chain = chain if n == chain.N and chain.can_be_taken else None
+  released = n == chain.N and chain.is_released and chain.can_be_taken
+  own_chain = chain if released else None
   if choice.method == 'ode':
     return sampling.ODESampler(
       sde, choice.eps, choice.rtol, choice.atol, choice.noise_removal, choice.ode_solver, own_chain

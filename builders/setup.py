@@ -18,7 +18,16 @@ from data.codec import Codec
 from data.points import Diffused
 from evaluation import features
 import losses
-from losses import ChainTimes, Matching, Objective, OneTime, TimeLaw, UniformTimes
+from losses import (
+  ChainTimes,
+  LogNormalTimes,
+  Matching,
+  Objective,
+  OneTime,
+  TimeLaw,
+  UniformTimes,
+  Weight,
+)
 from models import ncsn, ncsnpp, score
 from models.layers import ACTIVATIONS
 from models.preconditioning import ENERGY, PRECONDITIONINGS
@@ -30,7 +39,7 @@ from samplers import ode
 from samplers.base import Sampler
 from samplers.time_grids import SPACINGS
 import sampling
-from sde_lib import ScoreFn, SDE, subVPSDE, VESDE, VPSDE
+from sde_lib import EDMSDE, RectifiedFlow, ScoreFn, SDE, subVPSDE, VESDE, VPSDE
 from training.optim import adam
 
 FEWEST = 10  # samples that can be compared with data: an Inception score has ten parts
@@ -104,6 +113,33 @@ _SDES: dict[str, Callable[[Any], SDE]] = {
   'vesde': lambda model: VESDE(model.sigma_min, model.sigma_max),
   'vpsde': lambda model: VPSDE(model.beta_min, model.beta_max),
   'subvpsde': lambda model: subVPSDE(model.beta_min, model.beta_max),
+  'edm': lambda model: EDMSDE(model.sigma_max),
+  'flow': lambda model: RectifiedFlow(),
+}
+
+# The laws that training times are drawn from, and how a time is weighed, where the config says so.
+_TIME_LAWS: dict[str, Callable[[Any, SDE], TimeLaw]] = {
+  'uniform': lambda training, sde: UniformTimes(training.eps, sde.T),
+  'log_normal': lambda training, sde: LogNormalTimes(
+    sde, training.time_mean, training.time_std, training.eps
+  ),
+}
+_WEIGHTS: dict[str, Callable[[FrozenConfigDict], Weight]] = {
+  'variance': lambda config: losses.by_variance,
+  'likelihood': lambda config: losses.by_likelihood,
+  'edm': lambda config: losses.ByUnitLoss(config.model.sigma_data),
+  'flow': lambda config: losses.by_velocity,
+  'min_snr': lambda config: losses.ByMinSNR(config.training.weight_gamma),
+  'soft_min_snr': lambda config: losses.BySoftMinSNR(config.training.weight_gamma),
+  'sigmoid': lambda config: losses.BySigmoid(config.training.weight_bias),
+}
+# What the output of a network stands for, where the config does not say.
+_USUAL_OUTPUTS = {
+  'vesde': 'score',
+  'vpsde': 'noise',
+  'subvpsde': 'noise',
+  'edm': 'edm',
+  'flow': 'flow',
 }
 
 _OPTIMIZERS = {'Adam': adam}
@@ -122,6 +158,8 @@ _CHOICES: dict[str, Collection[str]] = {
   'model.dtype': ('float32', 'bfloat16'),
   'model.precision': PRECISIONS,
   'model.output': ('', *PRECONDITIONINGS),
+  'training.time_law': ('', *_TIME_LAWS),
+  'training.weight': ('', *_WEIGHTS),
   'training.objective': ('dsm', 'esm', *losses.MATCHINGS, 'cd'),
   'optim.optimizer': _OPTIMIZERS,
   'sampling.method': METHODS,
@@ -172,8 +210,7 @@ def _check(config: FrozenConfigDict) -> None:
       'config.model.name = ncsn knows only the noise scales of a chain: set '
       'config.training.continuous = False'
     )
-  if config.training.likelihood_weighting and not config.training.continuous:
-    raise UserError('config.training.likelihood_weighting needs config.training.continuous')
+  _check_training_law(config)
   takes_labels = config.model.name in LABELLED and config.model.conditional
   if config.model.num_classes and not takes_labels:
     raise UserError(
@@ -203,6 +240,32 @@ def _check_times(config: FrozenConfigDict, sde: SDE) -> None:
         f'config.{name} = {field(config, name)} must be below T = {sde.T}, the last time of '
         f'{config.training.sde}'
       )
+
+
+def _check_training_law(config: FrozenConfigDict) -> None:
+  """Raises UserError unless the law of training times, and their weight, go with the rest."""
+  training = config.training
+  if training.likelihood_weighting and training.weight not in ('', 'likelihood'):
+    raise UserError(
+      f'config.training.weight = {training.weight} and config.training.likelihood_weighting = True '
+      'are two weights: set one of them'
+    )
+  weighted_by_sde = training.likelihood_weighting or training.weight in ('likelihood', 'sigmoid')
+  if weighted_by_sde and not training.continuous:
+    what = f'weight = {training.weight}' if training.weight else 'likelihood_weighting'
+    raise UserError(f'config.training.{what} needs config.training.continuous')
+  if training.time_law and (training.single_scale or not training.continuous):
+    raise UserError(
+      f'config.training.time_law = {training.time_law} needs config.training.continuous, without '
+      'config.training.single_scale: the others have times of their own'
+    )
+  if training.sde in ('edm', 'flow') and not training.continuous:
+    raise UserError(
+      f'config.training.sde = {training.sde} has no chain: set config.training.continuous = True'
+    )
+  output = config.model.output or _USUAL_OUTPUTS[training.sde]
+  if output == 'edm' and not config.data.centered:
+    raise UserError('the output edm is for data around 0: set config.data.centered = True')
 
 
 def _check_ebm(config: FrozenConfigDict) -> None:
@@ -261,15 +324,19 @@ def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
       f'{model.beta_max} where config.training.continuous = False: the steps of the chain are '
       'beta / num_scales, which must be below 1'
     )
-  usual_output = ('scaled_score' if model.scale_by_sigma else 'score') if ve else 'noise'
-  preconditioning, net = PRECONDITIONINGS[model.output or usual_output], make(model)
+  usual_output = 'scaled_score' if model.scale_by_sigma else _USUAL_OUTPUTS[training.sde]
+  preconditioning = PRECONDITIONINGS[model.output or usual_output].for_data(model.sigma_data)
+  net = make(model)
+  conditioning = _CONDITIONINGS[ve, fourier, training.continuous]
+  if 'edm' in (training.sde, model.output):
+    conditioning = score.quarter_log_noise
   precision = model.precision
   if preconditioning.in_float32:  # whatever the config says
     net, precision = net.clone(dtype='float32'), 'highest'
   return ScoreModel(
     net,
     chain,
-    _CONDITIONINGS[ve, fourier, training.continuous],
+    conditioning,
     preconditioning,
     training.continuous,
     config.data.centered,
@@ -286,11 +353,12 @@ def _objective(
   if training.single_scale:
     times = OneTime(training.eps)
   elif training.continuous:
-    times = UniformTimes(training.eps, model.sde.T)
+    times = _TIME_LAWS[training.time_law or 'uniform'](training, model.sde)
+  usual_weight = 'likelihood' if training.likelihood_weighting else 'variance'
   return Objective(
     kernels=model.trained_with,
     times=times,
-    weight=losses.by_likelihood if training.likelihood_weighting else losses.by_variance,
+    weight=_WEIGHTS[training.weight or usual_weight](config),
     matching=_matching(training.objective, true_score_fn),
     reduce_mean=training.reduce_mean,
   )

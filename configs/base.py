@@ -84,12 +84,13 @@ def _default() -> ConfigDict:
   model.num_scales = 1000
   model.sigma_min = 0.01
   model.sigma_max = 50.0
+  model.sigma_data = 0.5  # standard deviation of data, for the output and the weight edm
   model.beta_min = 0.1
   model.beta_max = 20.0
   model.scale_by_sigma = False
   model.ema_rate = 0.999
   model.ema_warmup = False  # let the rate grow as (1 + n) / (10 + n), for short runs
-  model.output = ''  # score, scaled_score, noise, denoised, v or energy; '' is the SDE's own
+  model.output = ''  # score, scaled_score, noise, denoised, v, edm, flow, energy; '' is the SDE's
   model.num_classes = 0  # of the labels that the network takes; 0 for none
   model.dtype = 'float32'  # of the network: float32 or bfloat16; denoised and energy are float32
   # Of float32 products on GPUs (TF32, TF32, float32) and TPUs (1, 3 or 6 products of bfloat16), in
@@ -97,12 +98,20 @@ def _default() -> ConfigDict:
   model.precision = 'default'
 
   config.training = training = ConfigDict()
-  training.sde = 'vesde'
+  training.sde = 'vesde'  # vesde, vpsde or subvpsde; edm and flow are not in the released code
   training.objective = 'dsm'  # score matching: dsm, esm, ism, ssm or ssm_vr; cd for energies
   training.single_scale = False  # train at time eps alone, one level of noise
   training.continuous = True
   training.reduce_mean = False
   training.likelihood_weighting = False
+  training.time_law = ''  # of continuous times: uniform ('') or log_normal, in log(sigma / alpha)
+  training.time_mean = -1.2  # of log_normal
+  training.time_std = 1.2
+  # How times are weighed: variance, likelihood, edm, flow, min_snr, soft_min_snr or sigmoid; '' is
+  # variance, or likelihood with likelihood_weighting.
+  training.weight = ''
+  training.weight_gamma = 5.0  # of min_snr and soft_min_snr
+  training.weight_bias = 2.0  # of sigmoid
   training.eps = 1e-5  # smallest time; the released code has it in losses.py
   training.label_dropout = 0.1  # share of the labels that a label-conditional model is not told
   training.batch_size = 128
@@ -261,4 +270,41 @@ def subvp(network: str) -> ConfigDict:
   return config
 
 
-SDES = {'ve': ve, 'vp': vp, 'subvp': subvp}
+def edm(network: str) -> ConfigDict:
+  """The settings of EDM (https://arxiv.org/abs/2206.00364), with a network from `NETWORKS`."""
+  config = _default()
+  config.model.update(NETWORKS[network])
+  if network.startswith('ncsnpp'):
+    config.model.embedding_type = 'fourier'
+  config.model.sigma_max = 80.0
+  config.data.centered = True
+  config.training.sde = 'edm'
+  config.training.time_law = 'log_normal'
+  config.training.weight = 'edm'
+  config.training.eps = 0.002
+  config.optim.grad_clip = -1.0
+  config.sampling.method = 'heun'
+  config.sampling.num_steps = 18
+  config.sampling.eps = 0.002
+  config.sampling.sde_atol = 2 / 256
+  return config
+
+
+def flow(network: str) -> ConfigDict:
+  """Flow matching on straight paths, with a network from `NETWORKS`.
+
+  Times are logit-normal (https://arxiv.org/abs/2403.03206), the optimiser is that of `vp`.
+  """
+  config = vp(network)
+  config.training.sde = 'flow'
+  config.training.time_law = 'log_normal'
+  config.training.time_mean = 0.0
+  config.training.time_std = 1.0
+  config.training.weight = 'flow'
+  config.training.eps = 1e-3
+  config.sampling.method = 'flow_heun'
+  config.sampling.num_steps = 25
+  return config
+
+
+SDES = {'ve': ve, 'vp': vp, 'subvp': subvp, 'edm': edm, 'flow': flow}

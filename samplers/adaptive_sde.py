@@ -115,7 +115,9 @@ class State:
 @partial(jax.jit, static_argnums=0)
 def _start(sampler, x):
   t = jnp.full(x.shape[:1], sampler.sde.T)
-  return State(x, t, jnp.full_like(t, FIRST_STEP * sampler.sde.T), x, 0 * x, jnp.zeros((), jnp.int32))
+  return State(
+    x, t, jnp.full_like(t, FIRST_STEP * sampler.sde.T), x, 0 * x, jnp.zeros((), jnp.int32)
+  )
 
 
 @partial(jax.jit, static_argnums=0)

@@ -22,9 +22,9 @@ from data.points import Mixture
 from evaluation.bits_per_dim import BitsPerDim
 import likelihood
 from likelihood import bits_per_dim, decode, draw_probes, encode, interpolate, Likelihood
-from sde_lib import SDE, subVPSDE, VESDE, VPSDE
+from sde_lib import EDMSDE, RectifiedFlow, SDE, subVPSDE, VESDE, VPSDE
 
-SDES = [VESDE(sigma_max=20.0), VPSDE(), subVPSDE()]
+SDES = [VESDE(sigma_max=20.0), VPSDE(), subVPSDE(), EDMSDE(20.0), RectifiedFlow()]
 EPS = 1e-5
 KEY = jax.random.key(0)
 TWO = Mixture(jnp.array([0.3, 0.7]), jnp.array([[0.5, -0.2], [-0.6, 0.3]]), jnp.array([0.25, 0.4]))

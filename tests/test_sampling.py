@@ -23,10 +23,10 @@ from samplers import base, ode, time_grids
 from samplers.steps import ChainStep, GridStep
 from samplers.time_grids import Spacing, TimeGrid, uniform
 from sampling import CORRECTORS, ODESampler, PCSampler, PREDICTORS, ProbabilityFlow
-from sde_lib import SDE, subVPSDE, VESDE, VPSDE
+from sde_lib import EDMSDE, RectifiedFlow, SDE, subVPSDE, VESDE, VPSDE
 
 SHAPE = (4000, 2)
-SDES = [VESDE(sigma_max=20.0), VPSDE(), subVPSDE()]
+SDES = [VESDE(sigma_max=20.0), VPSDE(), subVPSDE(), EDMSDE(20.0), RectifiedFlow()]
 EPS = {VESDE: 1e-5, VPSDE: 1e-3, subVPSDE: 1e-3}
 every_sde = pytest.mark.parametrize('sde', SDES, ids=lambda s: type(s).__name__)
 

@@ -11,9 +11,10 @@ import pytest
 from scipy import stats
 
 from samplers.steps import GridStep
-from sde_lib import Chain, SDE, subVPSDE, VESDE, VPSDE
+from sde_lib import Chain, EDMSDE, RectifiedFlow, SDE, subVPSDE, VESDE, VPSDE
 
-SDES = [VESDE, VPSDE, subVPSDE]
+RELEASED = [VESDE, VPSDE, subVPSDE]
+SDES = [*RELEASED, EDMSDE, RectifiedFlow]
 SHAPES = [(6, 3), (6, 2, 4, 3)]
 MEAN, STD = 0.7, 0.4  # of the Gaussian data
 TIMES = jnp.array([1.0, 0.7, 0.4, 0.1, 1e-2, 1e-3])
@@ -83,7 +84,7 @@ def test_an_sde_is_two_functions():
 
 @pytest.mark.parametrize(
   ('sde', 'alpha', 'sigma'),
-  [(VESDE(), 1, 0.01), (VPSDE(), 1, 0), (subVPSDE(), 1, 0)],
+  [(VESDE(), 1, 0.01), *((sde, 1, 0) for sde in (VPSDE(), subVPSDE(), EDMSDE(), RectifiedFlow()))],
   ids=lambda v: v.__class__.__name__,
 )
 def test_marginal_begins_at_the_data(sde, alpha, sigma):

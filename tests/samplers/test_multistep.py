@@ -15,10 +15,10 @@ import pytest
 
 from samplers import time_grids
 from samplers.base import GridSampler, Solver
-from samplers.edm import EDM
+from samplers.edm import EDM, FlowSolver
 from samplers.multistep import DDIM, DEIS, DPMSolver, DPMSolver2S, UniPC
 from samplers.time_grids import SPACINGS, TimeGrid
-from sde_lib import Chain, SDE, subVPSDE, VESDE, VPSDE
+from sde_lib import Chain, EDMSDE, RectifiedFlow, SDE, subVPSDE, VESDE, VPSDE
 
 
 def alpha_of_linear_beta(t: float) -> float:
@@ -37,8 +37,10 @@ SDES = {
     alpha_of_linear_beta(t),
     -np.expm1(2 * np.log(alpha_of_linear_beta(t))),
   ),
+  EDMSDE(): lambda t: (1.0, t),
+  RectifiedFlow(): lambda t: (1 - t, t),
 }
-EPS = {VESDE: 1e-3, VPSDE: 1e-2, subVPSDE: 1e-2}
+EPS = {VESDE: 1e-3, VPSDE: 1e-2, subVPSDE: 1e-2, EDMSDE: 1e-2, RectifiedFlow: 1e-2}
 every_sde = pytest.mark.parametrize('sde', SDES, ids=lambda s: type(s).__name__)
 KEY = jax.random.key(0)
 SMALL = (3, 2)
@@ -47,7 +49,7 @@ SMALL = (3, 2)
 ORDERS = {
   DDIM(): 1, DPMSolver(1): 1, DPMSolver(2): 2, DPMSolver(3): 3, DPMSolver2S(): 2,
   DEIS(1): 1, DEIS(2): 2, DEIS(3): 3, UniPC(1): 2, UniPC(2): 3, UniPC(3): 4,
-  EDM(1): 1, EDM(2): 2,
+  EDM(1): 1, EDM(2): 2, FlowSolver(1): 1, FlowSolver(2): 2,
 }  # fmt: skip
 every_solver = pytest.mark.parametrize('solver', ORDERS, ids=str)
 

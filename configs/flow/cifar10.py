@@ -1,0 +1,11 @@
+"""Flow matching on CIFAR-10: `configs/flow/cifar10.py[:variant]`."""
+
+from ml_collections import ConfigDict
+
+from configs import released
+
+VARIANTS: released.Variants = {'ddpmpp': ('ddpmpp', {}), 'ncsnpp': ('ncsnpp', {})}
+
+
+def get_config(variant: str = 'ddpmpp') -> ConfigDict:
+  return released.config_of('flow', 'cifar10', variant, VARIANTS)
