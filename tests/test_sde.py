@@ -23,6 +23,11 @@ every_sde = pytest.mark.parametrize('sde', [cls() for cls in SDES], ids=lambda s
 every_shape = pytest.mark.parametrize('shape', SHAPES)
 
 
+def times_of(sde: SDE) -> jax.Array:
+  """From T on down."""
+  return sde.T * TIMES
+
+
 def each(t: jax.Array, shape: tuple[int, ...]) -> np.ndarray:
   """Values per example, with axes to broadcast against data."""
   return np.asarray(t).reshape(-1, *[1] * (len(shape) - 1))
@@ -39,7 +44,7 @@ def data(shape: tuple[int, ...]) -> jax.Array:
 def test_marginal_solves_the_moment_equations(sde):
   """d alpha / dt = f alpha and d sigma^2 / dt = 2 f sigma^2 + g^2."""
   with jax.enable_x64(True):
-    t = jnp.asarray(np.asarray(TIMES), jnp.float64)
+    t = jnp.asarray(np.asarray(times_of(sde)), jnp.float64)
     alpha, d_alpha = jax.jvp(sde.alpha, [t], [jnp.ones_like(t)])
     variance, d_variance = jax.jvp(lambda t: sde.sigma(t) ** 2, [t], [jnp.ones_like(t)])
     f, g = sde.drift_coef(t), sde.diffusion_coef(t)
@@ -51,7 +56,7 @@ def test_marginal_solves_the_moment_equations(sde):
 def test_closed_forms_are_what_differentiation_gives(sde):
   """Drift and diffusion by differentiation of alpha and sigma, lambda by their logarithms."""
   with jax.enable_x64(True):
-    t = jnp.asarray(np.asarray(TIMES), jnp.float64)
+    t = jnp.asarray(np.asarray(times_of(sde)), jnp.float64)
     for name in ('drift_coef', 'diffusion_coef', 'log_snr'):
       derived, closed = (getattr(of, name) for of in (SDE, type(sde)))
       np.testing.assert_allclose(derived(sde, t), closed(sde, t), rtol=1e-7, atol=1e-12)
@@ -96,7 +101,7 @@ def test_marginal_begins_at_the_data(sde, alpha, sigma):
 @every_sde
 def test_marginal_ends_at_the_prior(sde):
   """What is left of data of unit size is 2 % of the prior's standard deviation at most."""
-  t = jnp.ones(1)
+  t = jnp.full(1, sde.T)
   np.testing.assert_allclose(sde.sigma(t), sde.prior_std, rtol=1e-4)
   assert sde.alpha(t) / sde.prior_std <= 0.021
 
@@ -104,13 +109,13 @@ def test_marginal_ends_at_the_prior(sde):
 @every_sde
 @every_shape
 def test_drift_diffusion_and_marginal_apply_to_any_data_shape(sde, shape):
-  x = data(shape)
-  drift, diffusion = sde.sde(x, TIMES)
-  mean, std = sde.marginal_prob(x, TIMES)
-  np.testing.assert_allclose(drift, each(sde.drift_coef(TIMES), shape) * x, rtol=1e-6)
-  np.testing.assert_allclose(mean, each(sde.alpha(TIMES), shape) * x, rtol=1e-6)
-  np.testing.assert_array_equal(diffusion, sde.diffusion_coef(TIMES))
-  np.testing.assert_array_equal(std, sde.sigma(TIMES))
+  x, t = data(shape), times_of(sde)
+  drift, diffusion = sde.sde(x, t)
+  mean, std = sde.marginal_prob(x, t)
+  np.testing.assert_allclose(drift, each(sde.drift_coef(t), shape) * x, rtol=1e-6)
+  np.testing.assert_allclose(mean, each(sde.alpha(t), shape) * x, rtol=1e-6)
+  np.testing.assert_array_equal(diffusion, sde.diffusion_coef(t))
+  np.testing.assert_array_equal(std, sde.sigma(t))
 
 
 def test_variance_is_preserved_and_sub_vp_never_exceeds_it():
@@ -136,13 +141,15 @@ def test_float32_keeps_its_digits_near_zero(sde):
 @every_sde
 def test_log_snr_and_its_inverse(sde):
   """Both ways, by formula and by bisection, in float32; lambda(t) itself changes by 1e-6 there."""
-  t = jnp.concatenate([TIMES, jnp.array([1e-4, 1e-5])])
+  t = jnp.concatenate([times_of(sde), jnp.array([1e-4, 1e-5])])
   lam = sde.log_snr(t)
   exact = [np.asarray(jax.vmap(f)(t), np.float64) for f in (sde.alpha, sde.sigma)]
   np.testing.assert_allclose(lam, np.log(exact[0] / exact[1]), rtol=2e-6, atol=2e-6)
   for inverse in (sde.time_of_log_snr, lambda lam: SDE.time_of_log_snr(sde, lam)):
     np.testing.assert_allclose(inverse(lam), t, rtol=2e-6, atol=3e-7)
-    np.testing.assert_allclose(sde.log_snr(inverse(lam)), lam, rtol=3e-6, atol=3e-6)
+    # Near T flow matching has alpha = 1 - t, and a last bit of t counts 6e-5 of it.
+    slack = 1e-4 if isinstance(sde, RectifiedFlow) else 3e-6
+    np.testing.assert_allclose(sde.log_snr(inverse(lam)), lam, rtol=3e-6, atol=slack)
   assert (np.diff(lam) > 0).all()  # and t falls
 
 
@@ -204,7 +211,7 @@ def compose(chain: Chain) -> tuple[float, float]:
   return alpha, variance
 
 
-@pytest.mark.parametrize('cls', SDES)
+@pytest.mark.parametrize('cls', RELEASED)
 def test_steps_of_the_chain_converge_to_the_sde(cls):
   """N composed forward steps have the SDE's kernel at T, with an error that halves as N doubles.
 
@@ -227,7 +234,7 @@ def test_steps_of_the_chain_converge_to_the_sde(cls):
     np.testing.assert_allclose(coarse[settled] / fine[settled], 2, atol=0.2)
 
 
-@pytest.mark.parametrize('cls', SDES)
+@pytest.mark.parametrize('cls', RELEASED)
 def test_chain_marginal_converges_to_the_sde(cls):
   """At every step alike: to 2 / N of the SDE's kernel, and exactly for VE and sub-VP."""
   for N in (100, 1000):
@@ -259,6 +266,7 @@ GRIDS = [np.array([1.0, 0.4, 0.35, 1e-3]), np.array([0.9, 1e-5]), np.array([1.0,
 @pytest.mark.parametrize('times', GRIDS, ids=len)
 def test_steps_of_a_grid_compose_to_the_kernel(sde, times):
   """x_t = x_s + f(x_s) + G z, step by step from clean data, has alpha and sigma at every time."""
+  times = sde.T * times
   steps = GridStep.of_grid(sde, times)
   f, G = steps.discretize(jnp.ones((len(times), 1)))
   alpha, variance = 1.0, 0.0
@@ -266,7 +274,7 @@ def test_steps_of_a_grid_compose_to_the_kernel(sde, times):
     grow = 1 + float(f[k, 0])
     alpha, variance = alpha * grow, variance * grow**2 + float(G[k]) ** 2
     t = jnp.float32(times[k])
-    np.testing.assert_allclose(alpha, sde.alpha(t), rtol=1e-5)
+    np.testing.assert_allclose(alpha, sde.alpha(t), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(np.sqrt(variance), sde.sigma(t), rtol=1e-5, atol=1e-12)
 
 
@@ -274,6 +282,7 @@ def test_steps_of_a_grid_compose_to_the_kernel(sde, times):
 @pytest.mark.parametrize('times', GRIDS[:2], ids=len)
 def test_ancestral_step_of_a_grid_is_the_posterior(sde, times):
   """p(x_s | x_t, x_0) of one datum, at s = 0 the datum itself, by Tweedie's formula."""
+  times = sde.T * times
   steps, x0 = GridStep.of_grid(sde, times), MEAN
   alpha, sigma = (np.asarray(f(jnp.float32(times)), np.float64) for f in (sde.alpha, sde.sigma))
   x = alpha * x0 + sigma * 1.3
@@ -303,7 +312,7 @@ def affine(drift, t: jax.Array) -> tuple[jax.Array, jax.Array]:
 def test_reverse_process_has_the_same_marginals(sde, probability_flow):
   """Its moments, run backwards, obey dm/dt = A m + b and dv/dt = 2 A v - g^2."""
   with jax.enable_x64(True):
-    t = jnp.asarray(np.asarray(TIMES), jnp.float64)
+    t = jnp.asarray(np.asarray(times_of(sde)), jnp.float64)
     rsde = sde.reverse(gaussian(jnp.array([MEAN]), STD).score_fn(sde), probability_flow)
     slope, intercept = affine(lambda x, t: rsde.sde(x, t)[0], t)
     _, g = rsde.sde(jnp.zeros((len(t), 1)), t)
@@ -317,10 +326,13 @@ def test_reverse_process_has_the_same_marginals(sde, probability_flow):
 def test_probability_flow_transports_a_gaussian(sde, shape=SHAPES[-1]):
   """x_t = alpha_t m + sqrt(v_t / v_T) (x_T - alpha_T m) solves the ODE."""
   with jax.enable_x64(True):
-    t, x_T = jnp.asarray(np.asarray(TIMES), jnp.float64), jnp.asarray(np.asarray(data(shape)))
+    t, x_T = (
+      jnp.asarray(np.asarray(times_of(sde)), jnp.float64),
+      jnp.asarray(np.asarray(data(shape))),
+    )
 
     def path(t):
-      (m, v), (m_T, v_T) = (moments(sde, MEAN, STD, s) for s in (t, jnp.ones_like(t)))
+      (m, v), (m_T, v_T) = (moments(sde, MEAN, STD, s) for s in (t, jnp.full_like(t, sde.T)))
       m, m_T, ratio = (s.reshape(-1, *[1] * (x_T.ndim - 1)) for s in (m, m_T, jnp.sqrt(v / v_T)))
       return m + ratio * (sde.prior_std * x_T - m_T)
 
@@ -335,24 +347,24 @@ def test_probability_flow_transports_a_gaussian(sde, shape=SHAPES[-1]):
 def test_reverse_step_undoes_the_forward_step(sde, probability_flow):
   """x - f + G^2 s of the chain has the drift and the diffusion of the reverse SDE as N grows."""
   rsde = sde.reverse(gaussian(jnp.array([MEAN]), STD).score_fn(sde), probability_flow)
-  x, t, N = data((len(TIMES), 1)), TIMES, 20_000
+  x, t, N = data((len(TIMES), 1)), times_of(sde), 20_000
   chain = sde.chain(N)
   f, G = rsde.of_forward(x, t, *chain.discretize(x, t, chain.index(t)))
   drift, g = rsde.sde(x, t)
-  np.testing.assert_allclose(N * f, drift, rtol=0.02, atol=0.02)
-  np.testing.assert_allclose(np.sqrt(N) * G, g, rtol=0.02, atol=0.02)
+  np.testing.assert_allclose(N * f, sde.T * drift, rtol=0.02, atol=0.02)
+  np.testing.assert_allclose(np.sqrt(N) * G, np.sqrt(sde.T) * g, rtol=0.02, atol=0.02)
 
 
 @every_sde
 @every_shape
 def test_denoise_is_the_posterior_mean(sde, shape):
   """E[x_0 | x_t] for Gaussian data, by Tweedie's formula."""
-  x, t = data(shape), TIMES
+  x, t = data(shape), times_of(sde)
   got = sde.reverse(gaussian(jnp.full(shape[1:], MEAN), STD).score_fn(sde)).denoise(x, t)
   alpha, sigma = (each(v, shape).astype(np.float64) for v in (sde.alpha(t), sde.sigma(t)))
   gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
-  # sigma^2 s and x all but cancel where little is left of the data: alpha(1) = 0.007 for VP.
-  np.testing.assert_allclose(got, MEAN + gain * (x - alpha * MEAN), rtol=1e-4, atol=2e-4)
+  # sigma^2 s and x all but cancel where little is left of the data: alpha(T) = 0.001 at least.
+  np.testing.assert_allclose(got, MEAN + gain * (x - alpha * MEAN), rtol=1e-4, atol=5e-4)
 
 
 # Ancestral steps.
