@@ -330,6 +330,8 @@ def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
   conditioning = _CONDITIONINGS[ve, fourier, training.continuous]
   if 'edm' in (training.sde, model.output):
     conditioning = score.quarter_log_noise
+  elif training.sde == 'flow' and fourier:
+    conditioning = score.time
   precision = model.precision
   if preconditioning.in_float32:  # whatever the config says
     net, precision = net.clone(dtype='float32'), 'highest'

@@ -32,7 +32,7 @@ VARIANTS: dict[str, tuple[Callable[[str], ConfigDict], base.Changes]] = {
   'vp': (base.vp, {}),
   'subvp': (base.subvp, {}),
   'edm': (base.edm, {'sampling.num_steps': 18}),
-  'flow': (base.flow, {'sampling.num_steps': 25}),
+  'flow': (base.flow, {'sampling.num_steps': 25, 'model.fourier_scale': 1.0}),
   'energy': (base.ve, {'model.output': 'energy'}),
   'ncsn': (base.ve, _CHAIN),
   'esm': (base.ve, _SINGLE_SCALE | {'training.objective': 'esm'}),

@@ -52,6 +52,12 @@ def chain_time(chain: Chain, t: PerRow) -> PerRow:
   return (chain.N - 1) * t
 
 
+def time(chain: Chain, t: PerRow) -> PerRow:
+  """t itself, for Fourier features under flow matching, whose log(999 t) would have no end."""
+  del chain
+  return t
+
+
 def quarter_log_noise(chain: Chain, t: PerRow) -> PerRow:
   """1/4 log(sigma / alpha), EDM's c_noise (https://arxiv.org/abs/2206.00364, Table 1)."""
   return -0.25 * chain.sde.log_snr(t)

@@ -34,6 +34,7 @@ MENDED = {
   've/ncsnv2/bedroom': {'training.continuous': True},  # False is misspelt there, and has no effect
 }
 SDES = ('ve', 'vp', 'subvp')
+LATER = ('edm', 'flow')  # than the released code
 
 
 def here(released: str) -> tuple[str, str, str]:
@@ -61,7 +62,7 @@ def test_every_released_config_is_here_once_and_there_are_no_others():
   ours = {
     name
     for name, config in listing.all_configs()
-    if config.data.dataset not in ('digits', 'folder')
+    if config.data.dataset not in ('digits', 'folder') and config.training.sde not in LATER
   }
   assert len(RELEASED) == 39
   assert ours == {'configs/{}/{}.py:{}'.format(*here(name)) for name in RELEASED}

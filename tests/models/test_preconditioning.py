@@ -1,5 +1,7 @@
 """What a network's output stands for: the score and the denoised x agree, to the last digits."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +10,13 @@ import pytest
 from builders.setup import build
 from configs.toy import two_moons
 from models import score
-from models.preconditioning import ENERGY, Linear, PRECONDITIONINGS
+from models.preconditioning import ENERGY, PRECONDITIONINGS
 from models.score import ScoreModel
-from sde_lib import subVPSDE, VESDE, VPSDE
+from sde_lib import EDMSDE, RectifiedFlow, SDE, subVPSDE, VESDE, VPSDE
 
 KEY = jax.random.key(0)
-LINEAR = [name for name, reading in PRECONDITIONINGS.items() if isinstance(reading, Linear)]
+LINEAR = [name for name in PRECONDITIONINGS if name != ENERGY]
+SIGMA_DATA = 0.5
 every_reading = pytest.mark.parametrize('name', LINEAR)
 
 
@@ -26,7 +29,26 @@ def output_for(name: str, x0, z, alpha, sigma):
     'noise': z,
     'denoised': x0,
     'v': (alpha * z - sigma * x0) / r,
+    'edm': edm_output(x0, z, alpha, sigma),
+    'flow': z - x0,
   }[name]
+
+
+def edm_output(x0, z, alpha, sigma):
+  """(x_0 - c_skip y) / c_out with y = x / alpha and s = sigma / alpha (Table 1, Eq. 8 of EDM)."""
+  y, s = x0 + sigma / alpha * z, sigma / alpha
+  c_skip = SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2)
+  return (x0 - c_skip * y) / (s * SIGMA_DATA / np.sqrt(s**2 + SIGMA_DATA**2))
+
+
+def says(output):
+  """A network that says `output`, whatever it sees."""
+  return lambda x: (output, x)
+
+
+def at(x, kernel, dtype):
+  """x, and alpha and sigma of each of its rows."""
+  return jnp.asarray(x, dtype), *(jnp.full((len(x), 1), v, dtype) for v in kernel)
 
 
 def points():
@@ -46,9 +68,11 @@ def test_readings_say_the_same(name, kernel):
   x, reading = alpha * x0 + sigma * z, PRECONDITIONINGS[name]
   output = output_for(name, x0, z, alpha, sigma)
   with jax.enable_x64(True):
-    arguments = [jnp.asarray(v, jnp.float64) for v in (output, x, alpha, sigma)]
-    np.testing.assert_allclose(reading.score_of(*arguments), -z / sigma, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(reading.denoised_of(*arguments), x0, rtol=1e-9, atol=1e-9)
+    given = says(jnp.asarray(output, jnp.float64)), *at(x, kernel, jnp.float64)
+    np.testing.assert_allclose(reading.score(*given), -z / sigma, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(reading.denoised(*given), x0, rtol=1e-9, atol=1e-9)
+    velocity = reading.noise_minus_data(*given)
+    np.testing.assert_allclose(velocity, z - x0, rtol=1e-5, atol=1e-5)
 
 
 @every_reading
@@ -59,14 +83,60 @@ def test_nothing_cancels_where_the_noise_is_small(name):
   x = jnp.asarray(exact, jnp.float32)
   output = jnp.asarray(output_for(name, x0, z, alpha, sigma), jnp.float32)
   reading = PRECONDITIONINGS[name]
-  score = np.asarray(reading.score_of(output, x, jnp.float32(alpha), jnp.float32(sigma)))
+  given = says(output), *at(x, (alpha, sigma), jnp.float32)
+  score = np.asarray(reading.score(*given))
   tolerance = 0.02 if name == 'denoised' else 2e-6
-  if name == 'v':
+  if name in ('v', 'edm', 'flow'):
     # F carries z to its own rounding, and x counts for 1e-5 of the score.
     tolerance = 1e-5
   assert np.abs(score * sigma + z).max() < tolerance
-  denoised = reading.denoised_of(output, x, jnp.float32(alpha), jnp.float32(sigma))
+  denoised = reading.denoised(*given)
   assert np.abs(denoised - x0).max() < 1e-6
+
+
+@every_reading
+@pytest.mark.parametrize('kernel', KERNELS)
+def test_float32_loses_no_more_than_its_own_digits(name, kernel):
+  """a and b of the score and of the denoised x, against float64, from the weights of x and of F."""
+  reading, x = PRECONDITIONINGS[name], np.array([[0.0], [1.0]])
+  for read in (reading.score, reading.denoised):
+    rows = {}
+    for x64 in (False, True):
+      with jax.enable_x64(x64):
+        dtype = jnp.float64 if x64 else jnp.float32
+        output = says(jnp.asarray(1 - x, dtype))
+        rows[x64] = np.asarray(read(output, *at(x, kernel, dtype)), np.float64)  # b, then a
+    np.testing.assert_allclose(rows[False], rows[True], rtol=1e-6)
+
+
+@pytest.mark.parametrize('sigma_data', [0.25, 0.5, 1.7])
+def test_edm_is_its_table(sigma_data):
+  """c_skip, c_out, c_in at alpha = 1 (Table 1 of https://arxiv.org/abs/2206.00364)."""
+  reading = PRECONDITIONINGS['edm'].for_data(sigma_data)
+  sigma = np.array([[1e-3], [0.4], [80.0]], np.float32)
+  s2 = np.float64(sigma) ** 2 + sigma_data**2
+  x, one, sigma = jnp.ones((3, 1)), jnp.ones((3, 1)), jnp.asarray(sigma)
+  c_skip = reading.denoised(says(0 * x), x, one, sigma)
+  np.testing.assert_allclose(c_skip, sigma_data**2 / s2, rtol=1e-6)
+  c_out = reading.denoised(says(x), 0 * x, one, sigma)
+  np.testing.assert_allclose(c_out, sigma * sigma_data / np.sqrt(s2), rtol=1e-6)
+  seen = []
+  reading.denoised(lambda y: (seen.append(y) or y, y), x, one, sigma)
+  np.testing.assert_allclose(seen[0], 1 / np.sqrt(s2), rtol=1e-6)
+
+
+@pytest.mark.parametrize('end', [0.0, 1.0])
+def test_velocity_of_flow_matching_is_finite_at_both_ends(end):
+  """Where the score, or the denoised x by Tweedie's formula, is infinite."""
+  config = two_moons.get_config('flow')
+  config.model.nf = 8
+  model = build(config).model
+  score_fn = model.bind(model.init(KEY, (1, 2)))
+  x, t = jax.random.normal(KEY, (3, 2)), jnp.full(3, end)
+  flow = model.sde.probability_flow(score_fn, x, t)
+  near = model.sde.probability_flow(score_fn, x, jnp.abs(t - 1e-4))
+  assert np.isfinite(flow).all()
+  np.testing.assert_allclose(flow, near, rtol=0.05, atol=0.01)
 
 
 def test_v_is_the_velocity_of_the_angle():
@@ -80,15 +150,19 @@ def test_v_is_the_velocity_of_the_angle():
     x, velocity = jax.jvp(path, (jnp.float64(0.4),), (jnp.float64(1.0),))
     found = output_for('v', x0, z, np.cos(0.4), np.sin(0.4))
     np.testing.assert_allclose(velocity, found, rtol=1e-12)
-    reading = PRECONDITIONINGS['v']
-    np.testing.assert_allclose(
-      reading.denoised_of(velocity, x, jnp.cos(0.4), jnp.sin(0.4)), x0, rtol=1e-9
-    )
+    given = says(velocity), *at(x, (np.cos(0.4), np.sin(0.4)), jnp.float64)
+    np.testing.assert_allclose(PRECONDITIONINGS['v'].denoised(*given), x0, rtol=1e-9)
 
 
-@pytest.mark.parametrize('sde', [VESDE(), VPSDE(), subVPSDE()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+  ('sde', 'continuous'),
+  [
+    *itertools.product([VESDE(), VPSDE(), subVPSDE()], [True, False]),
+    *((sde, True) for sde in (EDMSDE(), RectifiedFlow())),
+  ],
+  ids=lambda v: type(v).__name__ if isinstance(v, SDE) else str(v),
+)
 @pytest.mark.parametrize('name', PRECONDITIONINGS)
-@pytest.mark.parametrize('continuous', [True, False])
 def test_what_a_model_denoises_is_tweedies_mean(sde, name, continuous):
   """Of the kernels that it was trained with, the SDE's or its chain's."""
   config = two_moons.get_config('vp')
