@@ -1,10 +1,12 @@
-"""Checkpoints of the released code, JAX or PyTorch, turned into training states of this code.
+"""Checkpoints of released codes, JAX or PyTorch, turned into training states of this code.
 
 The JAX release (https://github.com/yang-song/score_sde) wrote flax.serialization bytes of
 State(step, optimizer, lr, model_state, ema_rate, params_ema, rng); the PyTorch release
-(https://github.com/yang-song/score_sde_pytorch) wrote `.pth` files. Both become flat tables,
-name -> array; what differs in names, order and layout is undone; and the names and shapes are
-compared with those of the config's network before anything is taken over.
+(https://github.com/yang-song/score_sde_pytorch) wrote `.pth` files; the consistency models of
+CIFAR-10 (https://github.com/openai/consistency_models_cifar10) begin with an EDM, which is bytes of
+State(step, lr, ema_rate, params, params_ema, model_state, opt_state, rng_state). All become flat
+tables, name -> array; what differs in names, order and layout is undone; and the names and shapes
+are compared with those of the config's network before anything is taken over.
 """
 
 from collections.abc import Iterable
@@ -88,7 +90,8 @@ def load(
     if path.suffix in ('.pth', '.pt') or zipfile.is_zipfile(io.BytesIO(data)):
       found = from_torch(read_torch(data), names)
     else:
-      found = from_jax(serialization.msgpack_restore(data))
+      state = serialization.msgpack_restore(data)
+      found = from_edm(state) if 'opt_state' in state else from_jax(state)
   except UserError as error:
     raise UserError(f'{path}: {error}') from None
   except Exception as error:  # of msgpack and pickle, and the lookup of what is not there
@@ -141,6 +144,33 @@ def from_jax(state: dict[str, Any]) -> Released:
     ema_params={ours(k): v for k, v in _flat(state['params_ema']).items()},
     mu=moment('grad_ema'),
     nu=moment('grad_sq_ema'),
+  )
+
+
+def from_edm(state: dict[str, Any]) -> Released:
+  """What a `State` of the consistency models' EDM holds, as flax.serialization restores it.
+
+  Its loss is the sum over pixels, ours half of it, so that Adam's moments become those of half the
+  gradient. With clipping, the moments stand one place deeper.
+
+  Raises:
+    UserError: if its optimiser was not Adam, or it is not a diffusion model.
+  """
+  if 'target_params' in state:
+    raise UserError('it is a consistency model, with target parameters, not a diffusion model')
+  places = state['opt_state']
+  adam = next((v for v in (places['0'], *places['1'].values()) if 'mu' in v), None)
+  if adam is None:
+    raise UserError('its optimiser has no moments: it was not Adam')
+  flat = {name: _flat(state[name]) for name in ('params', 'params_ema')}
+  return Released(
+    step=int(state['step']),
+    adam_step=int(adam['count']),
+    ema_rate=float(state['ema_rate']),
+    params=flat['params'],
+    ema_params=flat['params_ema'],
+    mu={name: v / 2 for name, v in _flat(adam['mu']).items()},
+    nu={name: v / 4 for name, v in _flat(adam['nu']).items()},
   )
 
 

@@ -24,7 +24,7 @@ MODEL = (
   'model.fir_kernel', 'model.progressive', 'model.progressive_input', 'model.progressive_combine',
   'model.skip_rescale', 'model.init_scale', 'model.interpolation', 'model.num_layers',
   'model.num_scales', 'model.sigma_min', 'model.sigma_max', 'model.beta_min', 'model.beta_max',
-  'model.scale_by_sigma', 'model.output', 'model.num_classes', 'training.sde',
+  'model.sigma_data', 'model.scale_by_sigma', 'model.output', 'model.num_classes', 'training.sde',
   'training.continuous', 'training.objective', 'training.single_scale', 'data.image_size',
   'data.num_channels', 'data.centered', 'data.dim', 'ebm.buffer_size',
 )  # fmt: skip
@@ -34,6 +34,8 @@ LEARNED = (
   *MODEL, 'seed', 'data.dataset', 'data.category', 'data.random_flip',
   'data.uniform_dequantization', 'data.fit', 'data.background', 'data.black', 'data.white',
   'training.reduce_mean', 'training.likelihood_weighting', 'training.eps',
+  'training.time_law', 'training.time_mean', 'training.time_std', 'training.weight',
+  'training.weight_gamma', 'training.weight_bias',
   'training.label_dropout', 'ebm.regularization', 'optim.optimizer',
 )  # fmt: skip
 # How it is learned, for how long, and what is made of it. Of `data.path` the images are compared,
@@ -54,8 +56,10 @@ MAY_CHANGE = (
 # them.
 FIXED_IN_EVAL = (
   *MODEL, 'model.dtype', 'model.precision', 'training.reduce_mean',
-  'training.likelihood_weighting', 'training.eps', 'data.dataset', 'data.category', 'data.path',
-  'data.held_out', 'data.skip_damaged', 'data.uniform_dequantization', 'data.fit',
+  'training.likelihood_weighting', 'training.eps', 'training.time_law', 'training.time_mean',
+  'training.time_std', 'training.weight', 'training.weight_gamma', 'training.weight_bias',
+  'data.dataset', 'data.category', 'data.path', 'data.held_out', 'data.skip_damaged',
+  'data.uniform_dequantization', 'data.fit',
   'data.background', 'data.black', 'data.white', 'sampling', 'eval.batch_size', 'seed',
 )  # fmt: skip
 # How images are perturbed; what a classifier of such images depends on; what it learns.
