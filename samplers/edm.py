@@ -125,10 +125,12 @@ class FlowSolver:
       'end_of_data': of_data[1:],
     }
 
-  def init(self, x: Array) -> Memory:
+  def init(self, x: Data) -> Memory:
     return ()
 
-  def update(self, rng, denoise, c, x, memory) -> tuple[Update, Memory]:
+  def update(
+    self, rng: Key, denoise: Denoiser, c: OfStep, x: Data, memory: Memory
+  ) -> tuple[Update, Memory]:
     slope = c['of_x'] * x + c['of_data'] * denoise(x, c['t'])
     end = x + c['dt'] * slope
     if self.order == 2:

@@ -112,7 +112,7 @@ def test_solvers_are_exact_for_a_single_point(sde, solver):
   """Data at one point, in one step and in four: x_t - alpha_t x_0 is proportional to sigma_t."""
   x, eps = np.array([-1.3, 0.2, 2.0]) * sde.prior_std, EPS[type(sde)]
   for times in (np.array([sde.T, eps]), time_grids.quadratic(sde, 5, eps)):
-    got = walk(solver, sde, times, x, lambda x, t: np.full_like(x, 0.7))
+    got = walk(solver, sde, times, x, lambda x, t: jnp.full_like(x, 0.7))
     np.testing.assert_allclose(got, exact_flow(sde, 0.7, 0.0, x), rtol=0, atol=1e-8)
 
 
@@ -121,7 +121,7 @@ def test_solvers_are_exact_for_a_single_point(sde, solver):
 def test_straight_paths_to_a_point_take_one_step(order, n):
   """Flow matching's x' is constant along them: Euler's method is exact."""
   x, times = np.array([-1.3, 0.2, 2.0]), time_grids.uniform(FLOW, n, EPS[RectifiedFlow])
-  got = walk(FlowSolver(order), FLOW, times, x, lambda x, t: np.full_like(x, 0.7))
+  got = walk(FlowSolver(order), FLOW, times, x, lambda x, t: jnp.full_like(x, 0.7))
   np.testing.assert_allclose(got, exact_flow(FLOW, 0.7, 0.0, x), rtol=0, atol=1e-10)
 
 
