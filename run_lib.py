@@ -39,7 +39,7 @@ from configs.base import saved
 from data import sources
 from data.classes import check_same, describe, numbers_of
 from data.noise_scales import NoiseScales
-from evaluation.evaluate import step_folder
+from evaluation.evaluate import Measurement, step_folder
 from evaluation.sample import draw_samples
 from evaluation.stats import examples, noise_scales
 from models.score import Params
@@ -163,11 +163,7 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   with open_workdir(out), Checkpoints(root) as checkpoints:
     for step in checkpoint_range(setup.config).steps(checkpoints):
       params = checkpoints.restore_averages(step, _abstract_state(setup))[0]
-      if setup.model.num_classes:
-        trained = checkpoints_lib.notes(root, step).classes
-        for measurement in measurements:
-          if measurement.class_names:
-            check_same(trained, measurement.class_names, root, _RENAME)
+      _check_classes(setup, root, step, measurements)
       origin = checkpoints_lib.origin(root, step, params)
       folder, report = step_folder(out, step), origin.claim_report(out)
       origin.claim(folder)
@@ -442,6 +438,16 @@ def _check_images(root: epath.Path, setup: Setup, there: str, now: str) -> None:
 
 def _place(path: str) -> str:
   return os.path.realpath(os.path.expanduser(path))
+
+
+def _check_classes(
+  setup: Setup, root: epath.Path, step: int, measurements: Sequence[Measurement]
+) -> None:
+  """Raises UserError if a model that is told classes would be measured on others."""
+  trained = checkpoints_lib.notes(root, step).classes if setup.model.num_classes else ()
+  for measurement in measurements:
+    if measurement.class_names:
+      check_same(trained, measurement.class_names, root, _RENAME)
 
 
 def _class_names(setup: Setup, root: epath.Path) -> Sequence[str]:
