@@ -3,6 +3,7 @@
   train             train, or go on with, a score model
   eval              loss, bits/dim, samples and their FID, of checkpoints
   sample            draw samples: of a class, or of what an image leaves open
+  check_data        what is in a folder of images, and which of them cannot be read
   stats             what samples are compared with, and the noise levels that the data ask for
   train_classifier  a classifier of noisy images, for sampling by class
   import            a checkpoint of the released code becomes a workdir
@@ -46,7 +47,7 @@ from runtime import start
 from runtime.errors import Failure, unknown, UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, [:variant] of it.')
-_MODES = ['train', 'train_classifier', 'eval', 'sample', 'stats', 'import']
+_MODES = ['train', 'train_classifier', 'eval', 'sample', 'check_data', 'stats', 'import']
 _MODE = flags.DEFINE_enum('mode', None, _MODES, 'What to do.')
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder; by default runs/<config>[-<variant>][-<field>=<value>].'
@@ -236,6 +237,8 @@ def main(argv: Sequence[str]) -> None:
       run_lib.evaluate(_CONFIG.value, workdir, _EVAL_FOLDER.value)
     elif _MODE.value == 'sample':
       run_lib.sample(_CONFIG.value, workdir, _SAMPLE_FOLDER.value)
+    elif _MODE.value == 'check_data':
+      run_lib.check_data(_CONFIG.value)
     elif _MODE.value == 'stats':
       run_lib.stats(_CONFIG.value)
     else:

@@ -17,6 +17,7 @@ from etils import epath
 import jax
 from ml_collections import ConfigDict
 
+from builders.data import check_data as check_images
 from builders.data import load_source
 from builders.evaluation import (
   checkpoint_range,
@@ -37,6 +38,7 @@ from builders.training import (
 )
 from configs.base import saved
 from data import sources
+from data.check import SplitReport
 from data.classes import check_same, describe, numbers_of
 from data.noise_scales import NoiseScales
 from evaluation.evaluate import Measurement, step_folder
@@ -256,6 +258,15 @@ def stats(config: ConfigDict) -> NoiseScales | None:
     file.make(compared, batch_size, setup.devices.mesh)
     logger.info('statistics of the features are in %s', file.path)
   return chosen
+
+
+def check_data(config: ConfigDict) -> list[SplitReport]:
+  """Reads all images, and prints what they are: how many, sizes, modes, classes, what is cropped.
+
+  Raises:
+    UserError: for a mistake in the config, or images that cannot be read: all of them are named.
+  """
+  return check_images(build(config).config)
 
 
 def load(workdir: str) -> tuple[Setup, Params]:

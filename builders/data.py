@@ -2,7 +2,7 @@
 
 from ml_collections import FrozenConfigDict
 
-from data import points, sources
+from data import check, points, sources
 from data.codec import Codec, ImageCodec, PointCodec
 from data.decoding import Decoder
 from data.deep import Span
@@ -73,3 +73,23 @@ def load_source(config: FrozenConfigDict, split: str, section: str = 'model') ->
       f' has {there}'
     )
   return source
+
+
+def check_data(config: FrozenConfigDict) -> list[check.SplitReport]:
+  """Reads all images of a config, and says what they are.
+
+  Raises:
+    UserError: if the data are no images, or some cannot be read, or none shows anything.
+  """
+  data = config.data
+  if data.dim:
+    raise UserError(f'--mode check_data is for images, and config.data.dim = {data.dim}')
+  decoder, reports = make_decoder(config), []
+  for split in ('train', 'test'):
+    records = sources.open_records(
+      data.dataset, split, data.path, data.tfds_dir, data.category, data.held_out
+    )
+    if not records.of_training:
+      reports.append(check.check_split(split, records, decoder, data.image_size))
+  check.tell(reports, data.path or data.dataset, data.skip_damaged)
+  return reports

@@ -338,9 +338,11 @@ def _tfds(name: str, split: str, path: str, data_dir: str, held_out: str, fit: A
     raise UserError(
       f'TFDS dataset {name!r} has no image: its features are {", ".join(info.features)}'
     )
+  of_training = False
   if split == 'test':
     split = held_out or next((s for s in ('test', 'validation') if s in info.splits), 'train')
-    if split == 'train':
+    of_training = split == 'train'
+    if of_training:
       logger.warning('%s has no split test or validation: testing on the training images.', name)
   if split not in info.splits:
     raise unknown(f'split of TFDS dataset {name}', split, info.splits)
@@ -368,7 +370,10 @@ def _tfds(name: str, split: str, path: str, data_dir: str, held_out: str, fit: A
     return parse_example(records[i])['label'].int64_list.value[0]
 
   where = f'TFDS dataset {name}, split {split}, image'
-  return Records(length, read, lambda i: f'{where} {i}', fit, class_names, label)
+  return Records(
+    length, read, lambda i: f'{where} {i}', fit, class_names, label,
+    of_training=of_training,
+  )  # fmt: skip
 
 
 def _tfrecords(split: str, path: str) -> Records:

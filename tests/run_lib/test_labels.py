@@ -94,7 +94,7 @@ def test_subfolders_of_a_folder_are_classes(tmp_path):
 
 def test_secret_labels_are_no_labels(monkeypatch):
   """TFDS has -1 for the label of every image in a split whose labels are not published."""
-  records = sources._Records(
+  records = sources.Records(
     3, lambda i: (Image.new('L', (4, 4)), -1), str, lambda image, size: image, 'ab'
   )
   monkeypatch.setattr(sources, '_open', lambda *_: records)
