@@ -197,6 +197,7 @@ def reference_images(config: FrozenConfigDict) -> Images:
     path=data.path,
     split=config.eval.stats_split,
     shape=(data.image_size, data.image_size, data.num_channels),
+    decoder=make_decoder(config),
   )
 
 

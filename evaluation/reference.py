@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from data import sources
+from data.decoding import Decoder
 from evaluation.features import FeatureNetwork
 from evaluation.metrics import Moments, NEIGHBOURS
 from runtime import processes
@@ -68,6 +69,7 @@ class Images:
     path: where it lies, if the user says so.
     split: 'train' or 'test'.
     shape: of an image.
+    decoder: how files become images.
   """
 
   dataset: str
@@ -75,6 +77,7 @@ class Images:
   path: str
   split: str
   shape: tuple[int, int, int]
+  decoder: Decoder = dataclasses.field(default_factory=Decoder)
 
   def usual_path(self, features: str) -> epath.Path:
     """Where the file of their features by the network of that name lies."""
@@ -167,7 +170,8 @@ class ReferenceFile:
     processes.wait_for_all('features')
 
   def _provenance(self) -> dict[str, Any]:
-    images = self.images
+    images, decoder = self.images, self.images.decoder
+    span = [decoder.span.black, decoder.span.white] if decoder.span else None
     return {
       'dataset': images.dataset.lower(),
       'category': images.category,
@@ -175,6 +179,9 @@ class ReferenceFile:
       'split': images.split,
       'image_size': images.shape[0],
       'num_channels': images.shape[2],
+      'fit': decoder.fit,
+      'background': decoder.background,
+      'span': span,
       'preprocessing': 'as in training, uint8, not flipped',
       'features': self.network.name,
       'features_version': self.network.version,

@@ -103,5 +103,7 @@ def grid(images: np.ndarray, columns: int | None = None) -> Image.Image:
   canvas = Image.new('RGB', size, 'white')
   for i, image in enumerate(images):
     tile = Image.fromarray(image.squeeze()).resize((width, height), Image.Resampling.BICUBIC)
-    canvas.paste(tile, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
+    shape = tile.getchannel('A') if 'A' in tile.getbands() else None  # what is transparent is white
+    where = (gap + i % columns * (width + gap), gap + i // columns * (height + gap))
+    canvas.paste(tile, where, shape)
   return canvas

@@ -21,6 +21,7 @@ from builders.setup import build, Setup
 from configs.vp.digits import get_config
 from data import sources
 from data.codec import ImageCodec
+from data.deep import Span
 from evaluation import evaluate, features, metrics, reference
 from evaluation.metrics import Moments
 import run_lib
@@ -426,3 +427,15 @@ def test_checkpoints_are_waited_for_only_if_asked(monkeypatch):
   late._seen = 1
   with pytest.raises(UserError, match=r'no checkpoints 2 to 4 \(steps 20 to 40\)'):
     chosen(late, monkeypatch, **span)
+
+
+def test_statistics_of_images_that_were_read_otherwise_are_refused(stats):
+  """Of another fit, background or range of the same files."""
+  file = reference_file(setup_with(stats))
+  file.load()
+  for changed in ({'fit': 'pad'}, {'background': 'black'}, {'span': Span(0, 4095)}):
+    images = dataclasses.replace(
+      file.images, decoder=dataclasses.replace(file.images.decoder, **changed)
+    )
+    with pytest.raises(UserError, match=rf'of something else: {next(iter(changed))}: .* there'):
+      dataclasses.replace(file, images=images).load()
