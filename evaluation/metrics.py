@@ -145,7 +145,8 @@ def kernel_distance(
 class Floor:
   """How far data are from other data of the same kind, by features of so many of each.
 
-  A perfect model is no nearer than that: what is above it in a distance is the model's.
+  So much of a distance is a matter of the number of samples. A perfect model can be somewhat below
+  it: samples are compared with all of the data, whose own number matters less.
 
   Attributes:
     n: images of each half.
