@@ -133,8 +133,7 @@ class Decoder:
   def _shallow(self, image: Image.Image, usual: deep.Usual | None) -> Image.Image:
     pixels = deep.read(image)
     orientation = image.getexif().get(_ORIENTATION, 1)  # after, as this may load the image
-    floats = pixels.colours.dtype.kind == 'f'
-    span = self.span or pixels.told or (usual.span(floats) if usual else pixels.own_span())
+    span = self.span or pixels.told or (usual.span(pixels) if usual else pixels.own_span())
     shown = pixels.image(span)
     shown.getexif()[_ORIENTATION] = orientation
     return shown

@@ -175,19 +175,19 @@ class Usual:
     """`images()` are all of them, each opened by a call; `where` names them."""
     self._images, self._where = images, where
     self._lock = threading.Lock()
-    self._spans: dict[bool, Span] = {}
+    self._spans: dict[bool, Span] | None = None
 
   @property
   def was_asked(self) -> bool:
     """Whether there are such images, as far as they were read."""
-    return bool(self._spans)
+    return self._spans is not None
 
-  def span(self, floats: bool) -> Span:
-    """Of images of floats, or of whole numbers."""
+  def span(self, pixels: Deep) -> Span:
+    """Of the pixels of an image; what they say themselves, if no image like it was looked at."""
     with self._lock:
-      if not self._spans:
+      if self._spans is None:
         self._spans = self._look()
-      return self._spans.get(floats, Span(0, 1) if floats else Span(0, 65535))
+      return self._spans.get(pixels.colours.dtype.kind == 'f') or pixels.own_span()
 
   def _look(self) -> dict[bool, Span]:
     ranges: dict[bool, list[tuple[float, float, int]]] = {False: [], True: []}

@@ -143,6 +143,23 @@ def test_what_files_tell_is_believed(tmp_path, caplog):
   assert abs(fixed[0].astype(int) - shown // 2).max() <= 1 and not caplog.text
 
 
+def test_the_range_is_of_both_splits_and_of_images_that_are_looked_at_once(tmp_path, monkeypatch):
+  values, shown = picture(12)
+  bright, dark = values[..., 0].astype(np.uint16), (values[..., 0] // 16).astype(np.uint16)
+  write(tmp_path, {'train/a.png': dark, 'train/b.png': dark // 2, 'test/c.png': bright})
+  options = {'image_size': 8, 'num_channels': 1, 'path': str(tmp_path)}
+  got = load('folder', 'train', **options)[0]
+  assert abs(got.astype(int) - shown // 16).max() <= 1
+  looks = []
+  monkeypatch.setattr(deep, 'LOOKED_AT', 1)
+  monkeypatch.setattr(deep, 'spread', lambda n, most: looks.append(n) or [0])
+  write(tmp_path / 'rare', {'a.png': shown[..., 0], 'b.png': bright, 'c.png': bright})
+  rare = source(tmp_path / 'rare')
+  for i in (1, 2):
+    np.testing.assert_array_equal(rare[i], shown)
+  assert looks == [3]
+
+
 def test_turned_images_of_16_bits(tmp_path):
   values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
   exif = Image.Exif()
