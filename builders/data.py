@@ -31,11 +31,17 @@ def make_decoder(config: FrozenConfigDict) -> Decoder:
     UserError: if a field of it has no such value.
   """
   data = config.data
+  given = data.black != 0 or data.white != 0
+  if given and data.white <= data.black:
+    raise UserError(
+      f'config.data.white = {data.white:g} must be above config.data.black = {data.black:g}; with '
+      'both 0 the files say them'
+    )
   return Decoder(
     data.num_channels,
     fit=data.fit,
     background=data.background,
-    span=Span(data.black, data.white) if data.white else None,
+    span=Span(data.black, data.white) if given else None,
     max_pixels=data.max_pixels,
   )
 

@@ -70,8 +70,10 @@ def _default() -> ConfigDict:
   # What follows is of images in files, and not in the released configs.
   data.fit = 'crop'  # of images that are not square: crop, pad or stretch
   data.background = 'white'  # colour behind what is transparent, and beside what is padded
-  data.black = 0.0  # stored values shown as black and as white, in images of more than 8 bits;
-  data.white = 0.0  # white 0: as the files tell, or else the largest value of all of them says
+  # Stored values shown as black and as white, in images of more than 8 bits. Both 0: as the files
+  # tell, or else as the largest value of all of them says.
+  data.black = 0.0
+  data.white = 0.0
   data.max_pixels = 178_956_970  # of an image as it is decoded, a limit to memory
   data.held_out = ''  # folder in data.path of the split test; empty: the one named test, val, ...
   data.skip_damaged = False  # leave out images that cannot be read; all are read at the start

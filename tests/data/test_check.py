@@ -4,8 +4,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from builders.data import check_data
+from builders.data import check_data, make_decoder
+from builders.setup import build
 from configs.vp.photos import get_config
+from data.deep import Span
 from runtime.errors import UserError
 
 
@@ -83,3 +85,24 @@ def test_a_folder_without_splits_is_read_once_and_one_value_is_refused(tmp_path)
   (report,) = check_data(config_of(tmp_path))
   assert report.lines[0] == '3 images'
   assert any(line.startswith('2 images are of one value all over') for line in report.lines)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'said'),
+  [
+    ({'black': 5.0}, r'data\.white = 0 must be above config\.data\.black = 5'),
+    ({'black': 9.0, 'white': 9.0}, r'data\.white = 9 must be above'),
+    ({'fit': 'fill'}, r"config\.data\.fit 'fill' does not exist"),
+    ({'background': 'whit'}, 'is no colour'),
+    ({'num_channels': 5}, r'num_channels is 5; allowed: 1 \(grey\), 2'),
+    ({'max_pixels': 0}, r'max_pixels must be positive'),
+  ],
+)
+def test_fields_of_images_are_checked(folder, fields, said):
+  with pytest.raises(UserError, match=said):
+    check_data(build(config_of(folder, **fields)).config)
+
+
+def test_black_may_be_below_a_white_of_zero(folder):
+  config = config_of(folder, black=-1000.0)
+  assert make_decoder(build(config).config).span == Span(-1000, 0)
