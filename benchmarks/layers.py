@@ -48,10 +48,12 @@ def in_loop(function: Callable[[Array, Array], Array], xs: Array, w: Array) -> A
   return jax.lax.map(lambda x: function(x, w), xs)
 
 
-def normalize_and_activate(norm: nn.Module) -> Callable[[Array], Array]:
-  """The layer with initial weights, then swish."""
+def normalize_and_activate(
+  norm: nn.Module, act: Callable[[Array], Array]
+) -> Callable[[Array], Array]:
+  """The layer with initial weights, then `act`."""
   weights = norm.init(jax.random.key(0), jnp.zeros((1, 1, 1, FEATURES)))
-  return lambda x: nn.swish(norm.apply(weights, x))
+  return lambda x: act(norm.apply(weights, x))
 
 
 def library_attention(q: Array, k: Array, v: Array) -> Array:
@@ -93,8 +95,16 @@ def measure() -> dict[str, dict[str, float]]:
   for what, which, function in (
     ('FIR upsampling', 'by default', partial(released.upsample, kernel=FIR)),
     ('FIR upsampling', 'here', partial(resample.upsample, kernel=FIR)),
-    ('GroupNorm and swish', 'by default', normalize_and_activate(nn.GroupNorm(FEATURES // 4))),
-    ('GroupNorm and swish', 'here', normalize_and_activate(layers.GroupNorm(FEATURES // 4))),
+    (
+      'GroupNorm and swish',
+      'by default',
+      normalize_and_activate(nn.GroupNorm(FEATURES // 4), nn.swish),
+    ),
+    (
+      'GroupNorm and swish',
+      'here',
+      normalize_and_activate(layers.GroupNorm(FEATURES // 4, act=nn.swish), layers.unchanged),
+    ),
     ('attention of 16x16 pixels', 'by default', partial(attend, library_attention)),
     ('attention of 16x16 pixels', 'here', partial(attend, layers.attention)),
   ):

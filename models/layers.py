@@ -4,6 +4,7 @@ Parameter names and shapes are those of the released code, so that its checkpoin
 """
 
 from collections.abc import Callable
+from functools import partial
 import math
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from models.barriers import stored
+from models.barriers import apart, stored
 
 Activation = Callable[[Array], Array]
 
@@ -48,11 +49,17 @@ def dense(x: Array, features: int) -> Array:
   return nn.Dense(features, kernel_init=default_init(), dtype=x.dtype)(x)
 
 
-class GroupNorm(nn.Module):
-  """GroupNorm (https://arxiv.org/abs/1803.08494) with float32 statistics whatever the dtype of x.
+def unchanged(x: Array) -> Array:
+  """The activation that is none."""
+  return x
 
-  Moments are summed by channel, then by group, and scale and shift are applied as one: on CPU twice
-  as fast as Flax's layer, whose parameters these are.
+
+class GroupNorm(nn.Module):
+  """GroupNorm (https://arxiv.org/abs/1803.08494), and the activation of what it makes.
+
+  Both are computed in float32 whatever the dtype of x. Moments are summed by channel, then by
+  group, and scale and shift are applied as one: on CPU twice as fast as Flax's layer, whose
+  parameters these are.
 
   Raises:
     ValueError: if the groups cannot share the channels.
@@ -60,6 +67,7 @@ class GroupNorm(nn.Module):
 
   num_groups: int
   epsilon: float = 1e-6
+  act: Activation = unchanged
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -69,20 +77,51 @@ class GroupNorm(nn.Module):
     scale = self.param('scale', nn.initializers.ones, (channels,))
     bias = self.param('bias', nn.initializers.zeros, (channels,))
 
-    def mean(values: Array) -> Array:  # [B, H, W, C] -> [B, C], the same within a group
-      by_group = values.mean((1, 2)).reshape(-1, self.num_groups, channels // self.num_groups)
-      return jnp.repeat(by_group.mean(-1), by_group.shape[-1], axis=-1)
-
     h = x.astype(jnp.float32)
-    center, square = mean(h), mean(h * h)
+    moments = jnp.stack([h.mean((1, 2)), (h * h).mean((1, 2))])  # [2, B, C]
+    by_group = moments.reshape(2, -1, self.num_groups, channels // self.num_groups)
+    center, square = jnp.repeat(by_group.mean(-1), by_group.shape[-1], axis=-1)
     slope = scale * jax.lax.rsqrt(jnp.maximum(square - center * center, 0) + self.epsilon)
     shift = bias - center * slope
-    return (h * slope[:, None, None] + shift[:, None, None]).astype(x.dtype)
+    return _activated(x, apart(slope), apart(shift), self.act)
 
 
-def group_norm(x: Array, min_group_size: int = 4) -> Array:
-  """GroupNorm with 32 groups, fewer where a group would have under `min_group_size` channels."""
-  return GroupNorm(min(x.shape[-1] // min_group_size, 32))(stored(x))
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _activated(x: Array, slope: Array, shift: Array, act: Activation) -> Array:
+  """act(slope x + shift), for x [B, H, W, C] and slope, shift [B, C], in float32."""
+  return act(_affine(x, slope, shift)).astype(x.dtype)
+
+
+def _affine(x: Array, slope: Array, shift: Array) -> Array:
+  return x.astype(jnp.float32) * slope[:, None, None] + shift[:, None, None]
+
+
+@_activated.defjvp
+def _activated_jvp(
+  act: Activation, primals: tuple[Array, ...], tangents: tuple[Array, ...]
+) -> tuple[Array, Array]:
+  """The derivative, where the part by x is `apart` from the part by slope and shift.
+
+  Backwards the latter is two sums over pixels, on which the gradient by x waits, since slope and
+  shift depend on x. Both parts take the gradient by what is activated. Computed for each anew, it
+  never goes through memory: a GPU reads x and the gradient by y twice, and writes that by x.
+  """
+  x, slope, shift = primals
+  dx, d_slope, d_shift = tangents
+
+  def along(slope: Array, shift: Array, tangent: Array) -> Array:
+    return jax.jvp(act, (_affine(x, slope, shift),), (tangent,))[1].astype(x.dtype)
+
+  y = _activated(x, slope, shift, act)
+  by_moments = along(slope, shift, _affine(x, d_slope, d_shift))
+  slope, shift = apart(slope), apart(shift)
+  by_x = along(slope, shift, dx.astype(jnp.float32) * slope[:, None, None])
+  return y, by_x + by_moments
+
+
+def group_norm(x: Array, min_group_size: int = 4, act: Activation = unchanged) -> Array:
+  """act(GroupNorm(x)), of 32 groups; fewer where one would have under `min_group_size` channels."""
+  return GroupNorm(min(x.shape[-1] // min_group_size, 32), act=act)(stored(x))
 
 
 def attention(q: Array, k: Array, v: Array) -> Array:

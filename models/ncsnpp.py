@@ -60,10 +60,10 @@ class ResnetBlockDDPMpp(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, temb: Array | None, train: bool) -> Array:
-    h = conv(self.act(group_norm(x, self.min_group_size)), self.features)
+    h = conv(group_norm(x, self.min_group_size, self.act), self.features)
     if temb is not None:
       h += dense(self.act(temb), self.features)[:, None, None, :]
-    h = self.act(group_norm(h, self.min_group_size))
+    h = group_norm(h, self.min_group_size, self.act)
     h = nn.Dropout(self.dropout)(h, deterministic=not train)
     h = conv(h, self.features, init_scale=self.init_scale)
     if x.shape[-1] != self.features:
@@ -85,14 +85,14 @@ class ResnetBlockBigGANpp(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, temb: Array | None, train: bool) -> Array:
-    h = self.act(group_norm(x, self.min_group_size))
+    h = group_norm(x, self.min_group_size, self.act)
     if self.direction:
       change = {'up': resample.upsample, 'down': resample.downsample}[self.direction]
       x, h = change(x, self.fir_kernel), change(h, self.fir_kernel)
     h = conv(h, self.features)
     if temb is not None:
       h += dense(self.act(temb), self.features)[:, None, None, :]
-    h = self.act(group_norm(h, self.min_group_size))
+    h = group_norm(h, self.min_group_size, self.act)
     h = nn.Dropout(self.dropout)(h, deterministic=not train)
     h = conv(h, self.features, init_scale=self.init_scale)
     if x.shape[-1] != self.features or self.direction:
@@ -194,7 +194,7 @@ class NCSNpp(nn.Module):
       return AttnBlockpp(self.init_scale, self.skip_rescale, self.min_group_size)(h)
 
     def head(h: Array, features: int, init_scale: float) -> Array:
-      return conv(act(group_norm(h, self.min_group_size)), features, init_scale=init_scale)
+      return conv(group_norm(h, self.min_group_size, act), features, init_scale=init_scale)
 
     # Down: keep every feature map for the way up.
     input_pyramid = x
