@@ -51,12 +51,14 @@ class UniformTimes:
 
 @dataclasses.dataclass(frozen=True)
 class ChainTimes:
-  """Uniform over the N times of a chain."""
+  """Uniform over the N times of a chain, of which those below eps are taken as eps."""
 
   chain: Chain
+  eps: float = 0.0
 
   def __call__(self, rng: Key, n: int) -> PerRow:
-    return self.chain.time(jax.random.randint(rng, (n,), 0, self.chain.N))
+    times = self.chain.time(jax.random.randint(rng, (n,), 0, self.chain.N))
+    return jnp.maximum(times, self.eps) if self.eps else times
 
 
 @dataclasses.dataclass(frozen=True)

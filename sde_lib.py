@@ -193,6 +193,14 @@ class Chain:
     return False
 
   @property
+  def has_kernels(self) -> bool:
+    """Whether p(x_i | x_0) is of its own making: models are then read at its steps alone.
+
+    If not, it is the SDE's at t_i, and clean data at i = 0, where nothing can be learned.
+    """
+    return False
+
+  @property
   def can_be_taken(self) -> bool:
     """Whether these steps exist; if not, `check` says why."""
     return True
@@ -306,6 +314,10 @@ class SMLD(Chain):
 
   @property
   def is_released(self) -> bool:
+    return True
+
+  @property
+  def has_kernels(self) -> bool:
     return True
 
   @property
@@ -445,6 +457,10 @@ class DDPM(_LinearBetaChain):
   """Denoising diffusion probabilistic models: x_i = sqrt(1 - beta_i) x_{i-1} + sqrt(beta_i) z."""
 
   sde: VPSDE
+
+  @property
+  def has_kernels(self) -> bool:
+    return True
 
   @property
   def alphas_cumprod(self) -> PerStep:

@@ -5,7 +5,6 @@ from typing import Any
 
 from ml_collections import FrozenConfigDict
 
-from models.preconditioning import ENERGY
 from runtime.errors import UserError
 from samplers import multistep as fast
 from samplers.adaptive_sde import AdaptiveSDESampler
@@ -37,7 +36,7 @@ def make_sampler(config: FrozenConfigDict, chain: Chain) -> Sampler:
   """The sampler of a config, for a model that was trained with the SDE of a chain, or with that.
 
   Raises:
-    UserError: if its fields do not go together.
+    UserError: for too few steps.
     ValueError: if the SDE does not suit it.
   """
   choice, sde = config.sampling, chain.sde
@@ -73,8 +72,6 @@ def _grid(choice: FrozenConfigDict, n: int, usual_spacing: str) -> TimeGrid:
 def _pc_sampler(
   choice: FrozenConfigDict, sde: SDE, n: int, own_chain: Chain | None
 ) -> sampling.PCSampler:
-  if choice.predictor == 'ancestral_sampling' and choice.probability_flow:
-    raise UserError('config.sampling.probability_flow does not go with ancestral_sampling')
   grid = _grid(choice, n, 'uniform')
   return sampling.PCSampler(
     sde,
@@ -89,8 +86,6 @@ def _pc_sampler(
 
 def _langevin(config: FrozenConfigDict, sde: SDE, n: int) -> LangevinSampler:
   choice = config.sampling
-  if choice.method == 'mala' and config.model.output != ENERGY:
-    raise UserError('config.sampling.method = mala needs config.model.output = energy')
   return LangevinSampler(sde, choice.eps, choice.step_size, n, choice.method == 'mala')
 
 

@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 import optax
 
+from builders import agreement
 from builders.data import make_codec
 from builders.networks import halvings, LABELLED, NETWORKS
 from builders.samplers import make_sampler, METHODS
@@ -205,11 +206,6 @@ def _check(config: FrozenConfigDict) -> None:
   if normalizations and config.model.normalization not in normalizations:
     what = f'config.model.normalization of {config.model.name}:'
     raise unknown(what, config.model.normalization, normalizations)
-  if config.model.name == 'ncsn' and config.training.continuous:
-    raise UserError(
-      'config.model.name = ncsn knows only the noise scales of a chain: set '
-      'config.training.continuous = False'
-    )
   _check_training_law(config)
   takes_labels = config.model.name in LABELLED and config.model.conditional
   if config.model.num_classes and not takes_labels:
@@ -230,6 +226,7 @@ def _check(config: FrozenConfigDict) -> None:
     _check_ebm(config)
   if config.model.scale_by_sigma and config.training.sde != 'vesde':
     raise UserError('config.model.scale_by_sigma is for config.training.sde = vesde')
+  agreement.check(config)
 
 
 def _check_times(config: FrozenConfigDict, sde: SDE) -> None:
@@ -300,13 +297,13 @@ def check_shared(config: FrozenConfigDict, name: str, parts: str = '') -> None:
 
 # What a network is told of t, and what its output means, where the config says no more: released.
 _CONDITIONINGS: dict[tuple[bool, bool, bool], Conditioning] = {
-  # (VE, Fourier features, continuous)
+  # (VE, Fourier features, read at all times)
   (True, True, True): score.log_sigma,
   (True, True, False): score.log_sigma,
   (True, False, True): score.noise_time,
   (True, False, False): score.noise_label,
   (False, True, True): score.log_scaled_time,
-  (False, True, False): score.log_scaled_time,
+  (False, True, False): score.log_chain_time,
   (False, False, True): score.scaled_time,
   (False, False, False): score.chain_time,
 }
@@ -324,10 +321,12 @@ def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
       f'{model.beta_max} where config.training.continuous = False: the steps of the chain are '
       'beta / num_scales, which must be below 1'
     )
+  # A chain without kernels of its own is the SDE at some times, and is read as that, as released.
+  continuous = training.continuous or not chain.has_kernels
   usual_output = 'scaled_score' if model.scale_by_sigma else _USUAL_OUTPUTS[training.sde]
   preconditioning = PRECONDITIONINGS[model.output or usual_output].for_data(model.sigma_data)
   net = make(model)
-  conditioning = _CONDITIONINGS[ve, fourier, training.continuous]
+  conditioning = _CONDITIONINGS[ve, fourier, continuous]
   if 'edm' in (training.sde, model.output):
     conditioning = score.quarter_log_noise
   elif training.sde == 'flow' and fourier:
@@ -340,7 +339,7 @@ def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
     chain,
     conditioning,
     preconditioning,
-    training.continuous,
+    continuous,
     config.data.centered,
     model.num_classes,
     precision,
@@ -351,7 +350,7 @@ def _objective(
   config: FrozenConfigDict, model: ScoreModel, true_score_fn: Diffused | None
 ) -> Objective:
   training = config.training
-  times: TimeLaw = ChainTimes(model.chain)
+  times: TimeLaw = ChainTimes(model.chain, 0.0 if model.chain.has_kernels else training.eps)
   if training.single_scale:
     times = OneTime(training.eps)
   elif training.continuous:

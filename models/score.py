@@ -47,6 +47,11 @@ def log_scaled_time(chain: Chain, t: PerRow) -> PerRow:
   return jnp.log(scaled_time(chain, t))
 
 
+def log_chain_time(chain: Chain, t: PerRow) -> PerRow:
+  """log(1 + (N - 1) t), for Fourier features on DDPM's chain, whose first step is at t = 0."""
+  return jnp.log1p(chain_time(chain, t))
+
+
 def chain_time(chain: Chain, t: PerRow) -> PerRow:
   """(N - 1) t, DDPM's time step: a whole number at the times of the chain."""
   return (chain.N - 1) * t

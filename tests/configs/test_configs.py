@@ -232,6 +232,8 @@ def test_every_sampling_method_can_be_built(sde, method):
   config.sampling.method = method
   config.sampling.num_steps = 30
   config.model.output = 'energy' if method == 'mala' else ''
+  if method in ('langevin', 'mala'):
+    config.training.update(single_scale=True, eps=config.sampling.eps)
   sampler = build(config).sampler
   if hasattr(sampler, 'grid'):
     assert (sampler.grid.n, sampler.grid.eps) == (30, config.sampling.eps)

@@ -185,7 +185,7 @@ def test_rounding_of_bfloat16_is_not_divided_by_the_variance(name):
   def score_at(dtype: str) -> np.ndarray:
     config = two_moons.get_config('energy')
     config.model.update(nf=16, dtype=dtype, output=name, sigma_min=1e-5)
-    config.training.single_scale = True
+    config.training.single_scale, config.sampling.method = True, 'langevin'
     model = build(config).model
     params = jax.tree.map(lambda p: p + 0.1, model.init(KEY, (1, 2)))
     x = jax.random.normal(KEY, (5, 2))

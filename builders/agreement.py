@@ -1,0 +1,217 @@
+"""Which choices of a config do not go together, each with what to do instead.
+
+What is refused here would train or draw nonsense, or end in a traceback later: a network would be
+asked for what it was never trained on, or nothing would move. What one value may be is in
+`configs.ranges` and in the tables of `builders.setup`.
+"""
+
+from collections.abc import Callable
+
+from ml_collections import FrozenConfigDict
+
+from models.preconditioning import ENERGY
+from runtime.errors import UserError
+
+# What is wrong with a config, in a line; empty if it is right.
+Rule = Callable[[FrozenConfigDict], str]
+
+ONE_LEVEL = ('langevin', 'mala')  # methods that ask for the score at sampling.eps alone
+
+
+def check(config: FrozenConfigDict) -> None:
+  """Raises UserError for the first rule that a config breaks."""
+  for rule in RULES:
+    if wrong := rule(config):
+      raise UserError(wrong)
+
+
+# What is trained.
+
+
+def _energies_have_no_classes(config: FrozenConfigDict) -> str:
+  if config.training.objective != 'cd' or not config.model.num_classes:
+    return ''
+  return (
+    f'config.model.num_classes = {config.model.num_classes} does not go with '
+    'config.training.objective = cd, which tells the network no classes; set it to 0'
+  )
+
+
+def _exact_traces_are_for_points(config: FrozenConfigDict) -> str:
+  if config.training.objective != 'ism' or config.data.dim:
+    return ''
+  return (
+    'config.training.objective = ism is for points: it differentiates once for each number of an '
+    'image; ssm and ssm_vr estimate the same'
+  )
+
+
+def _some_labels_are_told(config: FrozenConfigDict) -> str:
+  if not config.model.num_classes or config.training.label_dropout < 1:
+    return ''
+  return (
+    'config.training.label_dropout = 1 tells a model of '
+    f'config.model.num_classes = {config.model.num_classes} no label: set it below 1, or no classes'
+  )
+
+
+def _unets_have_features_enough(config: FrozenConfigDict) -> str:
+  if config.model.name not in ('ncsnpp', 'ddpm') or config.model.nf >= 4:
+    return ''
+  return f'config.model.nf = {config.model.nf} must be at least 4 for {config.model.name}'
+
+
+def _perceptrons_take_fourier_features(config: FrozenConfigDict) -> str:
+  if config.model.name != 'mlp' or config.model.embedding_type == 'fourier':
+    return ''
+  return (
+    'config.model.name = mlp needs config.model.embedding_type = fourier; got '
+    f'{config.model.embedding_type}'
+  )
+
+
+def _a_filter_has_a_sum(config: FrozenConfigDict) -> str:
+  if not config.model.get('fir') or sum(config.model.fir_kernel) > 0:
+    return ''
+  return (
+    f'config.model.fir_kernel = {tuple(config.model.fir_kernel)} must not be all 0: it is divided '
+    'by its sum; config.model.fir = False resamples without it'
+  )
+
+
+def _ncsn_has_a_chain(config: FrozenConfigDict) -> str:
+  if config.model.name != 'ncsn':
+    return ''
+  if config.training.continuous:
+    return (
+      'config.model.name = ncsn knows only the noise scales of a chain: set '
+      'config.training.continuous = False'
+    )
+  if config.training.sde in ('vesde', 'vpsde'):
+    return ''
+  return (
+    'config.model.name = ncsn knows only the noise scales of a chain, SMLD or DDPM: set '
+    f'config.training.sde to vesde or vpsde; got {config.training.sde}'
+  )
+
+
+# What is drawn.
+
+
+def _metropolis_tests_need_energies(config: FrozenConfigDict) -> str:
+  if config.sampling.method != 'mala' or config.model.output == ENERGY:
+    return ''
+  return 'config.sampling.method = mala needs config.model.output = energy'
+
+
+def _metropolis_tests_need_densities(config: FrozenConfigDict) -> str:
+  choice, classes = config.sampling, config.model.num_classes
+  guided = choice.guidance_scale != 1 if classes else choice.labels
+  if choice.method != 'mala' or not (choice.task or guided):
+    return ''
+  return (
+    'config.sampling.method = mala knows no density of guided samples, nor of what a task leaves '
+    'open; choose langevin'
+  )
+
+
+def _one_level_is_sampled_at_one_level(config: FrozenConfigDict) -> str:
+  sampling, training = config.sampling, config.training
+  if training.single_scale and sampling.method not in ONE_LEVEL:
+    return (
+      f'config.sampling.method = {sampling.method} asks for all levels of noise, and '
+      'config.training.single_scale trains one: choose langevin, or mala for energies'
+    )
+  if training.single_scale and sampling.eps != training.eps:
+    return (
+      f'config.sampling.eps = {sampling.eps} must be config.training.eps = {training.eps}, the '
+      'only time that is trained with config.training.single_scale'
+    )
+  if sampling.method in ONE_LEVEL and not training.single_scale:
+    return (
+      f'config.sampling.method = {sampling.method} is for config.training.single_scale: at one '
+      'level of noise of many it does not come from noise to data; choose pc, for example'
+    )
+  return ''
+
+
+def _likelihoods_need_all_levels(config: FrozenConfigDict) -> str:
+  if not (config.eval.enable_bpd and config.training.single_scale):
+    return ''
+  return (
+    'config.eval.enable_bpd asks for all levels of noise, and config.training.single_scale trains '
+    'one: set one of them to False'
+  )
+
+
+def _guidance_needs_both_scores(config: FrozenConfigDict) -> str:
+  guided = config.model.num_classes and config.sampling.guidance_scale != 1
+  if not guided or config.training.label_dropout > 0:
+    return ''
+  return (
+    f'config.sampling.guidance_scale = {config.sampling.guidance_scale} needs the score of all '
+    'classes together, which config.training.label_dropout = 0 does not train: set the first to 1 '
+    'or the second above 0'
+  )
+
+
+def _something_moves(config: FrozenConfigDict) -> str:
+  choice = config.sampling
+  if (choice.method, choice.predictor, choice.corrector) != ('pc', 'none', 'none'):
+    return ''
+  return 'config.sampling.predictor and corrector are both none: samples would stay noise'
+
+
+def _a_step_is_random_or_not(config: FrozenConfigDict) -> str:
+  choice = config.sampling
+  ancestral = choice.method == 'pc' and choice.predictor == 'ancestral_sampling'
+  if not (ancestral and choice.probability_flow):
+    return ''
+  return 'config.sampling.probability_flow does not go with ancestral_sampling'
+
+
+def _churn_has_its_levels(config: FrozenConfigDict) -> str:
+  choice = config.sampling
+  if not choice.s_churn or choice.s_tmin <= choice.s_tmax:
+    return ''
+  return (
+    f'config.sampling.s_tmin = {choice.s_tmin} must not be above s_tmax = {choice.s_tmax}: between '
+    'them s_churn adds noise'
+  )
+
+
+def _tasks_suit_their_sampler(config: FrozenConfigDict) -> str:
+  choice = config.sampling
+  if not choice.task:
+    return ''
+  if choice.method == 'ode' and choice.conditioning == 'constraint':
+    return (
+      'config.sampling.method = ode takes no constraint; choose another, or '
+      'config.sampling.conditioning = posterior'
+    )
+  if choice.noise_std > 0 and choice.conditioning != 'posterior':
+    return (
+      f'config.sampling.noise_std = {choice.noise_std} needs config.sampling.conditioning = '
+      f'posterior; {choice.conditioning} takes what is known as it is'
+    )
+  return ''
+
+
+RULES: tuple[Rule, ...] = (
+  _energies_have_no_classes,
+  _exact_traces_are_for_points,
+  _some_labels_are_told,
+  _unets_have_features_enough,
+  _perceptrons_take_fourier_features,
+  _a_filter_has_a_sum,
+  _ncsn_has_a_chain,
+  _metropolis_tests_need_energies,
+  _metropolis_tests_need_densities,
+  _one_level_is_sampled_at_one_level,
+  _likelihoods_need_all_levels,
+  _guidance_needs_both_scores,
+  _something_moves,
+  _a_step_is_random_or_not,
+  _churn_has_its_levels,
+  _tasks_suit_their_sampler,
+)
