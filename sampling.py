@@ -259,7 +259,7 @@ class PCSampler:
       nfe += self.corrector.nfe
     if self.noise_removal and self.chain and self.predictor.nfe:
       last = jax.random.fold_in(rng_steps, self.grid.n)
-      x = base.constrain_clean(constraint, last, x_mean)
+      x = _constrain_clean(constraint, last, x_mean)
     elif self.noise_removal:
       last = jax.random.fold_in(rng_steps, self.grid.n)
       x, nfe = base.tweedie(self.sde, self.grid.eps, score_fn, constraint, last, x), nfe + 1
@@ -281,6 +281,9 @@ def _pc_segment(sampler, score_fn, constraint, rng, steps, state, start, stop):
     return base.constrain(constraint, rngs[3], update, step.known_at)
 
   return jax.lax.fori_loop(start, stop, take, state)
+
+
+_constrain_clean = jax.jit(base.constrain_clean)
 
 
 @partial(jax.jit, static_argnums=0)

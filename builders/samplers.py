@@ -20,6 +20,8 @@ from sde_lib import Chain, SDE
 _SOLVERS: dict[str, tuple[Callable[[Any], Solver], str]] = {
   'ddim': (lambda choice: fast.DDIM(choice.eta), 'log_snr'),
   'dpm_solver++': (lambda choice: fast.DPMSolver(choice.order, choice.eta), 'log_snr'),
+  'dpm_solver++_3m': (lambda choice: fast.DPMSolver3M(choice.eta), 'log_snr'),
+  'unip': (lambda choice: fast.DPMSolver(choice.order), 'log_snr'),
   'dpm_solver++_2s': (lambda choice: fast.DPMSolver2S(), 'log_snr'),
   'deis': (lambda choice: fast.DEIS(choice.order), 'quadratic'),
   'unipc': (lambda choice: fast.UniPC(choice.order), 'log_snr'),

@@ -84,7 +84,7 @@ def build(config: ConfigDict) -> Setup:
   Raises:
     UserError: if a value is not allowed, or values don't go together.
   """
-  config = FrozenConfigDict(config)
+  config = FrozenConfigDict(_spelled_as_here(config))
   _check(config)
   training, optim = config.training, config.optim
   try:
@@ -108,6 +108,24 @@ def build(config: ConfigDict) -> Setup:
     devices=devices,
     keys=Keys(config.seed, devices),
   )
+
+
+# Fields whose values the released code takes in any case, and values of other names there.
+_ANY_CASE = (
+  'nonlinearity', 'resblock_type', 'embedding_type', 'progressive', 'progressive_input',
+  'progressive_combine', 'interpolation',
+)  # fmt: skip
+_OTHER_NAMES = {'interpolation': {'nearest_neighbor': 'nearest'}}
+
+
+def _spelled_as_here(config: ConfigDict) -> ConfigDict:
+  """The config with choices of networks as they are written here, not as the released code may."""
+  values = config.to_dict()
+  model = values['model']
+  for name in _ANY_CASE:
+    if isinstance(value := model.get(name), str):
+      model[name] = _OTHER_NAMES.get(name, {}).get(value.lower(), value.lower())
+  return ConfigDict(values)
 
 
 _SDES: dict[str, Callable[[Any], SDE]] = {

@@ -168,8 +168,8 @@ def _default() -> ConfigDict:
   sampling.eps = 1e-5  # last time; the released code has it in run_lib.py
   sampling.grid = ''  # of the times: uniform, quadratic, log_snr or edm; empty for the method's own
   sampling.rho = 7.0  # of the edm grid
-  sampling.order = 2  # of dpm_solver++, deis and unipc
-  sampling.eta = 0.0  # of ddim and dpm_solver++: 0 for the ODE to 1 for the SDE
+  sampling.order = 2  # of dpm_solver++ (3 is UniP-3, not dpm_solver++_3m), unip, deis and unipc
+  sampling.eta = 0.0  # of ddim, dpm_solver++ and dpm_solver++_3m: 0 for the ODE to 1 for the SDE
   sampling.s_churn = 0.0  # of euler and heun: noise added on the way; the rest are its limits
   sampling.s_tmin = 0.0
   sampling.s_tmax = 1e9

@@ -85,12 +85,18 @@ class AdaptiveSDESampler:
     state, latest = _start(self, x), sde.T
     while latest > eps:
       state, latest, mean = _segment(self, score_fn, constraint, rng_steps, state)
+      if stuck := int(_count_stuck(self, state)):
+        raise FloatingPointError(
+          f'{stuck} of {len(x)} samples of adaptive_sde are not finite after {int(state.steps)} '
+          f'steps, at t = {float(latest):.3g}: the score has values that are not; try a checkpoint '
+          'of earlier'
+        )
       if observe and latest > eps:
         observe((sde.T - float(mean)) / (sde.T - eps), state.x)
       if latest > eps and state.steps >= MAX_STEPS:
         raise FloatingPointError(
           f'adaptive_sde took {MAX_STEPS} steps and is only at t = {float(latest):.3g}; raise '
-          'sampling.sde_rtol and sampling.sde_atol, or look for non-finite values in the score'
+          'sampling.sde_rtol and sampling.sde_atol'
         )
     x, nfe = state.x, 2 * int(state.steps)
     if self.noise_removal:
@@ -153,6 +159,14 @@ def _segment(sampler, score_fn, constraint, rng, state):
 
   state = jax.lax.while_loop(lambda s: (s.t > eps).any() & (s.steps < last), step, state)
   return state, state.t.max(), state.t.mean()
+
+
+@partial(jax.jit, static_argnums=0)
+def _count_stuck(sampler, state):
+  """How many samples are not finite, or come no further: the error of their step was not finite."""
+  found = jnp.isfinite(state.x).reshape(len(state.x), -1).all(1)
+  goes_on = (state.t <= sampler.eps) | (jnp.isfinite(state.h) & (state.h > 0))
+  return (~(found & goes_on)).sum()
 
 
 def _brownian_paths(rng: Key, x: Data, T: float, s: PerRow) -> Data:

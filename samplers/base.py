@@ -205,7 +205,6 @@ def tweedie(sde, eps, score_fn, constraint, rng, x):
   return constrain_clean(constraint, rng, mean)
 
 
-@jax.jit
 def constrain_clean(constraint: Constraint | None, rng: Array, mean: Array) -> Array:
   """Denoised samples [B, ...], which are of time 0, as the constraint, if any, lets them be."""
   return constrain(constraint, rng, (mean, mean), jnp.zeros(mean.shape[:1]))[1]

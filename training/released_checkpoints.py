@@ -41,6 +41,10 @@ _RENAMED = (
   (re.compile(r'\bConditional(?=ResidualBlock_\d)'), ''),
 )
 
+# What the released networks without `conditional` hold and do not read: the frequencies of Fourier
+# features; in the PyTorch release also a map of the embedding in every block.
+_UNREAD = re.compile(r'GaussianFourierProjection_0/W|ResnetBlock\w+_\d+/Dense_0/\w+')
+
 
 @dataclasses.dataclass(frozen=True)
 class Released:
@@ -106,7 +110,7 @@ def load(
       path, found.ema_rate, ema_rate,
     )  # fmt: skip
   try:
-    return _state(found, names, tx)
+    return _state(_without_unread(found, names), names, tx)
   except UserError as error:
     raise UserError(f'{path} does not fit the config: {error}') from None
 
@@ -223,8 +227,9 @@ def from_torch(content: dict[str, Any], names: Iterable[str]) -> Released:
       'of the PyTorch release only NCSN++, DDPM++ and DDPM can be imported: its NCSN and NCSNv2 '
       'are other networks than those of the JAX release, which are here'
     )
-  renamed = _names_from_torch(list(model), names)
-  trained = [name for name in model if not re.fullmatch(r'all_modules\.\d+\.W', name)]
+  names = list(names)
+  frequencies = [name for name in model if re.fullmatch(r'all_modules\.\d+\.W', name)]
+  trained = [name for name in model if name not in frequencies]
   shadow, optimizer = content['ema']['shadow_params'], content['optimizer']
   if len(shadow) != len(trained):
     raise UserError(f'it holds {len(shadow)} moving averages for {len(trained)} parameters')
@@ -232,17 +237,22 @@ def from_torch(content: dict[str, Any], names: Iterable[str]) -> Released:
   positions = {name: i for i, name in enumerate(model)}
   if len(optimizer['param_groups'][0]['params']) == len(trained):
     positions = {name: i for i, name in enumerate(trained)}
+  if not _is_conditional(names):  # there the frequencies are a module that ours does not have
+    model = {k: v for k, v in model.items() if k not in frequencies}
+  renamed = _names_from_torch(list(model), names)
 
   def arrays(values: dict[str, np.ndarray]) -> Arrays:
     return {renamed[k]: _layout(renamed[k], v) for k, v in values.items()}
 
   def moment(name: str) -> Arrays:
     zeros = {k: np.zeros_like(v) for k, v in model.items()}
-    return arrays(zeros | {k: moments[positions[k]][name] for k in trained})
+    # Adam has none of what never had a gradient.
+    with_gradient = [k for k in trained if positions[k] in moments]
+    return arrays(zeros | {k: moments[positions[k]][name] for k in with_gradient})
 
   return Released(
     step=int(content['step']),
-    adam_step=int(moments[positions[trained[0]]]['step']),
+    adam_step=int(next(iter(moments.values()))['step']),
     ema_rate=float(content['ema']['decay']),
     params=arrays(model),
     ema_params=arrays(model | dict(zip(trained, shadow, strict=True))),
@@ -287,6 +297,28 @@ def _layout(name: str, x: np.ndarray) -> np.ndarray:
 
 
 # Both.
+
+
+def _is_conditional(names: Iterable[str]) -> bool:
+  """Whether a network embeds the time."""
+  return 'Dense_0/kernel' in names
+
+
+def _without_unread(found: Released, names: Iterable[str]) -> Released:
+  """Without the arrays that an unconditional network holds and does not read."""
+  if _is_conditional(names):
+    return found
+
+  def read(arrays: Arrays) -> Arrays:
+    return {k: v for k, v in arrays.items() if not _UNREAD.fullmatch(k)}
+
+  return dataclasses.replace(
+    found,
+    params=read(found.params),
+    ema_params=read(found.ema_params),
+    mu=read(found.mu),
+    nu=read(found.nu),
+  )
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -19,8 +19,7 @@ import pytest
 from builders.samplers import METHODS
 from builders.setup import build, Setup
 from builders.training import score_task
-from configs import own
-from configs.base import SDES
+from configs import base, own
 from losses import MATCHINGS
 from models import score
 from models.ncsnpp import EMBEDDING_TYPES
@@ -31,6 +30,16 @@ from training.step import eval_step
 STD = 0.3  # of the data
 PIXELS = 127.5 + 127.5 * STD * np.random.default_rng(0).standard_normal((256, 8, 8, 1))
 KEY = jax.random.key(0)
+SDES = {name: base.SDES[name] for name in ('ve', 'vp', 'subvp')}  # which know chains
+
+
+class Echo(nn.Module):
+  """A network whose output is what it is told."""
+
+  @nn.compact
+  def __call__(self, x, told, train):
+    return jnp.broadcast_to(expand(told, x), x.shape)
+
 
 # What a network is told, back to the time: (told, N, log(sigma_min), log(sigma_max)) -> t.
 TIME_OF = {
@@ -132,6 +141,22 @@ def test_every_way_to_tell_the_level_and_to_read_the_network_is_one_objective(sd
   alpha, sigma = setup.objective.kernels.kernel(t)
   least = 1 - jnp.mean(sigma**2 / ((alpha * STD) ** 2 + sigma**2))
   np.testing.assert_allclose(right[0], least, rtol=0.25)
+
+
+@pytest.mark.parametrize('N', [100, 1000])
+@pytest.mark.parametrize('embedding', EMBEDDING_TYPES)
+def test_sub_vp_on_a_chain_is_read_as_released(N, embedding):
+  """-F(x, 999 t) / sigma(t) at every t, and not at the nearest of N times, nor told (N - 1) t."""
+  fields = {'training__continuous': False, 'model__embedding_type': embedding}
+  setup = setup_of(config_of('subvp', model__num_scales=N, training__eps=1e-5, **fields))
+  t = jnp.array([0.0131, 0.3007, 0.777, 1.0])
+  found = dataclasses.replace(setup.model, net=Echo()).bind({})(jnp.zeros((4, 2, 2, 1)), t)
+  told = np.log(999 * t) if embedding == 'fourier' else 999 * t
+  sigma = 1 - np.exp(-0.5 * np.float64(t) ** 2 * 19.9 - np.float64(t) * 0.1)
+  np.testing.assert_allclose(found[:, 0, 0, 0], -told / sigma, rtol=1e-5)
+  drawn = setup.objective.times(KEY, 20_000)
+  steps = np.unique(np.rint(np.asarray(drawn) * (N - 1)))
+  assert len(steps) == N and drawn.min() == np.float32(setup.config.training.eps)
 
 
 @pytest.mark.parametrize('single_scale', [False, True])

@@ -272,3 +272,14 @@ def test_ncsn_is_for_a_chain_and_for_its_own_normalisation():
   config.model.normalization = 'VarianceNorm'
   with pytest.raises(UserError, match=r'allowed: InstanceNorm\+\+'):
     build(config)
+
+
+def test_released_spellings_are_taken():
+  """The released code lowers the case of these, and calls a way to interpolate by another name."""
+  config = config_of('ve', 'cifar10')
+  fields = {'resblock_type': 'BigGAN', 'progressive_input': 'Residual', 'nonlinearity': 'Swish'}
+  config.model.update(fields | {'embedding_type': 'Fourier', 'progressive_combine': 'SUM'})
+  assert build(config).model == build(config_of('ve', 'cifar10')).model
+  config = config_of('ve', 'cifar10', 'ncsnv2')
+  config.model.interpolation = 'nearest_neighbor'
+  assert build(config).model.net.interpolation == 'nearest'

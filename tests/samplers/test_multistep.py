@@ -16,7 +16,7 @@ import pytest
 from samplers import time_grids
 from samplers.base import GridSampler, Solver
 from samplers.edm import EDM, FlowSolver
-from samplers.multistep import DDIM, DEIS, DPMSolver, DPMSolver2S, UniPC
+from samplers.multistep import DDIM, DEIS, DPMSolver, DPMSolver2S, DPMSolver3M, UniPC
 from samplers.time_grids import SPACINGS, TimeGrid
 from sde_lib import Chain, EDMSDE, RectifiedFlow, SDE, subVPSDE, VESDE, VPSDE
 
@@ -48,7 +48,7 @@ SMALL = (3, 2)
 
 # Deterministic solvers, and their orders. UniPC's corrector adds one (Theorem 3.1 there).
 ORDERS = {
-  DDIM(): 1, DPMSolver(1): 1, DPMSolver(2): 2, DPMSolver(3): 3, DPMSolver2S(): 2,
+  DDIM(): 1, DPMSolver(1): 1, DPMSolver(2): 2, DPMSolver(3): 3, DPMSolver2S(): 2, DPMSolver3M(): 2,
   DEIS(1): 1, DEIS(2): 2, DEIS(3): 3, UniPC(1): 2, UniPC(2): 3, UniPC(3): 4,
   EDM(1): 1, EDM(2): 2, FlowSolver(1): 1, FlowSolver(2): 2,
 }  # fmt: skip
@@ -164,6 +164,42 @@ def test_ddim_with_eta_one_is_almost_the_ancestral_step_of_ddpm():
   np.testing.assert_allclose(c['noise'], std, rtol=0.02)
 
 
+def published_third_order(D, lam, alpha, sigma, x):
+  """A step to times [3] from the last three, as public codes of DPM-Solver++ write it."""
+  h, h_0, h_1 = lam[3] - lam[2], lam[2] - lam[1], lam[1] - lam[0]
+  r0, r1 = h_0 / h, h_1 / h
+  D1_0, D1_1 = (D[2] - D[1]) / r0, (D[1] - D[0]) / r1
+  D1 = D1_0 + (r0 / (r0 + r1)) * (D1_0 - D1_1)
+  D2 = (1 / (r0 + r1)) * (D1_0 - D1_1)
+  phi_1 = np.expm1(-h)
+  phi_2 = phi_1 / h + 1
+  phi_3 = phi_2 / h - 0.5
+  first = sigma[3] / sigma[2] * x - alpha[3] * phi_1 * D[2]
+  return first + alpha[3] * phi_2 * D1 - alpha[3] * phi_3 * D2
+
+
+@pytest.mark.parametrize('sde', list(SDES)[:3], ids=lambda s: type(s).__name__)
+def test_the_third_order_of_public_codes_is_not_unip(sde):
+  """Steps are as there; on the way down UniP-3 and UniPC's predictor agree, and are nearer."""
+  times = time_grids.quadratic(sde, 8, EPS[type(sde)])
+  alpha, sigma = np.transpose([SDES[sde](t) for t in times])
+  lam, rng = np.log(alpha / sigma), np.random.default_rng(0)
+  c = DPMSolver3M().coefficients(sde, times)
+  for i in range(2, 7):
+    D, x = rng.normal(size=3), rng.normal()
+    expected = published_third_order(D, *(v[i - 2 : i + 2] for v in (lam, alpha, sigma)), x)
+    np.testing.assert_allclose(c['keep'][i] * x + c['weights'][i] @ D[::-1], expected, rtol=1e-7)
+  exact, two = DPMSolver(3).coefficients(sde, times), DPMSolver(2).coefficients(sde, times)
+  np.testing.assert_allclose(c['weights'][:2, :2], two['weights'][:2], rtol=1e-12)
+  np.testing.assert_array_equal(exact['weights'], UniPC(3).coefficients(sde, times)['weights'])
+  times, x = time_grids.log_snr(sde, 41, EPS[type(sde)]), np.array([-1.3, 2.0]) * sde.prior_std
+  errors = [
+    np.abs(walk(s, sde, times, x, denoiser(sde, 0.7, 0.4)) - exact_flow(sde, 0.7, 0.4, x)).max()
+    for s in (DPMSolver(2), DPMSolver3M(), DPMSolver(3))
+  ]
+  assert errors[0] > errors[1] > errors[2]
+
+
 # Noise.
 
 
@@ -175,6 +211,7 @@ def test_ddim_with_eta_one_is_almost_the_ancestral_step_of_ddpm():
     (VE, DPMSolver(2, 1.0), 60, 0.02),
     (SUBVP, DPMSolver(2, 1.0), 60, 0.02),
     (VP, DPMSolver(3, 0.5), 60, 0.02),
+    (VP, DPMSolver3M(1.0), 60, 0.02),
     (VE, EDM(2, churn=40.0), 60, 0.02),
     (SUBVP, EDM(2, churn=40.0), 60, 0.02),
     (EDM_SDE, EDM(2, churn=40.0), 60, 0.02),

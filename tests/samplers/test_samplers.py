@@ -240,3 +240,23 @@ def test_a_step_size_that_finds_no_way_raises(monkeypatch):
   monkeypatch.setattr(adaptive_sde, 'MAX_STEPS', 30)
   with pytest.raises(FloatingPointError, match='30 steps'):
     AdaptiveSDESampler(VP, EPS)(KEY, lambda x, t: x * jnp.nan, SMALL)
+
+
+@flax.struct.dataclass
+class BrokenScore:
+  """Right but for one sample, below a time."""
+
+  value: float
+  below: float
+
+  def __call__(self, x, t):
+    broken = (jnp.arange(len(x)) == 1) & (t < self.below)
+    return jnp.where(broken[:, None], self.value, DATA.score_fn(VP)(x, t))
+
+
+@pytest.mark.parametrize('below', [2.0, 0.5])
+@pytest.mark.parametrize('value', [jnp.nan, jnp.inf])
+def test_one_sample_that_is_not_finite_ends_adaptive_steps_at_once(value, below):
+  """Not after 10,000 steps, in which the others are long done."""
+  with pytest.raises(FloatingPointError, match=r'^1 of 3 samples .* after (\d\d|1\d\d) steps'):
+    AdaptiveSDESampler(VP, EPS)(KEY, BrokenScore(value, below), SMALL)

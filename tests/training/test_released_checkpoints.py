@@ -12,7 +12,7 @@ from PIL import Image
 import pytest
 from released_networks import setup_of, shapes_of, torch_content
 
-from benchmarks.golden import load, released_state
+from benchmarks.golden import config_of, load, released_state
 from configs import base, own
 import run_lib
 from runtime.errors import UserError
@@ -43,20 +43,25 @@ def photos(tmp_path_factory):
   return folder
 
 
-def released_file(path, setup, step: int):
-  """A checkpoint of the JAX release, with random arrays for the network of a setup."""
+def released_file(path, setup, step: int, unread: dict | None = None):
+  """A checkpoint of the JAX release, with random arrays for the network of a setup.
+
+  `unread` are arrays that the released network holds beside them.
+  """
   keys = jax.random.split(jax.random.key(0), 4)
   params, average, mu, nu = ({} for _ in range(4))
   for tree, key in zip((params, average, mu, nu), keys, strict=True):
     for name, value in traverse_util.flatten_dict(setup_params(setup, key), sep='/').items():
       group_norm = 'GroupNorm' in name
       tree[name] = np.asarray(value).reshape((1, 1, 1, -1) if group_norm else value.shape)
+    tree.update(unread or {})
   nu = {k: v**2 for k, v in nu.items()}
   trees = {'params': params, 'ema': average, 'mu': mu, 'nu': nu}
   arrays = {f'{prefix}/{k}': v for prefix, tree in trees.items() for k, v in tree.items()}
   counts = {'step': np.int32(step), 'adam_step': np.int32(step - 2)}
   path.write_bytes(serialization.msgpack_serialize(released_state(arrays | counts)))
-  return traverse_util.unflatten_dict({k: v.reshape(-1) for k, v in average.items()}, sep='/')
+  ours = {k: v.reshape(-1) for k, v in average.items() if k not in (unread or {})}
+  return traverse_util.unflatten_dict(ours, sep='/')
 
 
 def setup_params(setup, key):
@@ -190,3 +195,56 @@ class Unsafe:
 
   def __reduce__(self):
     return print, ('code was run',)
+
+
+# Networks without `conditional` are released with arrays that they do not read.
+
+
+def test_an_unconditional_network_of_the_jax_release_is_imported(tmp_path, photos):
+  config = tiny_config(photos)
+  config.model.conditional = False
+  setup = run_lib.build(config)
+  frequencies = {'GaussianFourierProjection_0/W': np.ones(8, np.float32)}
+  average = released_file(tmp_path / 'checkpoint_1', setup, 8, frequencies)
+  state = load_here(tmp_path / 'checkpoint_1', setup)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(a.reshape(-1), b), state.ema_params, average
+  )
+  told = run_lib.build(tiny_config(photos))
+  with pytest.raises(UserError, match=r'parameters lack Dense_0'):
+    load_here(tmp_path / 'checkpoint_1', told)  # that reads more than the file has
+  released_file(tmp_path / 'checkpoint_2', told, 8)
+  with pytest.raises(UserError, match=r'parameters have Dense_0/\w+ .* not'):
+    load_here(tmp_path / 'checkpoint_2', setup)
+
+
+@pytest.mark.parametrize('fourier', [True, False])
+def test_an_unconditional_network_of_the_pytorch_release_is_imported(fourier):
+  """Its blocks have maps of an embedding that there is not; Adam never saw their gradients."""
+  arrays = load('pytorch_npp_ve_cont_resid_in_fir')
+  config = config_of(arrays)
+  config.model.conditional = False
+  names = shapes_of(run_lib.build(config))
+  kept = {
+    k: v
+    for k, v in arrays.items()
+    if 'all_modules.1.' not in k
+    and 'all_modules.2.' not in k
+    and (fourier or not k.endswith('all_modules.0.W'))
+  }
+  content = torch_content(kept)
+  order = [k for k in content['model'] if k != 'module.sigmas']
+  unread = [i for i, k in enumerate(order) if '.Dense_0.' in k]
+  assert unread
+  for i in unread:
+    del content['optimizer']['state'][i]
+  found = from_torch(content, names)
+  found = released_checkpoints._without_unread(found, names)
+  told = from_torch(torch_content(arrays), shapes_of(setup_of(arrays)))
+  for field in ('params', 'ema_params', 'mu', 'nu'):
+    here, there = getattr(found, field), getattr(told, field)
+    assert here.keys() == names.keys()
+    for name, values in here.items():
+      np.testing.assert_array_equal(values, there[name])
+  with pytest.raises(UserError, match='another network'):
+    from_torch(torch_content(arrays), names)  # one that has an embedding
