@@ -271,7 +271,7 @@ class PCSampler:
 def _pc_segment(sampler, score_fn, constraint, rng, steps, state, start, stop):
   rsde = sampler.sde.reverse(score_fn, sampler.probability_flow)
 
-  def take(i: Array, state: Update) -> Update:
+  def take(i: Array | int, state: Update) -> Update:
     x, _ = state
     rngs = jax.random.split(jax.random.fold_in(rng, i), 4)
     step = _step_of_each(steps, i, x)
