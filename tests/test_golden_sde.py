@@ -448,12 +448,12 @@ def test_controlled_generation(name, run):
   if predictor == 'none':
     return
   denoised, _ = control(name, run, denoise=True)
-  theirs = file[f'{run}__denoise1']
+  theirs = jnp.asarray(file[f'{run}__denoise1'])
   project = Gray() if task == 'colorize' else Mask(file['mask'])
   # There it is alpha(eps) times what is known; here it is what is known.
   alpha = setting(name)[0].sde.alpha(jnp.float32(setting(name)[1]))
   close(alpha * project(denoised), project(theirs), 1e-4)
-  known = file['gray' if task == 'colorize' else 'data']
+  known = jnp.asarray(file['gray' if task == 'colorize' else 'data'])
   np.testing.assert_allclose(project(denoised), project(known), atol=1e-6)
   close(x - project(x), theirs - project(theirs), 1e-4)  # the noisy sample
   if not (name == 'control_ve' and 'ancestral' in run):  # whose last step adds no noise
