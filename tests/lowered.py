@@ -9,6 +9,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 
 from builders.setup import build, Setup
 from builders.training import score_task
@@ -59,6 +60,9 @@ def programs_of(platform: str, *modules: ModuleType) -> Iterator[dict[str, str]]
     return call
 
   with contextlib.ExitStack() as stack:
+    # What is lowered are shapes, which classes that hold arrays are not meant for.
+    jaxtyping.config.update('jaxtyping_disable', True)
+    stack.callback(jaxtyping.config.update, 'jaxtyping_disable', False)
     for module in modules:
       for name, value in vars(module).copy().items():
         if isinstance(value, jax.stages.Wrapped) and value.__module__ == module.__name__:
