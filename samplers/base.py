@@ -136,7 +136,7 @@ def _segment(sampler, score_fn, constraint, rng, coefficients, state, start, sto
   def denoise(x: Array, t: Array) -> Array:
     return rsde.denoise(x, jnp.full(x.shape[:1], t))
 
-  def step(i: Array, state: tuple[Array, Memory]) -> tuple[Array, Memory]:
+  def step(i: Array | int, state: tuple[Array, Memory]) -> tuple[Array, Memory]:
     x, memory = state
     c = {name: jnp.asarray(values)[i] for name, values in coefficients.items()}
     rngs = jax.random.split(jax.random.fold_in(rng, i))

@@ -88,7 +88,7 @@ class LangevinSampler:
 
 @partial(jax.jit, static_argnums=0)
 def _segment(sampler, score_fn, constraint, rng, state, start, stop):
-  def step(i: Array, state: tuple[Array]) -> tuple[Array]:
+  def step(i: Array | int, state: tuple[Array]) -> tuple[Array]:
     (x,) = state
     rngs = jax.random.split(jax.random.fold_in(rng, i))
     t = jnp.full(x.shape[:1], sampler.eps)
@@ -108,7 +108,7 @@ def _mala_start(sampler, score_fn, x):
 def _mala_segment(sampler, score_fn, constraint, rng, state, start, stop):
   del constraint  # None
 
-  def step(i: Array, state: MALAState) -> MALAState:
+  def step(i: Array | int, state: MALAState) -> MALAState:
     t = jnp.full(state.x.shape[:1], sampler.eps)
     return mala_step(jax.random.fold_in(rng, i), score_fn, state, t, sampler.step_size)[0]
 
