@@ -15,6 +15,8 @@ All classes are pytrees of their arrays, so that a sampler compiles once for all
 """
 
 from collections.abc import Callable
+import dataclasses
+import math
 
 import flax
 import jax
@@ -111,6 +113,31 @@ class Known:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class NoiseInterval:
+  """The noise levels low < sigma / alpha <= high, the only ones that are guided.
+
+  Kynkaanniemi et al. 2024, https://arxiv.org/abs/2404.07724, Sec. 3: guidance harms diversity where
+  the noise is large, and does nothing where it is small. Elsewhere the score is that of p(x | y).
+
+  Raises:
+    ValueError: unless 0 <= low < high.
+  """
+
+  sde: SDE
+  low: float = 0.0
+  high: float = math.inf
+
+  def __post_init__(self) -> None:
+    if not 0 <= self.low < self.high:
+      raise ValueError(f'guided noise levels need 0 <= low < high; got {self.low} and {self.high}')
+
+  def scale(self, scale: Number, x: Data, t: PerRow) -> PerRowExpanded:
+    """`scale` inside of the interval, 1 outside; to multiply x."""
+    noise = jnp.exp(-self.sde.log_snr(t))
+    return expand(jnp.where((noise > self.low) & (noise <= self.high), scale, 1.0), x)
+
+
 @flax.struct.dataclass
 class ClassifierGuidance:
   """s(x, t) + scale grad_x log p_t(labels | x), from a classifier of noisy data (Eq. 14).
@@ -123,10 +150,12 @@ class ClassifierGuidance:
   log_prob: LogProb
   labels: Labels
   scale: Number = 1.0
+  interval: NoiseInterval | None = flax.struct.field(pytree_node=False, default=None)
 
   def __call__(self, x: Data, t: PerRow) -> Data:
+    scale = self.interval.scale(self.scale, x, t) if self.interval else self.scale
     gradient = jax.grad(lambda x: self.log_prob(x, t, self.labels).sum())(x)
-    return self.score_fn(x, t) + self.scale * gradient
+    return self.score_fn(x, t) + scale * gradient
 
 
 @flax.struct.dataclass
@@ -140,10 +169,12 @@ class ClassifierFreeGuidance:
   conditional: ScoreFn
   unconditional: ScoreFn
   scale: Number = 1.0
+  interval: NoiseInterval | None = flax.struct.field(pytree_node=False, default=None)
 
   def __call__(self, x: Data, t: PerRow) -> Data:
+    scale = self.interval.scale(self.scale, x, t) if self.interval else self.scale
     score = self.unconditional(x, t)
-    return score + self.scale * (self.conditional(x, t) - score)
+    return score + scale * (self.conditional(x, t) - score)
 
 
 @flax.struct.dataclass

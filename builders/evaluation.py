@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 import logging
+import math
 
 from etils import epath
 from ml_collections import FrozenConfigDict
@@ -10,6 +11,7 @@ import numpy as np
 
 from builders.data import load_source, make_decoder
 from builders.setup import explicit_matching, Setup
+from controllable_generation import NoiseInterval
 from data.classes import numbers_of
 from evaluation import features
 from evaluation.average import Average, LateAverage
@@ -112,13 +114,25 @@ def make_bits_per_dim(setup: Setup) -> BitsPerDim:
 
 
 def make_drawing(setup: Setup) -> Drawing:
-  """How a config's samples are drawn."""
+  """How a config's samples are drawn.
+
+  Raises:
+    UserError: if no noise level lies in the interval that is guided.
+  """
+  choice = setup.config.sampling
+  guided = None
+  if (choice.guidance_low, choice.guidance_high) != (0, math.inf):
+    try:
+      guided = NoiseInterval(setup.model.sde, choice.guidance_low, choice.guidance_high)
+    except ValueError as error:
+      raise UserError(f'config.sampling.guidance_low and guidance_high: {error}') from None
   return Drawing(
     model=setup.model,
     sampler=setup.sampler,
     codec=setup.codec,
     devices=setup.devices,
-    guidance_scale=setup.config.sampling.guidance_scale,
+    guidance_scale=choice.guidance_scale,
+    guided=guided,
   )
 
 

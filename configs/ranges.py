@@ -42,7 +42,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
   (('model.num_scales',), lambda value: value >= 2, 'at least 2'),
   (('seed',), lambda value: value < 2**32, 'below 2^32'),
 )
-_MAY_BE_INFINITE = ('sampling.s_tmax',)
+_MAY_BE_INFINITE = ('sampling.s_tmax', 'sampling.guidance_high')
 # Fields of several numbers: their type, how many at least, the least of them, all that in words.
 _SEQUENCES: tuple[tuple[str, type | tuple[type, ...], int, float, str], ...] = (
   ('model.ch_mult', int, 1, 1, 'positive whole numbers'),

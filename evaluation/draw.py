@@ -9,7 +9,7 @@ import jax
 from jax import Array
 import numpy as np
 
-from controllable_generation import ClassifierFreeGuidance, ClassifierGuidance
+from controllable_generation import ClassifierFreeGuidance, ClassifierGuidance, NoiseInterval
 from data.codec import Codec
 from models.classifier import ClassLogProb
 from models.score import Params, ScoreModel
@@ -29,6 +29,7 @@ class Drawing:
     codec: makes samples of x_0.
     devices: which share the samples.
     guidance_scale: of grad log p(y | x), where classes are asked for.
+    guided: the noise levels where it counts, if not all of them.
   """
 
   model: ScoreModel
@@ -36,6 +37,7 @@ class Drawing:
   codec: Codec
   devices: Devices
   guidance_scale: float = 1.0
+  guided: NoiseInterval | None = None
 
   def score_fn(
     self, params: Params, labels: Array | None = None, log_prob: ClassLogProb | None = None
@@ -48,11 +50,13 @@ class Drawing:
       return self.model.bind(params)
     if not self.model.num_classes:
       assert log_prob is not None  # as the model knows no classes
-      return ClassifierGuidance(self.model.bind(params), log_prob, labels, self.guidance_scale)
+      score_fn = self.model.bind(params)
+      return ClassifierGuidance(score_fn, log_prob, labels, self.guidance_scale, self.guided)
     conditional = self.model.bind(params, labels=labels)
     if self.guidance_scale == 1:  # which needs no second evaluation
       return conditional
-    return ClassifierFreeGuidance(conditional, self.model.bind(params), self.guidance_scale)
+    of_all = self.model.bind(params)
+    return ClassifierFreeGuidance(conditional, of_all, self.guidance_scale, self.guided)
 
   def samples(
     self,

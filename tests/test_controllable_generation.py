@@ -17,6 +17,7 @@ from controllable_generation import (
   Gray,
   Known,
   Mask,
+  NoiseInterval,
   PosteriorGuidance,
 )
 from data.points import Gaussian
@@ -130,6 +131,34 @@ def test_both_guidances_are_that_of_the_class(sde):
       np.testing.assert_allclose(free / scale_of, of_class(x, t) / scale_of, atol=1e-6)
     if scale == 0:
       np.testing.assert_array_equal(free, score_fn(x, t))
+
+
+@pytest.mark.parametrize('sde', SDES.values(), ids=SDES)
+def test_guidance_ends_with_its_interval(sde):
+  """The score of the class, but the guided one where low < sigma / alpha <= high."""
+  t = jnp.linspace(0.05, 0.95, 64)
+  labels, x = jnp.arange(64) % 2, jax.random.normal(KEY, (64, 2))
+  score_fn, of_class = TWO_MODES.score_fn(sde), ModeScore(labels, sde)
+  noise = np.asarray(sde.sigma(t) / sde.alpha(t))
+  low, high = noise[20] * 1.001, noise[40] * 1.001
+  interval = NoiseInterval(sde, float(low), float(high))
+  inside = (noise > low) & (noise <= high)
+  assert inside.sum() == 20
+  guided, free = (
+    ClassifierFreeGuidance(of_class, score_fn, 3.0, limits)(x, t) for limits in (None, interval)
+  )
+  np.testing.assert_array_equal(free[inside], guided[inside])
+  tolerance = 1e-5 * np.abs(of_class(x, t)).max(1, keepdims=True)
+  assert (np.abs(free - of_class(x, t)) <= tolerance)[~inside].all()
+  assert (np.abs(guided - free) > tolerance)[~inside].any()
+  by_classifier = ClassifierGuidance(score_fn, Component(sde), labels, 3.0, interval)(x, t)
+  assert (np.abs(by_classifier - free) <= 10 * tolerance).all()
+
+
+@pytest.mark.parametrize('ends', [(-1.0, 2.0), (2.0, 2.0), (3.0, 1.0)])
+def test_an_interval_without_noise_is_refused(ends):
+  with pytest.raises(ValueError, match='0 <= low < high'):
+    NoiseInterval(SDES['vp'], *ends)
 
 
 @pytest.mark.parametrize('k', [0, 1])

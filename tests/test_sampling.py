@@ -176,6 +176,20 @@ def test_ode_solution_for_a_gaussian_is_affine(sde):
   np.testing.assert_allclose(got, m + jnp.sqrt(v / v_T) * (x - m_T), atol=5e-4, rtol=0)
 
 
+def test_flow_matching_and_edm_are_one_probability_flow():
+  """x / alpha at sigma / alpha: the same noise ends in the same samples, to solver tolerance."""
+  first, last = 80.0, 1e-2
+  x = first * jax.random.normal(jax.random.key(0), SHAPE)
+  edm, flow = EDMSDE(first), RectifiedFlow(first / (1 + first))
+  ends = []
+  for sde, scale in ((edm, lambda s: 1.0), (flow, lambda s: 1 + s)):
+    drift = ProbabilityFlow(DATA.score_fn(sde), sde)
+    times = (s / scale(s) for s in (first, last))
+    end, _ = ode.integrate(drift, x / scale(first), *times)
+    ends.append(end * scale(last))
+  np.testing.assert_allclose(ends[1], ends[0], atol=2e-3)
+
+
 # Order of convergence.
 
 MOST = 800  # steps
