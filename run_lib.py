@@ -164,7 +164,7 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   _check_results(out, setup)
   with open_workdir(out), Checkpoints(root) as checkpoints:
     for step in checkpoint_range(setup.config).steps(checkpoints):
-      params = checkpoints.restore_averages(step, _abstract_state(setup))[0]
+      params = _chosen(setup, checkpoints.restore_averages(step, _abstract_state(setup)))
       _check_classes(setup, root, step, measurements)
       origin = checkpoints_lib.origin(root, step, params)
       folder, report = step_folder(out, step), origin.claim_report(out)
@@ -292,8 +292,18 @@ def _newest(setup: Setup, root: epath.Path) -> tuple[int, Params]:
     newest = checkpoints.restore_latest_averages(_abstract_state(setup))
   if newest is None:  # an object store shows those that broke off
     raise UserError(f'{root} holds no whole checkpoint; train first (--mode train)')
-  step, (params, *_) = newest
-  return step, params
+  step, averages = newest
+  return step, _chosen(setup, averages)
+
+
+def _chosen(setup: Setup, averages: tuple[Params, ...]) -> Params:
+  """The average that a config evaluates and samples."""
+  use = setup.config.ema.use
+  if use >= len(averages):
+    raise UserError(
+      f'config.ema.use must be below {len(averages)}, the number of averages kept; got {use}'
+    )
+  return averages[use]
 
 
 def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
@@ -307,6 +317,10 @@ def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
   setup, root = build(config), artifacts.root_of(workdir)
   if checkpoints_lib.exist(root):
     raise UserError(f'{root} holds checkpoints already; choose another --workdir')
+  if setup.config.ema.sigma_rels:
+    raise UserError(
+      'config.ema.sigma_rels must be empty for --mode import: released checkpoints have one average'
+    )
   abstract = _abstract_state(setup)  # says so if the config does not make a network
   state = released_checkpoints.load(
     checkpoint, setup.model, (1, *setup.data_shape), setup.tx, setup.config.model.ema_rate

@@ -69,7 +69,12 @@ def make_measurements(setup: Setup) -> list[Measurement]:
 
 
 def make_average(config: FrozenConfigDict) -> Average:
-  """How the parameters of the score model are averaged."""
+  """How the parameters of the score model are averaged, in the average that is evaluated."""
+  ema = config.ema
+  if ema.use or (ema.half_life and ema.ramp_up):
+    return Average(0.0, warmup=False)  # of the first parameters these keep nothing
+  if ema.half_life:
+    return Average(0.5 ** (config.training.batch_size / ema.half_life), warmup=False)
   return Average(config.model.ema_rate, config.model.ema_warmup)
 
 

@@ -41,7 +41,7 @@ from samplers.base import Sampler
 from samplers.time_grids import SPACINGS
 import sampling
 from sde_lib import EDMSDE, RectifiedFlow, ScoreFn, SDE, subVPSDE, VESDE, VPSDE
-from training.optim import adam
+from training.optim import DECAYS, LearningRate, OPTIMIZERS
 
 FEWEST = 10  # samples that can be compared with data: an Inception score has ten parts
 
@@ -103,7 +103,7 @@ def build(config: ConfigDict) -> Setup:
     model=model,
     true_score_fn=true_score_fn,
     objective=objective,
-    tx=make_optimizer(optim, optim.lr, optim.weight_decay, optim.warmup),
+    tx=make_optimizer(config, make_learning_rate(config), optim.weight_decay),
     sampler=sampler,
     devices=devices,
     keys=Keys(config.seed, devices),
@@ -161,8 +161,6 @@ _USUAL_OUTPUTS = {
   'flow': 'flow',
 }
 
-_OPTIMIZERS = {'Adam': adam}
-
 _CHOICES: dict[str, Collection[str]] = {
   'data.fit': geometry.FITS,
   'training.sde': _SDES,
@@ -180,7 +178,9 @@ _CHOICES: dict[str, Collection[str]] = {
   'training.time_law': ('', *_TIME_LAWS),
   'training.weight': ('', *_WEIGHTS),
   'training.objective': ('dsm', 'esm', *losses.MATCHINGS, 'cd'),
-  'optim.optimizer': _OPTIMIZERS,
+  'optim.optimizer': OPTIMIZERS,
+  'optim.decay': ('constant', *DECAYS),
+  'optim.unit': ('steps', 'images'),
   'sampling.method': METHODS,
   'sampling.predictor': sampling.PREDICTORS,
   'sampling.corrector': sampling.CORRECTORS,
@@ -401,15 +401,20 @@ def explicit_matching(true_score_fn: ScoreFn) -> Matching:
   return lambda score_fn, x, t, rng: losses.explicit_score_matching(true_score_fn, score_fn, x, t)
 
 
+def make_learning_rate(config: FrozenConfigDict) -> LearningRate:
+  """The learning rate of the score model, in steps."""
+  optim, training = config.optim, config.training
+  warmup, until = optim.warmup, optim.decay_until
+  if optim.unit == 'images':
+    warmup, until = warmup / training.batch_size, until / training.batch_size
+  return LearningRate(optim.lr, warmup, optim.decay, until or training.n_iters)
+
+
 def make_optimizer(
-  optim: FrozenConfigDict, lr: float, weight_decay: float, warmup: int
+  config: FrozenConfigDict, lr: LearningRate, weight_decay: float
 ) -> optax.GradientTransformation:
-  """The optimiser of a config, with the fields that networks have of their own."""
-  return _OPTIMIZERS[optim.optimizer](
-    lr=lr,
-    beta1=optim.beta1,
-    eps=optim.eps,
-    weight_decay=weight_decay,
-    warmup=warmup,
-    grad_clip=optim.grad_clip,
+  """The optimiser of a config, with what networks have of their own."""
+  optim = config.optim
+  return OPTIMIZERS[optim.optimizer](
+    lr, beta1=optim.beta1, eps=optim.eps, weight_decay=weight_decay, grad_clip=optim.grad_clip
   )

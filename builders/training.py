@@ -12,9 +12,12 @@ from losses import UniformTimes
 from models.classifier import Classifier
 from models.score import Params
 from models.wideresnet import WideResnet
+from runtime.errors import UserError
 from training import classifier, contrastive_divergence
+from training.averages import Average, ConstantRate, HalfLife, Power, WarmingRate
 from training.contrastive_divergence import ContrastiveDivergence
 from training.loop import Schedule, Task, Update
+from training.optim import LearningRate
 from training.step import Batch, eval_step, init_state, Metrics, train_step, TrainState
 
 
@@ -38,6 +41,7 @@ def score_task(setup: Setup) -> Task:
   """The training of the score model of a config."""
   model, config = setup.model, setup.config
   shape = (1, *setup.data_shape)
+  averages = make_averages(config)
 
   def evaluate(params: Params, batch: Batch, rng: Array) -> Metrics:
     each = eval_step(params, batch, rng, model=model, codec=setup.codec, objective=setup.objective)
@@ -48,16 +52,18 @@ def score_task(setup: Setup) -> Task:
     'codec': setup.codec,
     'objective': setup.objective,
     'tx': setup.tx,
-    'ema_rate': config.model.ema_rate,
-    'ema_warmup': config.model.ema_warmup,
+    'averages': averages,
   }
-  init: Callable[[Array], TrainState] = partial(init_state, model=model, tx=setup.tx, shape=shape)
+  init: Callable[[Array], TrainState] = partial(
+    init_state, model=model, tx=setup.tx, shape=shape, n_averages=len(averages)
+  )
   step: Callable[..., Any] = partial(train_step, grad_accum=config.training.grad_accum, **choices)
   if config.training.objective == 'cd':
     divergence = make_divergence(config)
     init = partial(
       contrastive_divergence.init_state,
       model=model, tx=setup.tx, shape=shape, divergence=divergence,
+      n_averages=len(averages),
     )  # fmt: skip
     step = partial(contrastive_divergence.train_step, divergence=divergence, **choices)
   return Task(
@@ -68,6 +74,22 @@ def score_task(setup: Setup) -> Task:
     purposes=('init', 'train', 'eval'),
     batch_size=config.training.batch_size,
   )
+
+
+def make_averages(config: FrozenConfigDict) -> tuple[Average, ...]:
+  """The moving averages of a config: the first one, and those of power functions.
+
+  Raises:
+    UserError: for a width of a power function that there is not.
+  """
+  model, ema = config.model, config.ema
+  first: Average = WarmingRate(model.ema_rate) if model.ema_warmup else ConstantRate(model.ema_rate)
+  if ema.half_life:
+    first = HalfLife(ema.half_life, config.training.batch_size, ema.ramp_up)
+  try:
+    return (first, *(Power(sigma_rel) for sigma_rel in ema.sigma_rels))
+  except ValueError as error:
+    raise UserError(f'config.ema.sigma_rels: {error}') from error
 
 
 def make_divergence(config: FrozenConfigDict) -> ContrastiveDivergence:
@@ -98,7 +120,7 @@ def classifier_times(setup: Setup) -> UniformTimes:
 def classifier_task(setup: Setup) -> Task:
   """The training of the classifier of a config."""
   choice, model, times = setup.config.classifier, make_classifier(setup), classifier_times(setup)
-  tx = make_optimizer(setup.config.optim, choice.lr, choice.weight_decay, choice.warmup)
+  tx = make_optimizer(setup.config, LearningRate(choice.lr, choice.warmup), choice.weight_decay)
 
   def evaluate(params: Params, batch: Batch, rng: Array) -> Metrics:
     span = (times.eps, times.T)
@@ -107,7 +129,8 @@ def classifier_task(setup: Setup) -> Task:
 
   step = partial(
     classifier.train_step,
-    classifier=model, codec=setup.codec, times=times, tx=tx, ema_rate=setup.config.model.ema_rate,
+    classifier=model, codec=setup.codec, times=times, tx=tx,
+    averages=(WarmingRate(setup.config.model.ema_rate),),
   )  # fmt: skip
   return Task(
     section='classifier',

@@ -137,7 +137,16 @@ def _default() -> ConfigDict:
   optim.eps = 1e-8
   optim.weight_decay = 0.0
   optim.warmup = 5000
+  optim.decay = 'constant'  # after the warm-up: constant, cosine, linear or inverse_sqrt
+  optim.decay_until = 0  # where cosine and linear end, training.n_iters if 0; t_ref of inverse_sqrt
+  optim.unit = 'steps'  # that warmup and decay_until are counted in: steps or images
   optim.grad_clip = 1.0  # norm that gradients are clipped at; 0 or below: they are not clipped
+
+  config.ema = ema = ConfigDict()  # of the parameters, in place of model.ema_rate and beside it
+  ema.half_life = 0.0  # of the first average, in images; 0: by model.ema_rate and model.ema_warmup
+  ema.ramp_up = 0.05  # the half-life is at most this share of the images seen; 0: no such bound
+  ema.sigma_rels = ()  # of further averages, by power functions: their widths, such as (0.05, 0.1)
+  ema.use = 0  # which one evaluation and sampling read: 0 the first, 1 the first of ema.sigma_rels
 
   config.ebm = ebm = ConfigDict()  # of the objective cd, contrastive divergence
   ebm.n_steps = 10  # of Langevin dynamics, from a sample of the replay buffer

@@ -26,12 +26,13 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
   'seed', 'data.dim', 'training.keep_snapshots', 'model.init_scale', 'model.num_classes',
   'optim.weight_decay', 'optim.warmup',
+  'optim.decay_until', 'ema.half_life', 'ema.use',
   'ebm.regularization', 'classifier.num_classes', 'classifier.weight_decay', 'classifier.warmup',
   'sampling.num_steps', 'sampling.s_churn', 'sampling.s_tmin', 'sampling.s_tmax',
   'sampling.s_noise', 'sampling.noise_std', 'eval.begin_ckpt', 'eval.end_ckpt',
 )  # fmt: skip
 _BELOW_ONE = ('model.dropout', 'model.ema_rate', 'optim.beta1')
-_SHARES = ('training.label_dropout', 'ebm.restart', 'sampling.eta')
+_SHARES = ('ema.ramp_up', 'training.label_dropout', 'ebm.restart', 'sampling.eta')
 
 # Fields, what holds of their values, and that in words.
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
@@ -48,6 +49,7 @@ _SEQUENCES: tuple[tuple[str, type | tuple[type, ...], int, float, str], ...] = (
   ('model.ch_mult', int, 1, 1, 'positive whole numbers'),
   ('model.attn_resolutions', int, 0, 1, 'positive whole numbers, or none'),
   ('model.fir_kernel', (int, float), 2, 0, 'two numbers or more, at least 0'),
+  ('ema.sigma_rels', float, 0, 0, 'numbers such as 0.05, or none'),
   ('sampling.labels', (int, str), 0, 0, 'numbers of classes, from 0 on, or their names'),
 )
 

@@ -21,6 +21,7 @@ from samplers.base import GridSampler
 from samplers.edm import EDM
 from samplers.time_grids import Karras, TimeGrid
 from training import released_checkpoints
+from training.averages import HalfLife
 from training.step import optimize, TrainState
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -128,7 +129,8 @@ def test_training_goes_on_from_a_released_checkpoint(setup, state, golden):
   def step(state, image, t, z):
     return optimize(
       state, image, t, z, jax.random.key(0),
-      model=setup.model, objective=setup.objective, tx=setup.tx, ema_rate=2 ** (-512 / 500_000),
+      model=setup.model, objective=setup.objective, tx=setup.tx,
+      averages=(HalfLife(500_000, 512, ramp_up=0),),
     )  # fmt: skip
 
   for i, expected in enumerate(golden['train/losses']):

@@ -36,6 +36,7 @@ from models.mlp import MLP
 from models.preconditioning import PRECONDITIONINGS
 from models.score import ScoreModel
 from sde_lib import VESDE, VPSDE
+from training.averages import ConstantRate
 from training.step import init_state, train_step
 
 KEY = jax.random.key(0)
@@ -278,7 +279,7 @@ def test_an_energy_is_trained_as_a_score_is():
       state, {'data': jnp.asarray(np.repeat(POINTS, 40, 0), jnp.float32)}, KEY,
       model=model, codec=PointCodec((2,)), tx=tx,
       objective=Objective(SDE, UniformTimes(0.0), reduce_mean=True),
-      ema_rate=0.9,
+      averages=(ConstantRate(0.9),),
     )
   )  # fmt: skip
   found = []

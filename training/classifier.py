@@ -25,6 +25,7 @@ from runtime.devices import Devices, Keys
 from runtime.errors import UserError
 from sde_lib import expand
 from training import checkpoints as checkpoints_lib
+from training.averages import Average
 from training.checkpoints import Checkpoints
 from training.loop import abstract_state, Task
 from training.step import apply_gradients, Batch, Metrics, TrainState
@@ -67,7 +68,7 @@ def train_step(
   codec: Codec,
   times: UniformTimes,
   tx: optax.GradientTransformation,
-  ema_rate: float,
+  averages: tuple[Average, ...],
 ) -> tuple[TrainState, Metrics]:
   """One optimiser step on a batch of images with labels; random only in (rng, state.step)."""
   rng_data, rng_t, rng_z = jax.random.split(jax.random.fold_in(rng, state.step), 3)
@@ -80,7 +81,7 @@ def train_step(
     return loss.mean(), {'accuracy': correct.mean()}
 
   differentiate = jax.value_and_grad(loss_fn, has_aux=True)
-  return apply_gradients(state, differentiate, tx, ema_rate, ema_warmup=True)
+  return apply_gradients(state, differentiate, tx, averages)
 
 
 def eval_step(

@@ -19,6 +19,7 @@ from models.score import Params, ScoreModel
 from samplers.langevin import langevin_step
 from sde_lib import expand, ScoreFn
 from training import step as training_step
+from training.averages import Average
 from training.packing import unpacked
 from training.step import apply_gradients, Batch, Metrics, TrainState
 
@@ -64,9 +65,10 @@ def init_state(
   tx: optax.GradientTransformation,
   shape: tuple[int, ...],
   divergence: ContrastiveDivergence,
+  n_averages: int = 1,
 ) -> EBMState:
   """The state before the first step, for data of `shape` [B, ...], with a buffer of noise."""
-  state = training_step.init_state(rng, model, tx, shape)
+  state = training_step.init_state(rng, model, tx, shape, n_averages)
   rng_replay = jax.random.fold_in(rng, 1)
   replay = model.sde.prior_sampling(rng_replay, (divergence.buffer_size, *shape[1:]))
   return EBMState(state.step, state.params, state.averages, state.opt_state, replay)
@@ -82,8 +84,7 @@ def train_step(
   objective: Objective,
   divergence: ContrastiveDivergence,
   tx: optax.GradientTransformation,
-  ema_rate: float,
-  ema_warmup: bool = False,
+  averages: tuple[Average, ...],
 ) -> tuple[EBMState, Metrics]:
   """One optimiser step on a batch of data and one of samples; random only in (rng, state.step).
 
@@ -111,5 +112,5 @@ def train_step(
     return gap + divergence.regularization * squares, {'energy_gap': gap}
 
   differentiate = jax.value_and_grad(loss_fn, has_aux=True)
-  state, metrics = apply_gradients(state, differentiate, tx, ema_rate, ema_warmup)
+  state, metrics = apply_gradients(state, differentiate, tx, averages)
   return dataclasses.replace(state, replay=state.replay.at[chosen].set(negative)), metrics

@@ -1,4 +1,4 @@
-"""One step of training: the state, the gradient of the loss, Adam, the moving average."""
+"""One step of training: the state, the gradient of the loss, the optimiser, the moving averages."""
 
 from collections.abc import Callable
 import dataclasses
@@ -16,6 +16,7 @@ from losses import Objective, score_matching_loss
 from models.classifier import Classifier
 from models.score import Params, ScoreModel
 from runtime.shapes import Data, Key, Labels, PerRow
+from training.averages import Average
 from training.packing import pack_like, unpacked
 
 Metrics = dict[str, Array]
@@ -37,7 +38,7 @@ class TrainState:
 
   @property
   def ema_params(self) -> Params:
-    """The first average: what is evaluated and sampled."""
+    """The first average: what is evaluated and sampled during training."""
     return unpacked(self.averages[0])
 
 
@@ -49,11 +50,13 @@ def init_state(
   model: ScoreModel | Classifier,
   tx: optax.GradientTransformation,
   shape: tuple[int, ...],
+  n_averages: int = 1,
 ) -> TrainState:
-  """The state before the first step, for data of `shape` [B, ...]."""
+  """The state before the first step, for data of `shape`, a batch's."""
   params = model.init(rng, shape)
-  average = jax.tree.map(jnp.copy, params)  # its own buffers: the state's are donated
-  return TrainState(jnp.zeros((), jnp.int32), params, (average,), tx.init(params))
+  # Buffers of their own: the state's are donated.
+  averages = tuple(jax.tree.map(jnp.copy, params) for _ in range(n_averages))
+  return TrainState(jnp.zeros((), jnp.int32), params, averages, tx.init(params))
 
 
 def train_step(
@@ -65,8 +68,7 @@ def train_step(
   codec: Codec,
   objective: Objective,
   tx: optax.GradientTransformation,
-  ema_rate: float,
-  ema_warmup: bool = False,
+  averages: tuple[Average, ...],
   grad_accum: int = 1,
 ) -> tuple[TrainState, Metrics]:
   """One optimiser step on a batch of images; random only in (rng, state.step).
@@ -85,8 +87,7 @@ def train_step(
   z = jax.random.normal(rng_z, x0.shape)
   return optimize(
     state, x0, t, z, rng_dropout, labels,
-    model=model, objective=objective, tx=tx, ema_rate=ema_rate, ema_warmup=ema_warmup,
-    grad_accum=grad_accum,
+    model=model, objective=objective, tx=tx, averages=averages, grad_accum=grad_accum,
   )  # fmt: skip
 
 
@@ -101,8 +102,7 @@ def optimize(
   model: ScoreModel,
   objective: Objective,
   tx: optax.GradientTransformation,
-  ema_rate: float,
-  ema_warmup: bool = False,
+  averages: tuple[Average, ...],
   grad_accum: int = 1,
 ) -> tuple[TrainState, Metrics]:
   """The step of `train_step` once data x0, times t, noise z and labels are drawn."""
@@ -121,7 +121,7 @@ def optimize(
     parts = jax.tree.map(partial(_parts, n=grad_accum), (x0, t, z, labels))
     return _mean(partial(of_part, params), (rngs, *parts))
 
-  return apply_gradients(state, differentiate, tx, ema_rate, ema_warmup)
+  return apply_gradients(state, differentiate, tx, averages)
 
 
 def _parts(x: Array, n: int) -> Array:
@@ -146,30 +146,28 @@ def apply_gradients(
   state: AnyState,
   differentiate: Callable[[Params], tuple[tuple[Array, Metrics], Params]],
   tx: optax.GradientTransformation,
-  ema_rate: float,
-  ema_warmup: bool,
+  averages: tuple[Average, ...],
 ) -> tuple[AnyState, Metrics]:
-  """A step of the optimiser down the loss, and one of the moving average of the parameters.
+  """A step of the optimiser down the loss, and one of the moving averages of the parameters.
 
   Args:
     state: before the step.
     differentiate: parameters -> the loss [] with what else to report of it, and its gradient, as
       `jax.value_and_grad` with `has_aux` makes it.
     tx: the optimiser.
-    ema_rate: what the moving average keeps of itself.
-    ema_warmup: let that grow with the number n of this step, from 1, as (1 + n) / (10 + n), up to
-      `ema_rate`.
+    averages: how each of the state's moving averages moves.
   """
   (loss, measured), grads = differentiate(unpacked(state.params))
   grads = pack_like(state.params, grads)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   n = state.step + 1
-  # 1 - rate, not by subtracting in float32.
-  weight = jnp.maximum(1 - ema_rate, 9 / (10 + n)) if ema_warmup else 1 - ema_rate
-  averages = tuple(moved_average(a, params, weight) for a in state.averages)
+  moved = tuple(
+    moved_average(average, params, way.weight(n))
+    for way, average in zip(averages, state.averages, strict=True)
+  )
   metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads), **measured}
-  state = dataclasses.replace(state, step=n, params=params, averages=averages, opt_state=opt_state)
+  state = dataclasses.replace(state, step=n, params=params, averages=moved, opt_state=opt_state)
   return state, metrics
 
 

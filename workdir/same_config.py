@@ -37,6 +37,7 @@ LEARNED = (
   'training.time_law', 'training.time_mean', 'training.time_std', 'training.weight',
   'training.weight_gamma', 'training.weight_bias',
   'training.label_dropout', 'ebm.regularization', 'optim.optimizer',
+  'ema.sigma_rels',
 )  # fmt: skip
 # How it is learned, for how long, and what is made of it. Of `data.path` the images are compared,
 # which may have moved.
@@ -49,8 +50,9 @@ MAY_CHANGE = (
   'training.snapshot_freq_for_preemption', 'training.wandb', 'training.keep_snapshots',
   'training.snapshot_sampling',
   'training.snapshot_samples', 'optim.lr', 'optim.beta1', 'optim.eps', 'optim.weight_decay',
-  'optim.warmup', 'optim.grad_clip', 'ebm.n_steps', 'ebm.step_size', 'ebm.restart', 'classifier',
-  'sampling', 'eval',
+  'optim.warmup', 'optim.decay', 'optim.decay_until', 'optim.unit',
+  'optim.grad_clip', 'ema.half_life', 'ema.ramp_up', 'ema.use', 'ebm.n_steps', 'ebm.step_size',
+  'ebm.restart', 'classifier', 'sampling', 'eval',
 )  # fmt: skip
 # What samples and numbers depend on beside the checkpoint: it must not change within a folder of
 # them.
@@ -61,6 +63,7 @@ FIXED_IN_EVAL = (
   'data.dataset', 'data.category', 'data.path', 'data.held_out', 'data.skip_damaged',
   'data.uniform_dequantization', 'data.fit',
   'data.background', 'data.black', 'data.white', 'sampling', 'eval.batch_size', 'seed',
+  'ema.use',
 )  # fmt: skip
 # How images are perturbed; what a classifier of such images depends on; what it learns.
 FIXED_NOISE = (

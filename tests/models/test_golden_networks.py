@@ -21,6 +21,7 @@ from benchmarks.golden import (
   released_state,
   score_of,
 )
+from builders.training import make_averages
 import losses
 from training import released_checkpoints
 from training.released_checkpoints import from_jax, from_torch
@@ -99,7 +100,7 @@ def test_three_training_steps_from_a_released_checkpoint(case, tmp_path):
     lambda state, x0, t, z: optimize(
       state, x0, t, z, jax.random.key(0),
       model=setup.model, objective=setup.objective, tx=setup.tx,
-      ema_rate=setup.config.model.ema_rate,
+      averages=make_averages(setup.config),
     )
   )  # fmt: skip
   for i in range(3):

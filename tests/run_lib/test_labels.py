@@ -27,7 +27,8 @@ from models.score import ScoreModel
 import run_lib
 from runtime.errors import UserError
 from sde_lib import expand, SDE, VPSDE
-from training.optim import adam
+from training.averages import ConstantRate
+from training.optim import adam, LearningRate
 from training.step import eval_step, train_step, TrainState
 
 KEY = jax.random.key(0)
@@ -162,7 +163,7 @@ def test_training_learns_each_class_and_all_together():
     net, sde.chain(1000), lambda chain, t: t, PRECONDITIONINGS['noise'], True, True, num_classes=2
   )
   choices = {'model': model, 'codec': codec, 'objective': Objective(sde, UniformTimes(0.2))}
-  tx = adam(lr=0.01, beta1=0.9, eps=1e-8, weight_decay=0, warmup=0, grad_clip=-1)
+  tx = adam(LearningRate(0.01), beta1=0.9, eps=1e-8, weight_decay=0, grad_clip=-1)
   params = {'points': jnp.zeros(3)}
   state = TrainState(jnp.int32(0), params, (params,), tx.init(params))
   labels = jnp.arange(64) % 2
@@ -172,7 +173,7 @@ def test_training_learns_each_class_and_all_together():
   batch = {'data': images, 'label': labels}
 
   def step(state: TrainState, _: None) -> tuple[TrainState, None]:
-    state, _ = train_step(state, batch, KEY, **choices, tx=tx, ema_rate=0.99)
+    state, _ = train_step(state, batch, KEY, **choices, tx=tx, averages=(ConstantRate(0.99),))
     return state, None
 
   state, _ = jax.jit(lambda state: jax.lax.scan(step, state, None, length=500))(state)

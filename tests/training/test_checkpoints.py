@@ -14,7 +14,7 @@ import pytest
 from runtime.errors import Failure, UserError
 from training import checkpoints as checkpoints_lib
 from training.checkpoints import Checkpoints
-from training.optim import adam
+from training.optim import adam, LearningRate
 from training.step import TrainState
 
 ROOT = Path(__file__).parent.parent.parent
@@ -91,14 +91,15 @@ def test_only_damage_is_damage(tmp_path, monkeypatch, raised, told):
 def test_the_optimiser_can_be_changed_in_mid_run():
   """The tree of its state is the same whatever is clipped or warmed up."""
   params = {'w': jnp.ones(2)}
-  fixed = {'lr': 1e-3, 'beta1': 0.9, 'eps': 1e-8, 'weight_decay': 0.0}
-  choices = [{'warmup': w, 'grad_clip': c} for w in (0, 5) for c in (-1.0, 1.0)]
+  fixed = {'beta1': 0.9, 'eps': 1e-8, 'weight_decay': 0.0}
+  rates = LearningRate(1e-3), LearningRate(1e-3, 5), LearningRate(1e-3, 0, 'cosine', 9)
+  choices = [{'lr': rate, 'grad_clip': c} for rate in rates for c in (-1.0, 1.0)]
   trees = {str(jax.tree.structure(adam(**fixed, **c).init(params))) for c in choices}
   assert len(trees) == 1
   for choice in choices:  # the first step is of size lr, or 0 where it warms up
     tx = adam(**fixed, **choice)
     updates, _ = tx.update({'w': jnp.full(2, 7.0)}, tx.init(params), params)
-    size = 0.0 if choice['warmup'] else 1e-3
+    size = 0.0 if choice['lr'].warmup else 1e-3
     np.testing.assert_allclose(updates['w'], -size, rtol=1e-5)
 
 
@@ -138,6 +139,7 @@ from etils import epath
 from data.points import load
 from runtime.devices import all_devices, everywhere, Keys
 from training import checkpoints, loop
+from training.averages import ConstantRate
 from training.step import apply_gradients, TrainState
 import optax
 
@@ -157,7 +159,7 @@ def update(state, frozen, batch, rng):
   def loss(w):
     x = batch['data']
     return jnp.square(jnp.tanh(x @ w['a']) @ w['b'] - x).mean(), {}
-  return apply_gradients(state, jax.value_and_grad(loss, has_aux=True), tx, 0.9, False)
+  return apply_gradients(state, jax.value_and_grad(loss, has_aux=True), tx, (ConstantRate(0.9),))
 
 devices = all_devices(placement if split == 'split' else everywhere)
 task = loop.Task('model', init, update, lambda p, b, r: {}, ('init', 'train', 'eval'), 16)

@@ -23,8 +23,9 @@ import run_lib
 from runtime.errors import UserError
 from sde_lib import SDE, subVPSDE, VESDE
 from training import loop
+from training.averages import WarmingRate
 from training.classifier import cross_entropy, evaluate, LEVELS, load
-from training.optim import adam
+from training.optim import adam, LearningRate
 from training.step import apply_gradients, init_state, Metrics, TrainState
 
 KEY = jax.random.key(0)
@@ -64,7 +65,7 @@ def exact(sde: SDE, x: Array, t: Array) -> Array:
 @pytest.mark.parametrize(('sde', 'eps'), [(VESDE(0.1, 3.0), 1e-3), (subVPSDE(0.1, 6.0), 0.05)])
 def test_training_finds_the_posterior(sde, eps):
   classifier = Classifier(Mlp(), sde)
-  tx = adam(lr=0.02, beta1=0.9, eps=1e-8, weight_decay=0, warmup=0, grad_clip=1)
+  tx = adam(LearningRate(0.02), beta1=0.9, eps=1e-8, weight_decay=0, grad_clip=1)
 
   def drawn(rng: Array, n: int) -> tuple[Array, Array, Array, Array]:
     rngs = jax.random.split(rng, 3)
@@ -79,7 +80,7 @@ def test_training_finds_the_posterior(sde, eps):
       return cross_entropy(classifier.bind(params), *example)[0].mean(), {}
 
     differentiate = jax.value_and_grad(loss_fn, has_aux=True)
-    return apply_gradients(state, differentiate, tx, 0.99, True)
+    return apply_gradients(state, differentiate, tx, (WarmingRate(0.99),))
 
   @jax.jit
   def train() -> ClassLogProb:

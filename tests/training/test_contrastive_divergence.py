@@ -15,6 +15,7 @@ from models.preconditioning import PRECONDITIONINGS
 from models.score import ScoreModel
 from sde_lib import VESDE
 from training import contrastive_divergence
+from training.averages import ConstantRate
 from training.contrastive_divergence import ContrastiveDivergence
 
 KEY = jax.random.key(0)
@@ -32,7 +33,7 @@ DATA = distribution('two_moons', 2)
 def step():
   return jax.jit(
     lambda state, batch: contrastive_divergence.train_step(
-      state, batch, KEY, tx=TX, ema_rate=0.99, **CHOICES
+      state, batch, KEY, tx=TX, averages=(ConstantRate(0.99),), **CHOICES
     )
   )
 
@@ -67,7 +68,7 @@ def test_training_lowers_the_energy_of_data_and_samples_come_to_them(step, start
   state = start
   for k in range(300):
     state, _ = step(state, batch(k))
-  x, t = np.asarray(DATA.sample(jax.random.key(999), 1000)), jnp.zeros(1000)
+  x, t = DATA.sample(jax.random.key(999), 1000), jnp.zeros(1000)
   far = 3 * jax.random.normal(KEY, (1000, 2))
 
   def ratio(state) -> float:
@@ -75,7 +76,7 @@ def test_training_lowers_the_energy_of_data_and_samples_come_to_them(step, start
     return float(energy(x, t).mean() / energy(far, t).mean())
 
   def distance(points) -> float:
-    return np.linalg.norm(np.asarray(points)[:, None] - x, axis=-1).min(1).mean()
+    return np.linalg.norm(np.asarray(points)[:, None] - np.asarray(x), axis=-1).min(1).mean()
 
   assert ratio(state) < 0.2 * ratio(start)
   assert distance(state.replay) < 0.5 * distance(start.replay)

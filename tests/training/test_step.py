@@ -8,6 +8,7 @@ import pytest
 from builders.setup import build
 from builders.training import score_task
 from configs.toy import two_moons
+from training.averages import WarmingRate
 from training.step import finite_step, moved_average, optimize, TrainState
 
 
@@ -20,7 +21,7 @@ def test_moving_average_warms_up():
   new, _ = jax.jit(
     lambda state: optimize(
       state, x0, jnp.full(4, 0.5), x0 + 1, jax.random.key(0),
-      model=setup.model, objective=setup.objective, tx=setup.tx, ema_rate=0.9, ema_warmup=True,
+      model=setup.model, objective=setup.objective, tx=setup.tx, averages=(WarmingRate(0.9),),
     )
   )(state)  # fmt: skip
   jax.tree.map(
