@@ -35,6 +35,7 @@ from builders.training import (
   make_classifier,
   make_schedule,
   score_task,
+  settled_rate,
 )
 from configs.base import saved
 from data import sources
@@ -323,7 +324,7 @@ def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
     )
   abstract = _abstract_state(setup)  # says so if the config does not make a network
   state = released_checkpoints.load(
-    checkpoint, setup.model, (1, *setup.data_shape), setup.tx, setup.config.model.ema_rate
+    checkpoint, setup.model, (1, *setup.data_shape), setup.tx, settled_rate(setup.config)
   )
   state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
   with open_workdir(root), Checkpoints(root) as checkpoints:

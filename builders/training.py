@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from jax import Array
+import jax.numpy as jnp
 from ml_collections import FrozenConfigDict
 
 from builders.setup import make_optimizer, Setup
@@ -90,6 +91,11 @@ def make_averages(config: FrozenConfigDict) -> tuple[Average, ...]:
     return (first, *(Power(sigma_rel) for sigma_rel in ema.sigma_rels))
   except ValueError as error:
     raise UserError(f'config.ema.sigma_rels: {error}') from error
+
+
+def settled_rate(config: FrozenConfigDict) -> float:
+  """The share that the first moving average keeps of itself in a step, once it has warmed up."""
+  return 1 - float(make_averages(config)[0].weight(jnp.int32(2**30)))
 
 
 def make_divergence(config: FrozenConfigDict) -> ContrastiveDivergence:

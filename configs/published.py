@@ -10,7 +10,13 @@ from configs.base import Changes, edm
 from configs.released import Variants
 from runtime.errors import unknown
 
-_IMAGES, _WARMUP = 200_000_000, 10_000_000
+_IMAGES = 200_000_000
+_COUNTED_IN_IMAGES: Changes = {
+  'optim.unit': 'images',
+  'optim.warmup': 10_000_000,
+  'ema.half_life': 500_000.0,
+  'ema.ramp_up': 0.05,
+}
 
 CIFAR10: Changes = {
   'model.ch_mult': (2, 2, 2),
@@ -18,7 +24,7 @@ CIFAR10: Changes = {
   'training.batch_size': 512,
   'training.n_iters': _IMAGES // 512,
   'optim.lr': 1e-3,
-  'optim.warmup': _WARMUP // 512,
+  **_COUNTED_IN_IMAGES,
   'eval.end_ckpt': 8,
 }
 
@@ -32,7 +38,7 @@ def folder_64(dropout: float) -> Changes:
     'training.batch_size': 256,
     'training.n_iters': _IMAGES // 256,
     'optim.lr': 2e-4,
-    'optim.warmup': _WARMUP // 256,
+    **_COUNTED_IN_IMAGES,
     'eval.end_ckpt': 16,
   }
 

@@ -81,7 +81,7 @@ def load(
     model: the score model of the config.
     shape: of its data, [B, ...].
     tx: the optimiser whose state is made.
-    ema_rate: the config's; if the checkpoint has another one, that is said.
+    ema_rate: the config's, once warmed up; if the checkpoint has another one, that is said.
 
   Raises:
     UserError: if the file is not such a checkpoint, or does not fit.
@@ -106,7 +106,8 @@ def load(
     ) from None
   if not np.isclose(found.ema_rate, ema_rate):
     logger.warning(
-      '%s averaged its parameters at rate %g; config.model.ema_rate = %g will be used from here on',
+      '%s averaged its parameters at rate %g; from here on it is %g, set by config.model.ema_rate '
+      'or config.ema.half_life',
       path, found.ema_rate, ema_rate,
     )  # fmt: skip
   try:
