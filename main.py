@@ -47,7 +47,7 @@ from runtime import start
 from runtime.errors import Failure, unknown, UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, [:variant] of it.')
-_MODES = ['train', 'train_classifier', 'eval', 'sample', 'check_data', 'stats', 'import']
+_MODES = ['train', 'train_classifier', 'eval', 'sample', 'check_data', 'stats', 'import', 'ema']
 _MODE = flags.DEFINE_enum('mode', None, _MODES, 'What to do.')
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder; by default runs/<config>[-<variant>][-<field>=<value>].'
@@ -241,6 +241,8 @@ def main(argv: Sequence[str]) -> None:
       run_lib.check_data(_CONFIG.value)
     elif _MODE.value == 'stats':
       run_lib.stats(_CONFIG.value)
+    elif _MODE.value == 'ema':
+      run_lib.post_hoc_average(_CONFIG.value, workdir)
     else:
       assert _CHECKPOINT.value is not None  # by `parse`
       run_lib.import_released(_CONFIG.value, workdir, _CHECKPOINT.value)

@@ -16,6 +16,7 @@ import os
 from etils import epath
 import jax
 from ml_collections import ConfigDict
+import optax
 
 from builders.data import check_data as check_images
 from builders.data import load_source
@@ -51,6 +52,7 @@ from runtime.devices import out_of_memory
 from runtime.errors import cannot_write, UserError
 from training import checkpoints as checkpoints_lib
 from training import classifier, fine_tuning, loop, released_checkpoints
+from training.averages import combination, Power
 from training.checkpoints import Checkpoints, Notes
 from training.step import TrainState
 from workdir import artifacts, page, reports, same_config, versions
@@ -332,6 +334,57 @@ def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
     write_config(root, setup, int(state.step))
     checkpoints.save(state, keep=True)
   logger.info('imported %s, of step %d, to %s', checkpoint, int(state.step), root / 'checkpoints')
+
+
+def post_hoc_average(config: ConfigDict, workdir: str) -> epath.Path:
+  """Makes the average of width `ema.sigma_rel`, which was never kept, of those in the snapshots.
+
+  It is the first average of the only checkpoint of `<workdir>/ema/<sigma_rel>`, a workdir like any
+  other: of the step of the newest snapshot. See `training.averages.combination`.
+
+  Returns:
+    That workdir.
+
+  Raises:
+    UserError: for a mistake in the config, or if the snapshots do not hold what it takes.
+  """
+  setup, root = build(config), artifacts.root_of(workdir)
+  ema = setup.config.ema
+  if not ema.sigma_rels:
+    raise UserError(
+      '--mode ema makes an average of those that training keeps with config.ema.sigma_rels, for '
+      'example (0.05, 0.1), and it is empty'
+    )
+  try:
+    Power(ema.sigma_rel)
+  except ValueError as wrong:
+    raise UserError(f'config.ema.sigma_rel: {wrong}') from None
+  _check_goes_on(root, setup, LEARNED)
+  abstract = _abstract_state(setup)
+  with Checkpoints(root, create=False) as checkpoints:
+    steps = checkpoints.steps()
+    if not steps:
+      raise UserError(f'{root} holds no snapshots in checkpoints/: train first, or fix --workdir')
+    kept = [(step, sigma_rel) for step in steps for sigma_rel in ema.sigma_rels]
+    coefficients, left = combination(kept, ema.sigma_rel, steps[-1])
+    state = checkpoints.restore(steps[-1], abstract)
+    total = optax.tree.zeros_like(state.params)
+    for step, of_step in zip(steps, coefficients.reshape(len(steps), -1), strict=True):
+      averages = checkpoints.restore_averages(step, abstract)[1:]
+      for coefficient, average in zip(of_step, averages, strict=True):
+        total = optax.tree.add_scale(total, float(coefficient), average)
+  folder = root / 'ema' / f'{ema.sigma_rel:g}'
+  if checkpoints_lib.exist(folder):
+    raise UserError(f'{folder} holds an average already; move it away to make it anew')
+  state = dataclasses.replace(state, averages=(total, *state.averages[1:]))
+  with open_workdir(folder), Checkpoints(folder, checkpoints_lib.notes(root)) as checkpoints:
+    write_config(folder, setup, steps[-1])
+    checkpoints.save(state, keep=True)
+  logger.info(
+    'the average of sigma_rel = %g, of %d snapshots, is the checkpoint of --workdir %s; what they '
+    'cannot tell of it is %.1f %%', ema.sigma_rel, len(steps), folder, 100 * left,
+  )  # fmt: skip
+  return folder
 
 
 @contextlib.contextmanager

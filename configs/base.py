@@ -146,6 +146,7 @@ def _default() -> ConfigDict:
   ema.half_life = 0.0  # of the first average, in images; 0: by model.ema_rate and model.ema_warmup
   ema.ramp_up = 0.05  # the half-life is at most this share of the images seen; 0: no such bound
   ema.sigma_rels = ()  # of further averages, by power functions: their widths, such as (0.05, 0.1)
+  ema.sigma_rel = 0.075  # of the average that --mode ema makes of the snapshots of those
   ema.use = 0  # which one evaluation and sampling read: 0 the first, 1 the first of ema.sigma_rels
 
   config.ebm = ebm = ConfigDict()  # of the objective cd, contrastive divergence

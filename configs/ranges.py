@@ -21,7 +21,7 @@ _POSITIVE = (
   'ebm.step_size', 'ebm.buffer_size', 'eval.batch_size', 'eval.num_samples', 'eval.bpd_repeats',
   'classifier.blocks_per_group', 'classifier.channel_multiplier', 'classifier.batch_size',
   'classifier.n_iters', 'classifier.lr', 'model.sigma_data', 'training.time_std',
-  'training.weight_gamma',
+  'training.weight_gamma', 'ema.sigma_rel',
 )  # fmt: skip
 _NOT_NEGATIVE = (
   'seed', 'data.dim', 'training.keep_snapshots', 'model.init_scale', 'model.num_classes',

@@ -1,0 +1,96 @@
+"""--mode ema: an average that training did not keep, of the snapshots of those that it did."""
+
+from etils import epath
+import jax
+import numpy as np
+import pytest
+
+from builders.setup import build
+from builders.training import score_task
+from configs.toy import two_moons
+import run_lib
+from runtime.errors import UserError
+from training import loop
+from training.checkpoints import Checkpoints
+from training.step import TrainState
+
+STEPS = 40
+
+
+def config_of(*sigma_rels: float):
+  config = two_moons.get_config('vp')
+  config.model.update(nf=8, num_layers=1, ema_rate=0.9)
+  config.training.update(
+    batch_size=8, n_iters=STEPS, n_jitted_steps=5, log_freq=20, eval_freq=40, snapshot_freq=5,
+    snapshot_freq_for_preemption=40, snapshot_sampling=False,
+  )  # fmt: skip
+  config.ema.sigma_rels = sigma_rels
+  return config
+
+
+def restored(config, folder: epath.Path) -> TrainState:
+  setup = build(config)
+  abstract = loop.abstract_state(score_task(setup), setup.devices, setup.keys)
+  with Checkpoints(folder, create=False) as checkpoints:
+    state = checkpoints.restore_latest(abstract)
+  assert state is not None
+  return state
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory) -> epath.Path:
+  folder = epath.Path(tmp_path_factory.mktemp('ema'))
+  run_lib.train(config_of(0.05, 0.10, 0.15), str(folder))
+  return folder
+
+
+def test_it_is_what_training_would_have_kept(workdir):
+  """Of a run that kept three, one is left out, and made of snapshots of the others: to 1e-3."""
+  state = restored(config_of(0.05, 0.10, 0.15), workdir)
+  config = config_of(0.05, 0.10, 0.15)
+  config.ema.sigma_rel = 0.12
+  folder = run_lib.post_hoc_average(config, str(workdir))
+  assert folder == workdir / 'ema' / '0.12'
+  made = restored(config, folder)
+  assert int(made.step) == STEPS
+  jax.tree.map(np.testing.assert_array_equal, made.params, state.params)
+  run_lib.train(config_of(0.12), str(workdir / 'direct'))
+  direct = restored(config_of(0.12), workdir / 'direct').averages[1]
+  kept = [jax.tree.leaves(average) for average in state.averages[2:]]
+  for got, expected, of_010, of_015 in zip(
+    jax.tree.leaves(made.averages[0]), jax.tree.leaves(direct), *kept, strict=True
+  ):
+    assert np.abs(got - expected).max() < 1e-3
+    apart = np.abs(of_010 - of_015).max()  # neighbours differ by more than that
+    assert np.abs(got - expected).max() < max(0.1 * apart, 1e-6)
+
+
+def test_one_that_was_kept_comes_back(workdir):
+  config = config_of(0.05, 0.10, 0.15)
+  config.ema.sigma_rel = 0.10
+  made = restored(config, run_lib.post_hoc_average(config, str(workdir)))
+  kept = restored(config, workdir).averages[2]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), made.averages[0], kept)
+  run_lib.sample(config, str(workdir / 'ema' / '0.1'), 'sample')  # a workdir like any other
+  with pytest.raises(UserError, match='holds an average already'):
+    run_lib.post_hoc_average(config, str(workdir))
+
+
+@pytest.mark.parametrize(
+  ('kept', 'wanted', 'message'),
+  [
+    ((), 0.1, r'config\.ema\.sigma_rels, for example'),
+    ((0.05, 0.10, 0.15), 0.3, r'config\.ema\.sigma_rel: .* below 0\.2887; got 0\.3'),
+    ((0.05, 0.10), 0.1, r'config\.ema\.sigma_rels: \[0\.05, 0\.1, 0\.15\] there'),
+  ],
+)
+def test_what_cannot_be_made_is_refused(workdir, kept, wanted, message):
+  config = config_of(*kept)
+  config.ema.sigma_rel = wanted
+  with pytest.raises(UserError, match=message):
+    run_lib.post_hoc_average(config, str(workdir))
+
+
+def test_a_workdir_without_snapshots_is_refused(tmp_path):
+  with pytest.raises(UserError, match='holds no snapshots'):
+    run_lib.post_hoc_average(config_of(0.05), str(tmp_path))
