@@ -15,6 +15,14 @@ from runtime.errors import UserError
 # What is wrong with a config, in a line; empty if it is right.
 Rule = Callable[[FrozenConfigDict], str]
 
+# What the output of a network stands for, where the config does not say.
+USUAL_OUTPUTS = {
+  'vesde': 'score',
+  'vpsde': 'noise',
+  'subvpsde': 'noise',
+  'edm': 'edm',
+  'flow': 'flow',
+}
 ONE_LEVEL = ('langevin', 'mala')  # methods that ask for the score at sampling.eps alone
 
 
@@ -93,6 +101,49 @@ def _ncsn_has_a_chain(config: FrozenConfigDict) -> str:
     'config.model.name = ncsn knows only the noise scales of a chain, SMLD or DDPM: set '
     f'config.training.sde to vesde or vpsde; got {config.training.sde}'
   )
+
+
+def _times_are_weighed_once(config: FrozenConfigDict) -> str:
+  training = config.training
+  if not training.likelihood_weighting or training.weight in ('', 'likelihood'):
+    return ''
+  return (
+    f'config.training.weight = {training.weight} and config.training.likelihood_weighting = True '
+    'are two weights: set one of them'
+  )
+
+
+def _rates_of_noise_are_of_an_sde(config: FrozenConfigDict) -> str:
+  training = config.training
+  by_rate = training.likelihood_weighting or training.weight in ('likelihood', 'sigmoid')
+  if not by_rate or training.continuous:
+    return ''
+  field = f'weight = {training.weight}' if training.weight else 'likelihood_weighting'
+  return f'config.training.{field} needs config.training.continuous'
+
+
+def _laws_are_of_all_times(config: FrozenConfigDict) -> str:
+  training = config.training
+  if not training.time_law or (training.continuous and not training.single_scale):
+    return ''
+  return (
+    f'config.training.time_law = {training.time_law} needs config.training.continuous, without '
+    'config.training.single_scale: the others have times of their own'
+  )
+
+
+def _later_sdes_have_no_chain(config: FrozenConfigDict) -> str:
+  training = config.training
+  if training.sde not in ('edm', 'flow') or training.continuous:
+    return ''
+  return f'config.training.sde = {training.sde} has no chain: set config.training.continuous = True'
+
+
+def _edm_is_for_data_around_zero(config: FrozenConfigDict) -> str:
+  output = config.model.output or USUAL_OUTPUTS[config.training.sde]
+  if output != 'edm' or config.data.centered:
+    return ''
+  return 'the output edm is for data around 0: set config.data.centered = True'
 
 
 # What is drawn.
@@ -205,6 +256,11 @@ RULES: tuple[Rule, ...] = (
   _perceptrons_take_fourier_features,
   _a_filter_has_a_sum,
   _ncsn_has_a_chain,
+  _times_are_weighed_once,
+  _rates_of_noise_are_of_an_sde,
+  _laws_are_of_all_times,
+  _later_sdes_have_no_chain,
+  _edm_is_for_data_around_zero,
   _metropolis_tests_need_energies,
   _metropolis_tests_need_densities,
   _one_level_is_sampled_at_one_level,

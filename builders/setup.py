@@ -152,14 +152,6 @@ _WEIGHTS: dict[str, Callable[[FrozenConfigDict], Weight]] = {
   'soft_min_snr': lambda config: losses.BySoftMinSNR(config.training.weight_gamma),
   'sigmoid': lambda config: losses.BySigmoid(config.training.weight_bias),
 }
-# What the output of a network stands for, where the config does not say.
-_USUAL_OUTPUTS = {
-  'vesde': 'score',
-  'vpsde': 'noise',
-  'subvpsde': 'noise',
-  'edm': 'edm',
-  'flow': 'flow',
-}
 
 _CHOICES: dict[str, Collection[str]] = {
   'data.fit': geometry.FITS,
@@ -224,7 +216,6 @@ def _check(config: FrozenConfigDict) -> None:
   if normalizations and config.model.normalization not in normalizations:
     what = f'config.model.normalization of {config.model.name}:'
     raise unknown(what, config.model.normalization, normalizations)
-  _check_training_law(config)
   takes_labels = config.model.name in LABELLED and config.model.conditional
   if config.model.num_classes and not takes_labels:
     raise UserError(
@@ -255,32 +246,6 @@ def _check_times(config: FrozenConfigDict, sde: SDE) -> None:
         f'config.{name} = {field(config, name)} must be below T = {sde.T}, the last time of '
         f'{config.training.sde}'
       )
-
-
-def _check_training_law(config: FrozenConfigDict) -> None:
-  """Raises UserError unless the law of training times, and their weight, go with the rest."""
-  training = config.training
-  if training.likelihood_weighting and training.weight not in ('', 'likelihood'):
-    raise UserError(
-      f'config.training.weight = {training.weight} and config.training.likelihood_weighting = True '
-      'are two weights: set one of them'
-    )
-  weighted_by_sde = training.likelihood_weighting or training.weight in ('likelihood', 'sigmoid')
-  if weighted_by_sde and not training.continuous:
-    what = f'weight = {training.weight}' if training.weight else 'likelihood_weighting'
-    raise UserError(f'config.training.{what} needs config.training.continuous')
-  if training.time_law and (training.single_scale or not training.continuous):
-    raise UserError(
-      f'config.training.time_law = {training.time_law} needs config.training.continuous, without '
-      'config.training.single_scale: the others have times of their own'
-    )
-  if training.sde in ('edm', 'flow') and not training.continuous:
-    raise UserError(
-      f'config.training.sde = {training.sde} has no chain: set config.training.continuous = True'
-    )
-  output = config.model.output or _USUAL_OUTPUTS[training.sde]
-  if output == 'edm' and not config.data.centered:
-    raise UserError('the output edm is for data around 0: set config.data.centered = True')
 
 
 def _check_ebm(config: FrozenConfigDict) -> None:
@@ -341,7 +306,7 @@ def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
     )
   # A chain without kernels of its own is the SDE at some times, and is read as that, as released.
   continuous = training.continuous or not chain.has_kernels
-  usual_output = 'scaled_score' if model.scale_by_sigma else _USUAL_OUTPUTS[training.sde]
+  usual_output = 'scaled_score' if model.scale_by_sigma else agreement.USUAL_OUTPUTS[training.sde]
   preconditioning = PRECONDITIONINGS[model.output or usual_output].for_data(model.sigma_data)
   net = make(model)
   conditioning = _CONDITIONINGS[ve, fourier, continuous]

@@ -244,6 +244,12 @@ def test_every_sampler_draws_the_data_or_is_refused(method):
     ('ve', {'sampling__method': 'mala', 'model__output': 'energy', 'training__single_scale': True,
             'sampling__labels': (1,)}, 'mala knows no density'),
     ('subvp', {'model__name': 'ncsn', 'training__continuous': False}, 'set config.training.sde to'),
+    ('vp', {'training__sde': 'edm', 'training__continuous': False}, 'edm has no chain'),
+    ('vp', {'training__sde': 'flow', 'training__continuous': False}, 'flow has no chain'),
+    ('vp', {'training__weight': 'edm', 'training__likelihood_weighting': True}, 'two weights'),
+    ('vp', {'training__weight': 'sigmoid', 'training__continuous': False}, 'sigmoid needs'),
+    ('vp', {'training__time_law': 'log_normal', 'training__continuous': False}, 'log_normal needs'),
+    ('vp', {'model__output': 'edm', 'data__centered': False}, 'for data around 0'),
   ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(sde, fields, said):
