@@ -11,10 +11,13 @@ import flax.linen as nn
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from models.barriers import apart, stored
+from runtime.shapes import Features, Images, Maps, PerRow
 
 Activation = Callable[[Array], Array]
+Tokens = Float[Array, 'b n c']  # the pixels of feature maps, one after another
 
 ACTIVATIONS: dict[str, Activation] = {
   'swish': nn.swish,
@@ -31,8 +34,8 @@ def default_init(scale: float = 1.0) -> nn.initializers.Initializer:
 
 
 def conv(
-  x: Array, features: int, kernel: int = 3, stride: int = 1, init_scale: float = 1.0
-) -> Array:
+  x: Images, features: int, kernel: int = 3, stride: int = 1, init_scale: float = 1.0
+) -> Maps:
   """A square convolution with DDPM's initialisation; call it inside a compact module."""
   return nn.Conv(
     features,
@@ -44,7 +47,7 @@ def conv(
   )(x)
 
 
-def dense(x: Array, features: int) -> Array:
+def dense(x: Features, features: int) -> Float[Array, 'b _']:
   """A fully connected layer with DDPM's initialisation."""
   return nn.Dense(features, kernel_init=default_init(), dtype=x.dtype)(x)
 
@@ -70,7 +73,7 @@ class GroupNorm(nn.Module):
   act: Activation = unchanged
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Images) -> Images:
     channels = x.shape[-1]
     if channels % self.num_groups:
       raise ValueError(f'{channels} channels cannot be shared by {self.num_groups} groups')
@@ -119,13 +122,13 @@ def _activated_jvp(
   return y, by_x + by_moments
 
 
-def group_norm(x: Array, min_group_size: int = 4, act: Activation = unchanged) -> Array:
+def group_norm(x: Images, min_group_size: int = 4, act: Activation = unchanged) -> Images:
   """act(GroupNorm(x)), of 32 groups; fewer where one would have under `min_group_size` channels."""
   return GroupNorm(min(x.shape[-1] // min_group_size, 32), act=act)(stored(x))
 
 
-def attention(q: Array, k: Array, v: Array) -> Array:
-  """softmax(q k^T / sqrt(C)) v of one head, for q, k, v [B, N, C]; the softmax is in float32."""
+def attention(q: Tokens, k: Tokens, v: Tokens) -> Tokens:
+  """softmax(q k^T / sqrt(C)) v of one head; the softmax is in float32."""
   logits = jnp.einsum('bqc,bkc->bqk', q, k, preferred_element_type=jnp.float32)
   weights = nn.softmax(logits * q.shape[-1] ** -0.5).astype(q.dtype)
   return jnp.einsum('bqk,bkc->bqc', weights, v)
@@ -138,14 +141,14 @@ class NIN(nn.Module):
   init_scale: float = 0.1
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Images) -> Maps:
     w = self.param('W', default_init(self.init_scale), (x.shape[-1], self.features))
     b = self.param('b', nn.initializers.zeros, (self.features,))
     return x @ w.astype(x.dtype) + b.astype(x.dtype)
 
 
 class GaussianFourierProjection(nn.Module):
-  """Random Fourier features of a scalar, [B] -> [B, 2 features] (Sec. C.1).
+  """2 `features` random Fourier features of a scalar (Sec. C.1).
 
   The frequencies W are drawn once and never trained.
   """
@@ -154,14 +157,14 @@ class GaussianFourierProjection(nn.Module):
   scale: float = 16.0
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: PerRow) -> Features:
     w = self.param('W', nn.initializers.normal(stddev=self.scale), (self.features,))
     phase = 2 * jnp.pi * x[:, None] * jax.lax.stop_gradient(w)[None, :]
     return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
 
 
-def positional_embedding(t: Array, features: int, max_period: float = 10000.0) -> Array:
-  """The sinusoidal embedding of DDPM, [B] -> [B, features]; t counts time steps, 0 to N - 1."""
+def positional_embedding(t: PerRow, features: int, max_period: float = 10000.0) -> Features:
+  """The sinusoidal embedding of DDPM; t counts time steps, 0 to N - 1."""
   half = features // 2
   frequencies = jnp.exp(-math.log(max_period) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
   phase = t.astype(jnp.float32)[:, None] * frequencies[None, :]

@@ -3,9 +3,9 @@
 import math
 
 import flax.linen as nn
-from jax import Array
 
 from models.layers import ACTIVATIONS, dense, GaussianFourierProjection
+from runtime.shapes import Features, PerRow
 
 
 class MLP(nn.Module):
@@ -28,7 +28,7 @@ class MLP(nn.Module):
   dtype: str = 'float32'
 
   @nn.compact
-  def __call__(self, x: Array, cond: Array, train: bool) -> Array:
+  def __call__(self, x: Features, cond: PerRow, train: bool) -> Features:
     del train
     act = ACTIVATIONS[self.nonlinearity]
     h = dense(x.reshape(len(x), -1).astype(self.dtype), self.nf)

@@ -14,10 +14,12 @@ import flax.linen as nn
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from models import layers, normalization
 from models.layers import Activation
 from models.normalization import ConditionalInstanceNorm2dPlus
+from runtime.shapes import Images, Maps, PerRow
 
 Layer = Callable[[Array], Array]
 
@@ -50,11 +52,11 @@ def halvings(name: str) -> int:
   return sum(stage.dilation == 1 for stage in STAGES[name][1:])
 
 
-def conv(x: Array, features: int, kernel: int = 3, dilation: int = 1, bias: bool = True) -> Array:
+def conv(x: Images, features: int, kernel: int = 3, dilation: int = 1, bias: bool = True) -> Maps:
   """A square convolution with PyTorch's initialisation, uniform within 1 / sqrt(fan-in)."""
   bound = (kernel * kernel * x.shape[-1]) ** -0.5
 
-  def uniform(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+  def uniform(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
   return nn.Conv(
@@ -76,7 +78,7 @@ class ConvMeanPool(nn.Module):
   kernel: int
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Images) -> Maps:
     return nn.avg_pool(conv(x, self.features, self.kernel), (2, 2), (2, 2))
 
 
@@ -92,7 +94,7 @@ class ResidualBlock(nn.Module):
   dilation: int
 
   @nn.compact
-  def __call__(self, x: Array, normalize: Layer) -> Array:
+  def __call__(self, x: Images, normalize: Layer) -> Maps:
     h = self.act(normalize(x))
     h = conv(h, x.shape[-1] if self.down else self.features, dilation=self.dilation)
     h = self.act(normalize(h))
@@ -111,7 +113,7 @@ class RCUBlock(nn.Module):
   act: Activation
 
   @nn.compact
-  def __call__(self, x: Array, normalize: Layer) -> Array:
+  def __call__(self, x: Images, normalize: Layer) -> Maps:
     for _ in range(self.n_units):
       h = x
       for _ in range(2):
@@ -127,7 +129,7 @@ class MSFBlock(nn.Module):
   interpolation: str
 
   @nn.compact
-  def __call__(self, xs: list[Array], normalize: Layer) -> Array:
+  def __call__(self, xs: list[Maps], normalize: Layer) -> Maps:
     hs = [conv(normalize(x), self.features) for x in xs]
     shape = hs[0].shape
     return sum(jax.image.resize(h, shape, self.interpolation) for h in hs)
@@ -140,7 +142,7 @@ class CRPBlock(nn.Module):
   pool: Layer
 
   @nn.compact
-  def __call__(self, x: Array, normalize: Layer) -> Array:
+  def __call__(self, x: Images, normalize: Layer) -> Maps:
     x = h = self.act(x)
     for _ in range(2):
       h = conv(self.pool(normalize(h)), x.shape[-1], bias=False)
@@ -158,7 +160,7 @@ class RefineBlock(nn.Module):
   last: bool
 
   @nn.compact
-  def __call__(self, xs: list[Array], normalize: Layer) -> Array:
+  def __call__(self, xs: list[Maps], normalize: Layer) -> Maps:
     hs = [RCUBlock(2, self.act)(x, normalize) for x in xs]
     h = MSFBlock(self.features, self.interpolation)(hs, normalize) if len(hs) > 1 else hs[0]
     h = CRPBlock(self.act, self.pool)(h, normalize)
@@ -166,7 +168,7 @@ class RefineBlock(nn.Module):
 
 
 class RefineNet(nn.Module):
-  """The network, (x [B, H, W, C], cond [B]) -> [B, H, W, C] in float32.
+  """The network, (x, cond) -> a map like x, in float32.
 
   With `num_classes` it is NCSN: `cond` is the number of the noise scale, counted from the largest,
   every normalisation is InstanceNorm++ conditioned on it, in the RefineNet as well, which pools
@@ -183,7 +185,7 @@ class RefineNet(nn.Module):
   dtype: str = 'float32'
 
   @nn.compact
-  def __call__(self, x: Array, cond: Array, train: bool) -> Array:
+  def __call__(self, x: Images, cond: PerRow, train: bool) -> Images:
     del train  # there is nothing random
     act, channels = layers.ACTIVATIONS[self.nonlinearity], x.shape[-1]
     window = {'window_shape': (5, 5), 'strides': (1, 1), 'padding': 'SAME'}

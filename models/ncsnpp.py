@@ -10,12 +10,12 @@ from itertools import count
 from typing import Any
 
 import flax.linen as nn
-from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
 from models import layers, resample
 from models.layers import Activation, conv, dense, group_norm, NIN
+from runtime.shapes import Features, Images, Labels, Maps, PerRow
 
 RESBLOCK_TYPES = ('biggan', 'ddpm')
 EMBEDDING_TYPES = ('fourier', 'positional')
@@ -25,7 +25,7 @@ COMBINE_METHODS = ('sum', 'cat')
 LABEL_STD = 0.2  # of the vectors of labels before training; about that of what they are added to
 
 
-def _add(x: Array, h: Array, skip_rescale: bool) -> Array:
+def _add(x: Images, h: Images, skip_rescale: bool) -> Images:
   """A residual sum, kept at unit variance if `skip_rescale`; rounded to the dtype of x once."""
   total = x.astype(jnp.float32) + h.astype(jnp.float32)
   total = total / np.sqrt(2.0, dtype=np.float32) if skip_rescale else total
@@ -40,7 +40,7 @@ class AttnBlockpp(nn.Module):
   min_group_size: int
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Images) -> Images:
     b, height, width, c = x.shape
     h = group_norm(x, self.min_group_size)
     q, k, v = (NIN(c)(h).reshape(b, height * width, c) for _ in range(3))
@@ -59,7 +59,7 @@ class ResnetBlockDDPMpp(nn.Module):
   min_group_size: int
 
   @nn.compact
-  def __call__(self, x: Array, temb: Array | None, train: bool) -> Array:
+  def __call__(self, x: Images, temb: Features | None, train: bool) -> Maps:
     h = conv(group_norm(x, self.min_group_size, self.act), self.features)
     if temb is not None:
       h += dense(self.act(temb), self.features)[:, None, None, :]
@@ -84,7 +84,7 @@ class ResnetBlockBigGANpp(nn.Module):
   direction: str = ''  # 'up' or 'down' changes the resolution
 
   @nn.compact
-  def __call__(self, x: Array, temb: Array | None, train: bool) -> Array:
+  def __call__(self, x: Images, temb: Features | None, train: bool) -> Maps:
     h = group_norm(x, self.min_group_size, self.act)
     if self.direction:
       change = {'up': resample.upsample, 'down': resample.downsample}[self.direction]
@@ -106,13 +106,13 @@ class Combine(nn.Module):
   method: str
 
   @nn.compact
-  def __call__(self, x: Array, h: Array) -> Array:
+  def __call__(self, x: Maps, h: Images) -> Maps:
     x = conv(x, h.shape[-1], kernel=1)
     return x + h if self.method == 'sum' else jnp.concatenate([x, h], axis=-1)
 
 
 class NCSNpp(nn.Module):
-  """The network, (x [B, H, W, C], cond [B], labels [B]) -> [B, H, W, C] in float32.
+  """The network, (x, cond, labels) -> a map like x, in float32.
 
   `cond` is what the embedding takes: log sigma or log time for Fourier features, a time step for
   the positional embedding; it is not read if not `conditional`. H and W are divisible by
@@ -149,7 +149,7 @@ class NCSNpp(nn.Module):
   remat: bool = False
 
   @nn.compact
-  def __call__(self, x: Array, cond: Array, train: bool, labels: Array | None = None) -> Array:
+  def __call__(self, x: Images, cond: PerRow, train: bool, labels: Labels | None = None) -> Images:
     act = layers.ACTIVATIONS[self.nonlinearity]
     channels, levels = x.shape[-1], len(self.ch_mult)
     x = x.astype(self.dtype)
@@ -174,7 +174,7 @@ class NCSNpp(nn.Module):
     block = nn.remat(plain, static_argnums=(3,)) if self.remat else plain  # 3 is `train`
     names = (f'{plain.__name__}_{i}' for i in count())  # nn.remat would change them
 
-    def resblock(h: Array, features: int, direction: str = '') -> Array:
+    def resblock(h: Images, features: int, direction: str = '') -> Maps:
       fields: dict[str, Any] = {
         'features': features,
         'act': act,
@@ -190,10 +190,10 @@ class NCSNpp(nn.Module):
         return change(features, self.resamp_with_conv, self.fir_kernel)(h)
       return block(**fields, name=next(names))(h, temb, train)
 
-    def attend(h: Array) -> Array:
+    def attend(h: Images) -> Images:
       return AttnBlockpp(self.init_scale, self.skip_rescale, self.min_group_size)(h)
 
-    def head(h: Array, features: int, init_scale: float) -> Array:
+    def head(h: Images, features: int, init_scale: float) -> Maps:
       return conv(group_norm(h, self.min_group_size, act), features, init_scale=init_scale)
 
     # Down: keep every feature map for the way up.

@@ -7,8 +7,10 @@ parameters are those of the released code, there with three leading axes of size
 import flax.linen as nn
 from jax import Array
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from models.layers import group_norm
+from runtime.shapes import Images, Labels
 
 EPSILON = 1e-5
 
@@ -40,7 +42,7 @@ class InstanceNorm2d(nn.Module):
   """Each channel of each image at zero mean and unit variance, then scaled and shifted."""
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Images) -> Images:
     scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
     bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
     return (scale * _standardize(x.astype(jnp.float32), (1, 2)) + bias).astype(x.dtype)
@@ -50,7 +52,7 @@ class InstanceNorm2dPlus(nn.Module):
   """InstanceNorm++, which keeps how the means of the channels differ."""
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Images) -> Images:
     alpha = self.param('alpha', _near_one, (x.shape[-1],))
     gamma = self.param('gamma', _near_one, (x.shape[-1],))
     beta = self.param('beta', nn.initializers.zeros, (x.shape[-1],))
@@ -58,13 +60,13 @@ class InstanceNorm2dPlus(nn.Module):
 
 
 class ConditionalInstanceNorm2dPlus(nn.Module):
-  """InstanceNorm++ with parameters for each of `num_classes` noise scales; labels are int32 [B]."""
+  """InstanceNorm++ with parameters for each of `num_classes` noise scales."""
 
   num_classes: int
 
   @nn.compact
-  def __call__(self, x: Array, labels: Array) -> Array:
-    def init(key: Array, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
+  def __call__(self, x: Images, labels: Labels) -> Images:
+    def init(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
       classes, features = shape[0], shape[1] // 3
       scales, shift = _near_one(key, (classes, 2 * features)), jnp.zeros((classes, features))
       return jnp.concatenate([scales, shift], axis=-1).astype(dtype)
@@ -78,7 +80,7 @@ class VarianceNorm2d(nn.Module):
   """Each channel of each image divided by its standard deviation, then scaled."""
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Images) -> Images:
     scale = self.param('scale', _near_one, (x.shape[-1],))
     h = x.astype(jnp.float32)
     return (scale * h * _inverse_std(h, (1, 2))).astype(x.dtype)
@@ -92,6 +94,6 @@ _NORMALIZATIONS: dict[str, type[nn.Module]] = {
 NORMALIZATIONS = (*_NORMALIZATIONS, 'GroupNorm')
 
 
-def normalize(x: Array, name: str) -> Array:
+def normalize(x: Images, name: str) -> Images:
   """Applies one of `NORMALIZATIONS`; call it inside a compact module."""
   return group_norm(x, min_group_size=1) if name == 'GroupNorm' else _NORMALIZATIONS[name]()(x)

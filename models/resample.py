@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.layers import conv, default_init
+from runtime.shapes import Images, Maps
 
 
 def _taps(kernel: Sequence[float], gain: float) -> list[float]:
@@ -63,16 +64,16 @@ def _filter(x: Array, kernel: Sequence[float], pad: int, stride: int) -> Array:
   return _down_axis(_down_axis(x, taps, 1, widths, stride), taps, 2, widths, stride)
 
 
-def upsample(x: Array, kernel: Sequence[float] | None) -> Array:
-  """[B, H, W, C] -> [B, 2H, 2W, C]; without a kernel, every pixel becomes a 2x2 square."""
+def upsample(x: Images, kernel: Sequence[float] | None) -> Maps:
+  """Twice as many rows and columns; without a kernel, every pixel becomes a 2x2 square."""
   if kernel is None:
     return x.repeat(2, axis=1).repeat(2, axis=2)
   taps = _taps(kernel, gain=2.0)
   return _up_axis(_up_axis(x, taps, 1), taps, 2)
 
 
-def downsample(x: Array, kernel: Sequence[float] | None) -> Array:
-  """[B, H, W, C] -> [B, H/2, W/2, C]; without a kernel, every 2x2 square becomes its mean."""
+def downsample(x: Images, kernel: Sequence[float] | None) -> Maps:
+  """Half as many rows and columns; without a kernel, every 2x2 square becomes its mean."""
   if kernel is None:
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
@@ -87,7 +88,7 @@ class FIRConv(nn.Module):
   kernel: Sequence[float]
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Images) -> Maps:
     weight = self.param('weight', default_init(), (3, 3, x.shape[-1], self.features))
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     if self.up:
@@ -115,7 +116,7 @@ class Upsample(nn.Module):
   fir_kernel: Sequence[float] | None
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Images) -> Maps:
     if self.with_conv and self.fir_kernel is not None:
       return FIRConv(self.features, True, self.fir_kernel, name='Conv2d_0')(x)
     x = upsample(x, self.fir_kernel)
@@ -130,7 +131,7 @@ class Downsample(nn.Module):
   fir_kernel: Sequence[float] | None
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Images) -> Maps:
     if self.with_conv and self.fir_kernel is not None:
       return FIRConv(self.features, False, self.fir_kernel, name='Conv2d_0')(x)
     if self.with_conv:

@@ -7,14 +7,16 @@ place of batch normalisation. Names are those of the released code's `wideresnet
 import flax.linen as nn
 from jax import Array
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from models import layers
+from runtime.shapes import Features, Images, Maps, PerRow
 
 _conv_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 EMBEDDING = 128  # half the number of Fourier features of the noise scale
 
 
-def _output_init(key: Array, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
+def _output_init(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
   return nn.initializers.uniform(2.0)(key, shape, dtype) * shape[1] ** -0.5 - shape[1] ** -0.5
 
 
@@ -46,7 +48,7 @@ class WideResnetBlock(nn.Module):
   first: bool
 
   @nn.compact
-  def __call__(self, x: Array, temb: Array) -> Array:
+  def __call__(self, x: Images, temb: Features) -> Maps:
     h = _activation(x, 'init_bn')
     if self.first:
       x = h
@@ -69,7 +71,7 @@ class WideResnetGroup(nn.Module):
   first: bool
 
   @nn.compact
-  def __call__(self, x: Array, temb: Array) -> Array:
+  def __call__(self, x: Images, temb: Features) -> Maps:
     for i in range(self.n_blocks):
       stride, first = (self.stride, self.first) if i == 0 else (1, False)
       x = WideResnetBlock(self.features, stride, first)(x, temb)
@@ -77,7 +79,7 @@ class WideResnetGroup(nn.Module):
 
 
 class WideResnet(nn.Module):
-  """The classifier, (x [B, H, W, C], log sigma [B]) -> logits [B, num_outputs] in float32.
+  """The classifier, (x, log sigma) -> `num_outputs` logits in float32.
 
   Four blocks per group and a multiplier of ten make the WRN-28-10 of the paper. Every image is
   brought to zero mean and unit variance first, so that neither its scaling nor alpha(t) matters.
@@ -89,7 +91,7 @@ class WideResnet(nn.Module):
   dtype: str = 'float32'
 
   @nn.compact
-  def __call__(self, x: Array, log_sigma: Array, train: bool) -> Array:
+  def __call__(self, x: Images, log_sigma: PerRow, train: bool) -> Features:
     del train  # there is nothing random
     axes, dim = (1, 2, 3), x[0].size
     std = jnp.maximum(x.std(axes, keepdims=True), dim**-0.5)  # of a constant image, not zero

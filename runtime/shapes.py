@@ -17,6 +17,11 @@ PerRowExpanded = Float[Array, 'b *ones']  # the same, by `sde_lib.expand`
 StepPerRow = Int[Array, ' b']  # of a chain
 Labels = Int[Array, ' b']
 
+# Of networks.
+Images = Float[Array, 'b h w c']
+Maps = Float[Array, 'b _ _ _']  # feature maps whose size is not that of the others
+Features = Float[Array, 'b f']  # numbers for each row, such as an embedding of its time
+
 # Of elementwise functions, which take one number, those of a time grid, or those of a batch.
 Times = Float[Array, '*b']
 PerTime = Float[Array, '*b']  # alpha, sigma and the like at these times

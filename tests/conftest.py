@@ -25,10 +25,10 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:  # the workers inherit it
 
 # Shapes are checked where they are said. Before any of these is imported.
 CHECKED = (
-  'sde_lib', 'losses', 'sampling', 'likelihood', 'controllable_generation', 'samplers',
-  'models.preconditioning', 'models.score', 'models.classifier', 'training.step',
+  'sde_lib', 'losses', 'sampling', 'likelihood', 'controllable_generation', 'samplers', 'models',
+  'training.step',
 )  # fmt: skip
-jaxtyping.install_import_hook(CHECKED, 'beartype.beartype')
+jaxtyping.install_import_hook(CHECKED, 'typechecker.check')
 
 
 def pytest_addoption(parser) -> None:

@@ -7,6 +7,7 @@ What the arrays are stands in tests/golden/README.md. All parameters come in thr
 import agreement
 from flax import serialization, traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -49,7 +50,7 @@ def test_parameters_have_the_released_names_and_shapes(golden):
 
 def test_conditioning_and_score(golden):
   arrays, setup, params = golden
-  x, t = arrays['io/x'], arrays['io/t']
+  x, t = jnp.asarray(arrays['io/x']), jnp.asarray(arrays['io/t'])
   told = setup.model.conditioning(setup.model.chain, t)
   fourier = setup.config.model.get('embedding_type') == 'fourier'
   fourier = fourier and setup.config.model.name == 'ncsnpp'
