@@ -1,6 +1,5 @@
 """The classifier of noisy images: it learns the posterior of the class, at every level of noise."""
 
-import dataclasses
 import json
 
 from etils import epath
@@ -107,7 +106,6 @@ def test_training_finds_the_posterior(sde, eps):
   assert correct.mean() == pytest.approx((truth.argmax(-1) == y).mean(), abs=0.01)
 
 
-@dataclasses.dataclass(frozen=True)
 class Guess(nn.Module):
   """A network that finds class 0 the most probable of ten, with probability 1/2, everywhere."""
 
