@@ -141,6 +141,7 @@ def read_folder(path: str, held_out: str = '', labelled: bool = True) -> Folder:
   said = _what_is_left_out(found, root)
   if not found.images:
     raise UserError('; '.join([f'no images in {shown(root)}', *said]))
+  _check_named_splits(root, found.images)
   splits, outside = _splits(_Level.of(root, found.images), held_out)
   if outside:
     chosen = ' and '.join(f'{shown(split.base.name)}/' for split in splits)
@@ -167,6 +168,17 @@ def read_folder(path: str, held_out: str = '', labelled: bool = True) -> Folder:
       where = shown(level.base.relative_to(root)) if len(levels) > 1 else shown(root)
       said.append(f'{where}/ has no images of {", ".join(names[i] for i in missing)}')
   return _folder(parts, names, said)
+
+
+def _check_named_splits(root: Path, images: Sequence[Path]) -> None:
+  """Raises UserError if, of the folders of two splits, one has no images at all."""
+  folders = [entry.name for entry in os.scandir(root) if entry.is_dir()]
+  splits = [[f for f in folders if f.casefold() in names] for names in (TRAIN, HELD_OUT)]
+  filled = {image.relative_to(root).parts[0] for image in images}
+  if all(splits):
+    for split in splits:
+      if not filled & {*split}:
+        raise UserError(f'no images in {shown(root / split[0])}; put some there, or remove it')
 
 
 def _folder(parts: list[Split], names: Sequence[str], said: list[str]) -> Folder:
