@@ -186,7 +186,7 @@ def step_errors(name: str) -> dict[str, float]:
   chain = SDES[name]().chain(1000)
   score_fn = DATA.score_fn(chain.sde)
   x, t, noise = (jnp.float32(arrays[key]) for key in ('x', 't', 'noise'))
-  i = (t * (chain.N - 1)).astype(jnp.int32)
+  i = jnp.trunc(t * (chain.N - 1))
   at = ChainStep(t, jnp.full_like(t, 1 / chain.N), i, chain)
   steps = {}
   for predictor in ('euler_maruyama', 'reverse_diffusion', 'ancestral_sampling'):

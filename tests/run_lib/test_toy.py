@@ -63,7 +63,7 @@ def final(workdir) -> TrainState:
 def test_every_variant_can_be_built(module, variant):
   setup = build(module.get_config(variant))
   assert setup.data_shape == ((10,) if module is gaussian else (2,))
-  many_levels = ('ve', 'vp', 'subvp', 'energy', 'ncsn')
+  many_levels = ('ve', 'vp', 'subvp', 'edm', 'flow', 'energy', 'ncsn')
   assert isinstance(setup.objective.times, OneTime) == (variant not in many_levels)
 
 

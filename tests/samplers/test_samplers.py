@@ -240,7 +240,7 @@ def test_adaptive_steps_recover_the_data(sde, eps):
 def test_a_step_size_that_finds_no_way_raises(monkeypatch):
   monkeypatch.setattr(adaptive_sde, 'MAX_STEPS', 30)
   with pytest.raises(FloatingPointError, match='30 steps'):
-    AdaptiveSDESampler(VP, EPS)(KEY, lambda x, t: x * jnp.nan, SMALL)
+    AdaptiveSDESampler(VP, EPS)(KEY, lambda x, t: 1e4 * jnp.sin(1e4 * x), SMALL)
 
 
 @flax.struct.dataclass
