@@ -201,7 +201,8 @@ def step(name: str, which: str) -> tuple[jax.Array, jax.Array]:
   (chain, _, file), (x, t, score_fn) = setting(name), inputs(name)
   kind, update, option = re.fullmatch('(pred|corr)_(.*)_(pf[01]|n[13])', which).groups()
   rsde = chain.sde.reverse(score_fn, option == 'pf1')
-  at = ChainStep(t, jnp.full_like(t, 1 / chain.N), released_index(chain, t), chain)
+  i = released_index(chain, t).astype(t.dtype)
+  at = ChainStep(t, jnp.full_like(t, 1 / chain.N), i, chain)
   with given_noise(jnp.float32(file['noise'])):
     if kind == 'pred':
       return PREDICTORS[update]().update_fn(KEY, rsde, x, at)
