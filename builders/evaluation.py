@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 import logging
-import math
 
 from etils import epath
 from ml_collections import FrozenConfigDict
@@ -38,6 +37,8 @@ from likelihood import Likelihood
 from runtime.errors import UserError
 
 logger = logging.getLogger('score_sde')
+
+EVERY_NOISE = 1e9  # above all that there are, as a limit of guidance
 
 
 def checkpoint_range(config: FrozenConfigDict) -> CheckpointRange:
@@ -126,7 +127,7 @@ def make_drawing(setup: Setup) -> Drawing:
   """
   choice = setup.config.sampling
   guided = None
-  if (choice.guidance_low, choice.guidance_high) != (0, math.inf):
+  if choice.guidance_low > 0 or choice.guidance_high < EVERY_NOISE:
     try:
       guided = NoiseInterval(setup.model.sde, choice.guidance_low, choice.guidance_high)
     except ValueError as error:

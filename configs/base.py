@@ -193,7 +193,7 @@ def _default() -> ConfigDict:
   sampling.uint8 = 'truncate'  # pixels to whole numbers: truncate or round
   sampling.guidance_scale = 1.0  # of classes: 0 ignores them, 1 is p(x | y), more is more typical
   sampling.guidance_low = 0.0  # classes are guided at low < sigma / alpha <= high alone; elsewhere
-  sampling.guidance_high = float('inf')  # the scale is 1
+  sampling.guidance_high = 1e9  # the scale is 1
   # What follows is for --mode sample.
   sampling.num_samples = 16  # for a task, of each input
   sampling.labels = ()  # classes, by number or name, over and over; empty for all in turn
