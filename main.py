@@ -251,9 +251,11 @@ def main(argv: Sequence[str]) -> None:
 def _quiet_libraries() -> None:
   """Leaves out traces of errors in the libraries' threads: what matters of them is raised as well.
 
-  Those are the threads of Orbax, TensorStore and tensorboardX where a disk is full.
+  Those are the threads of Orbax, TensorStore and tensorboardX where a disk is full, and the tasks
+  of Orbax, of which asyncio tells, where several arrays of a checkpoint are damaged.
   """
-  logging.getLogger('absl').setLevel(logging.CRITICAL)
+  for library in ('absl', 'asyncio'):
+    logging.getLogger(library).setLevel(logging.CRITICAL)
 
   def note(what: object) -> None:
     logging.debug('%s', what)
