@@ -22,7 +22,6 @@ from builders.data import check_data as check_images
 from builders.data import load_source
 from builders.evaluation import (
   checkpoint_range,
-  make_average,
   make_drawing,
   make_late_average,
   make_measurements,
@@ -31,6 +30,7 @@ from builders.evaluation import (
 )
 from builders.setup import build, check_shared, Setup
 from builders.training import (
+  average_in_use,
   classifier_task,
   classifier_times,
   make_classifier,
@@ -43,6 +43,7 @@ from data import sources
 from data.check import SplitReport
 from data.classes import check_same, describe, numbers_of
 from data.noise_scales import NoiseScales
+from evaluation.average import is_late, what_is_late
 from evaluation.evaluate import Measurement, step_folder
 from evaluation.sample import draw_samples
 from evaluation.stats import examples, noise_scales
@@ -167,7 +168,8 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   _check_results(out, setup)
   with open_workdir(out), Checkpoints(root) as checkpoints:
     for step in checkpoint_range(setup.config).steps(checkpoints):
-      params = _chosen(setup, checkpoints.restore_averages(step, _abstract_state(setup)))
+      averages = checkpoints.restore_averages(step, _abstract_state(setup))
+      params = averages[setup.config.ema.use]
       _check_classes(setup, root, step, measurements)
       origin = checkpoints_lib.origin(root, step, params)
       folder, report = step_folder(out, step), origin.claim_report(out)
@@ -296,17 +298,7 @@ def _newest(setup: Setup, root: epath.Path) -> tuple[int, Params]:
   if newest is None:  # an object store shows those that broke off
     raise UserError(f'{root} holds no whole checkpoint; train first (--mode train)')
   step, averages = newest
-  return step, _chosen(setup, averages)
-
-
-def _chosen(setup: Setup, averages: tuple[Params, ...]) -> Params:
-  """The average that a config evaluates and samples."""
-  use = setup.config.ema.use
-  if use >= len(averages):
-    raise UserError(
-      f'config.ema.use must be below {len(averages)}, the number of averages kept; got {use}'
-    )
-  return averages[use]
+  return step, averages[setup.config.ema.use]
 
 
 def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
@@ -627,6 +619,8 @@ def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop
 
 def _hint_of_average(setup: Setup, step: int) -> None:
   """Says so, where samples are of a moving average that has not arrived."""
-  average = make_average(setup.config)
-  if average.is_late(step):
-    logger.warning('samples are of parameters that have not arrived: %s', average.told(step))
+  average = average_in_use(setup.config)
+  if is_late(average, step):
+    logger.warning(
+      'samples are of parameters that have not arrived: %s', what_is_late(average, step)
+    )

@@ -516,27 +516,14 @@ class EDMSDE(SDE):
   def T(self) -> float:
     return self.sigma_max
 
-  @property
-  def prior_std(self) -> float:
-    return self.sigma_max
-
   def alpha(self, t: Times) -> PerTime:
     return jnp.ones_like(t)
 
   def sigma(self, t: Times) -> PerTime:
     return t
 
-  def log_snr(self, t: Times) -> PerTime:
-    return -jnp.log(t)
-
   def time_of_log_snr(self, log_snr: PerTime) -> Times:
     return jnp.exp(-log_snr)
-
-  def drift_coef(self, t: Times) -> PerTime:
-    return jnp.zeros_like(t)
-
-  def diffusion_coef(self, t: Times) -> PerTime:
-    return jnp.sqrt(2 * t)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -560,27 +547,14 @@ class RectifiedFlow(SDE):
   def T(self) -> float:
     return self.t_max
 
-  @property
-  def prior_std(self) -> float:
-    return self.t_max
-
   def alpha(self, t: Times) -> PerTime:
     return 1 - t
 
   def sigma(self, t: Times) -> PerTime:
     return t
 
-  def log_snr(self, t: Times) -> PerTime:
-    return jnp.log1p(-t) - jnp.log(t)
-
   def time_of_log_snr(self, log_snr: PerTime) -> Times:
     return jax.nn.sigmoid(-log_snr)
-
-  def drift_coef(self, t: Times) -> PerTime:
-    return -1 / (1 - t)
-
-  def diffusion_coef(self, t: Times) -> PerTime:
-    return jnp.sqrt(2 * t / (1 - t))
 
   def probability_flow(self, score_fn: ScoreFn, x: Data, t: PerRow) -> Data:
     """E[z - x_0 | x_t = x], asked of scores that know it: the score is infinite at t = 0."""

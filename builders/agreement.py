@@ -149,6 +149,13 @@ def _edm_is_for_data_around_zero(config: FrozenConfigDict) -> str:
 # What is drawn.
 
 
+def _what_is_used_is_kept(config: FrozenConfigDict) -> str:
+  kept = 1 + len(config.ema.sigma_rels)
+  if config.ema.use < kept:
+    return ''
+  return f'config.ema.use must be below {kept}, the number of averages kept; got {config.ema.use}'
+
+
 def _metropolis_tests_need_energies(config: FrozenConfigDict) -> str:
   if config.sampling.method != 'mala' or config.model.output == ENERGY:
     return ''
@@ -261,6 +268,7 @@ RULES: tuple[Rule, ...] = (
   _laws_are_of_all_times,
   _later_sdes_have_no_chain,
   _edm_is_for_data_around_zero,
+  _what_is_used_is_kept,
   _metropolis_tests_need_energies,
   _metropolis_tests_need_densities,
   _one_level_is_sampled_at_one_level,

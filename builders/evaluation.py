@@ -10,10 +10,11 @@ import numpy as np
 
 from builders.data import load_source, make_decoder
 from builders.setup import explicit_matching, Setup
+from builders.training import average_in_use
 from controllable_generation import NoiseInterval
 from data.classes import numbers_of
 from evaluation import features
-from evaluation.average import Average, LateAverage
+from evaluation.average import LateAverage
 from evaluation.bits_per_dim import BitsPerDim
 from evaluation.draw import Drawing
 from evaluation.evaluate import CheckpointRange, Measurement
@@ -69,19 +70,9 @@ def make_measurements(setup: Setup) -> list[Measurement]:
   return made
 
 
-def make_average(config: FrozenConfigDict) -> Average:
-  """How the parameters of the score model are averaged, in the average that is evaluated."""
-  ema = config.ema
-  if ema.use or (ema.half_life and ema.ramp_up):
-    return Average(0.0, warmup=False)  # of the first parameters these keep nothing
-  if ema.half_life:
-    return Average(0.5 ** (config.training.batch_size / ema.half_life), warmup=False)
-  return Average(config.model.ema_rate, config.model.ema_warmup)
-
-
 def make_late_average(setup: Setup, measurements: list[Measurement]) -> LateAverage | None:
   """What is measured beside the loss of an average that has not arrived, if there is a loss."""
-  average = make_average(setup.config)
+  average = average_in_use(setup.config)
   found = (LateAverage(average, m) for m in measurements if isinstance(m, HeldOutLoss))
   return next(found, None)
 

@@ -93,6 +93,11 @@ def make_averages(config: FrozenConfigDict) -> tuple[Average, ...]:
     raise UserError(f'config.ema.sigma_rels: {error}') from error
 
 
+def average_in_use(config: FrozenConfigDict) -> Average:
+  """The moving average that is evaluated and sampled."""
+  return make_averages(config)[config.ema.use]
+
+
 def settled_rate(config: FrozenConfigDict) -> float:
   """The share that the first moving average keeps of itself in a step, once it has warmed up."""
   return 1 - float(make_averages(config)[0].weight(jnp.int32(2**30)))

@@ -9,10 +9,10 @@ import dataclasses
 import logging
 
 from etils import epath
-import numpy as np
 
 from evaluation.held_out_loss import HeldOutLoss
 from models.score import Params
+from training.averages import Average
 from workdir.reports import Report
 
 logger = logging.getLogger('score_sde')
@@ -20,37 +20,18 @@ logger = logging.getLogger('score_sde')
 LATE = 0.05  # share of the first parameters, above which an average has not arrived
 
 
-@dataclasses.dataclass(frozen=True)
-class Average:
-  """How the parameters are averaged, see `training.step.apply_gradients`.
+def is_late(average: Average, steps: int) -> bool:
+  """Whether it has not arrived after so many steps."""
+  return average.share_of_first(steps) > LATE
 
-  Attributes:
-    rate: what the average keeps of itself at each step.
-    warmup: at step n, at most (1 + n) / (10 + n).
-  """
 
-  rate: float
-  warmup: bool
-
-  def share_of_first(self, steps: int) -> float:
-    """How much of the average are the parameters before the first step: a product of rates."""
-    rates = np.full(steps, self.rate)
-    if self.warmup:
-      n = np.arange(1, steps + 1)
-      rates = np.minimum(rates, (1 + n) / (10 + n))
-    return float(rates.prod())
-
-  def is_late(self, steps: int) -> bool:
-    """Whether it has not arrived after so many steps."""
-    return self.share_of_first(steps) > LATE
-
-  def told(self, steps: int) -> str:
-    """What is wrong, and what to do."""
-    return (
-      f'after {steps} steps, {self.share_of_first(steps):.0%} of the moving average of the '
-      f'parameters are the first ones (config.model.ema_rate = {self.rate:g}): train longer, or '
-      'set config.model.ema_rate lower or config.model.ema_warmup and train anew'
-    )
+def what_is_late(average: Average, steps: int) -> str:
+  """What is wrong, and what to do."""
+  return (
+    f'after {steps} steps, {average.share_of_first(steps):.0%} of the moving average of the '
+    f'parameters are the first ones ({average}): train longer, or set config.model.ema_rate lower, '
+    'config.model.ema_warmup or config.ema.half_life and train anew'
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +48,7 @@ class LateAverage:
 
   def is_wanted(self, report: Report) -> bool:
     """Whether a report of a late average lacks it."""
-    late = self.average.is_late(report['step'])
+    late = is_late(self.average, report['step'])
     return late and not all(self._name(name) in report for name in self.held_out_loss.objectives)
 
   def measure(self, params: Params, step: int, folder: epath.Path) -> Report:
@@ -81,12 +62,12 @@ class LateAverage:
     if (
       of_params is None
       or not of_params < report['loss']
-      or not self.average.is_late(report['step'])
+      or not is_late(self.average, report['step'])
     ):
       return
     logger.warning(
       'the loss is %.4g, that of the parameters themselves %.4g: %s',
-      report['loss'], of_params, self.average.told(report['step']),
+      report['loss'], of_params, what_is_late(self.average, report['step']),
     )  # fmt: skip
 
   def _name(self, objective: str) -> str:

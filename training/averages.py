@@ -32,7 +32,12 @@ class Average(abc.ABC):
 
   @abc.abstractmethod
   def weight(self, n: Array) -> Array | float:
-    """1 - beta of step n = 1, 2, ..., int32 []; not by subtracting in float32."""
+    """1 - beta of step n = 1, 2, ..., int32; not by subtracting in float32."""
+
+  def share_of_first(self, steps: int) -> float:
+    """How much of it, after so many steps, is what the parameters were before the first."""
+    weights = np.asarray(self.weight(jnp.arange(1, steps + 1)), np.float64)
+    return float(np.prod(1 - np.broadcast_to(weights, steps)))
 
 
 @dataclasses.dataclass(frozen=True)

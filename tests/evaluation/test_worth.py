@@ -9,9 +9,10 @@ import pytest
 
 from configs.toy import two_moons
 from evaluation import metrics
-from evaluation.average import Average, LATE
+from evaluation.average import is_late, LATE, what_is_late
 from evaluation.metrics import Floor
 import run_lib
+from training.averages import ConstantRate, HalfLife, Power, WarmingRate
 from workdir import page, reports
 
 
@@ -55,13 +56,16 @@ def test_a_summary_says_what_distances_are_worth():
 
 
 def test_the_share_of_the_first_parameters_in_an_average():
-  assert Average(0.9999, False).share_of_first(100) == pytest.approx(0.9999**100)
-  assert Average(0.0, False).share_of_first(1) == 0 and Average(0.5, False).share_of_first(0) == 1
-  assert Average(0.9999, True).share_of_first(3) == pytest.approx(2 / 11 * 3 / 12 * 4 / 13)
-  assert Average(0.1, True).share_of_first(2) == pytest.approx(0.1 * 0.1)
-  assert Average(0.9999, False).share_of_first(29_900) > LATE
-  assert not Average(0.9999, False).is_late(30_000) and not Average(0.9999, True).is_late(5)
-  assert 'after 100 steps, 99% of the moving average' in Average(0.9999, False).told(100)
+  rate = ConstantRate(0.9999)
+  assert rate.share_of_first(100) == pytest.approx(0.9999**100)
+  assert ConstantRate(0.0).share_of_first(1) == 0 and ConstantRate(0.5).share_of_first(0) == 1
+  assert WarmingRate(0.9999).share_of_first(3) == pytest.approx(2 / 11 * 3 / 12 * 4 / 13)
+  assert WarmingRate(0.1).share_of_first(2) == pytest.approx(0.1 * 0.1)
+  assert HalfLife(640.0, 32, ramp_up=0).share_of_first(40) == pytest.approx(0.25)
+  assert HalfLife(640.0, 32).share_of_first(1) == Power(0.1).share_of_first(1) == 0
+  assert rate.share_of_first(29_900) > LATE
+  assert not is_late(rate, 30_000) and not is_late(WarmingRate(0.9999), 5)
+  assert 'after 100 steps, 99% of the moving average' in what_is_late(rate, 100)
 
 
 def config_of(**fields):
@@ -91,7 +95,7 @@ def test_the_loss_of_an_average_that_is_late_stands_beside_that_of_the_parameter
   )
   assert f'the loss is {report["loss"]:.4g}' in line and '99% of the moving average' in line
   assert (
-    f'{report["loss_without_average"]:.4g}' in line and 'config.model.ema_rate = 0.9999' in line
+    f'{report["loss_without_average"]:.4g}' in line and 'ConstantRate(rate=0.9999)' in line
   )
   assert json.loads((late / 'eval' / 'report_100.json').read_text()) == report
   stamp = (late / 'eval' / 'report_100.json').stat().st_mtime_ns
