@@ -81,9 +81,14 @@ def test_steps_of_a_chain_are_those_of_its_own_times(times):
 POINT = gaussian(jnp.array([0.3]), 0.0)
 
 
-@later_too
-@pytest.mark.parametrize('n', [2, 5, 50, 200])
-@pytest.mark.parametrize('eps', [1e-5, 1e-3, 0.03])
+@pytest.mark.parametrize(
+  ('sde', 'n', 'eps'),
+  [
+    *itertools.product(SDES, [2, 5, 50, 200], [1e-5, 1e-3, 0.03]),
+    *itertools.product(LATER, [2, 50], [1e-3]),
+  ],
+  ids=lambda v: type(v).__name__ if isinstance(v, SDE) else str(v),
+)
 @pytest.mark.parametrize('predictor', ['euler_maruyama', 'reverse_diffusion', 'ancestral_sampling'])
 def test_every_grid_ends_in_clean_data(sde, predictor, n, eps):
   """However long its last step is; the released step overshoots where eps is not its length."""

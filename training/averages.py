@@ -134,7 +134,7 @@ def combination(
     at: its step; averages of later steps are of no use.
 
   Returns:
-    A coefficient of each that is kept, which sum to about 1; and the error that is left, relative
+    A coefficient of each that is kept, which sum to 1; and the error that is left, relative
     to the function that is wanted, from 0 to 1.
 
   Raises:
@@ -150,6 +150,7 @@ def combination(
   scale = 1 / np.sqrt(np.diag(gram))
   solution = np.linalg.lstsq(gram * scale * scale[:, None], right * scale, rcond=1e-14)[0]
   coefficients = solution * scale
+  coefficients /= coefficients.sum()  # so that what stands still, as Fourier frequencies, stays
   size = _inner(one, gamma, one, gamma)[0]
   left = size - 2 * coefficients @ right + coefficients @ gram @ coefficients
   return coefficients, math.sqrt(max(left, 0.0) / size)

@@ -94,9 +94,7 @@ def test_the_loss_of_an_average_that_is_late_stands_beside_that_of_the_parameter
     m for m in caplog.messages if 'without' not in m and 'of the parameters themselves' in m
   )
   assert f'the loss is {report["loss"]:.4g}' in line and '99% of the moving average' in line
-  assert (
-    f'{report["loss_without_average"]:.4g}' in line and 'ConstantRate(rate=0.9999)' in line
-  )
+  assert f'{report["loss_without_average"]:.4g}' in line and 'ConstantRate(rate=0.9999)' in line
   assert json.loads((late / 'eval' / 'report_100.json').read_text()) == report
   stamp = (late / 'eval' / 'report_100.json').stat().st_mtime_ns
   caplog.clear()

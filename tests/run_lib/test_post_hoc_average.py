@@ -21,9 +21,10 @@ def config_of(*sigma_rels: float):
   config = two_moons.get_config('vp')
   config.model.update(nf=8, num_layers=1, ema_rate=0.9)
   config.training.update(
-    batch_size=8, n_iters=STEPS, n_jitted_steps=5, log_freq=20, eval_freq=40, snapshot_freq=5,
+    batch_size=8, n_iters=STEPS, n_jitted_steps=5, log_freq=20, eval_freq=40, snapshot_freq=10,
     snapshot_freq_for_preemption=40, snapshot_sampling=False,
   )  # fmt: skip
+  config.sampling.update(method='ddim', num_steps=5)
   config.ema.sigma_rels = sigma_rels
   return config
 
