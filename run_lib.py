@@ -6,18 +6,27 @@ A workdir holds `config.json`, `machine.json`, `index.html` which shows the run,
 classifier. All of it can be stopped at any moment and started again, with the same final result.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 from functools import partial
 import logging
-import os
 
 from etils import epath
 import jax
 from ml_collections import ConfigDict
 import optax
 
+from builders.continuity import (
+  begin_from,
+  check_classes,
+  check_goes_on,
+  check_model,
+  check_results,
+  class_names,
+  note_data,
+  write_config,
+)
 from builders.data import check_data as check_images
 from builders.data import load_source
 from builders.evaluation import (
@@ -30,6 +39,7 @@ from builders.evaluation import (
 )
 from builders.setup import build, check_shared, Setup
 from builders.training import (
+  abstract_state,
   average_in_use,
   classifier_task,
   classifier_times,
@@ -39,12 +49,11 @@ from builders.training import (
   settled_rate,
 )
 from configs.base import saved
-from data import sources
 from data.check import SplitReport
-from data.classes import check_same, describe, numbers_of
+from data.classes import numbers_of
 from data.noise_scales import NoiseScales
 from evaluation.average import is_late, what_is_late
-from evaluation.evaluate import Measurement, step_folder
+from evaluation.evaluate import step_folder
 from evaluation.sample import draw_samples
 from evaluation.stats import examples, noise_scales
 from models.score import Params
@@ -52,21 +61,19 @@ from runtime import processes
 from runtime.devices import out_of_memory
 from runtime.errors import cannot_write, UserError
 from training import checkpoints as checkpoints_lib
-from training import classifier, fine_tuning, loop, released_checkpoints
+from training import classifier, loop, released_checkpoints
 from training.averages import combination, Power
-from training.checkpoints import Checkpoints, Notes
+from training.checkpoints import Checkpoints
 from training.step import TrainState
 from workdir import artifacts, page, reports, same_config, versions
-from workdir.origin import has_results, set_aside_former
+from workdir.origin import set_aside_former
 from workdir.progress import Bar, Stop
 from workdir.reports import Report
 from workdir.same_config import (
   check_unchanged,
-  FIXED_IN_EVAL,
   FIXED_NOISE,
   LEARNED,
   LEARNED_BY_CLASSIFIER,
-  MODEL,
 )
 
 logger = logging.getLogger('score_sde')
@@ -86,10 +93,10 @@ def train(config: ConfigDict, workdir: str, init_from: str = '') -> None:
   check_shared(setup.config, 'training.snapshot_samples')
   check_shared(setup.config, 'training.batch_size', 'training.grad_accum')
   source, held_out = (load_source(setup.config, split) for split in ('train', 'test'))
-  _check_goes_on(root, setup, LEARNED)
-  notes, begin = _note_data(root, setup, source, setup.model.num_classes), None
+  check_goes_on(root, setup, LEARNED)
+  notes, begin = note_data(root, setup, source, setup.model.num_classes), None
   if init_from:
-    notes, begin = _begin_from(init_from, root, setup, notes)
+    notes, begin = begin_from(init_from, root, setup, notes)
   elif notes.begun_from:
     logger.info('it began with the parameters of %(workdir)s, step %(step)d', notes.begun_from)
   numbers_of(
@@ -122,8 +129,8 @@ def train_classifier(config: ConfigDict, workdir: str) -> Report:
   source, held_out = (load_source(setup.config, split, 'classifier') for split in ('train', 'test'))
   check_unchanged(root / 'config.json', setup.config.to_dict(), FIXED_NOISE)
   folder = classifier.folder(root)
-  _check_goes_on(folder, setup, LEARNED_BY_CLASSIFIER)
-  notes = _note_data(folder, setup, source, source.num_classes)
+  check_goes_on(folder, setup, LEARNED_BY_CLASSIFIER)
+  notes = note_data(folder, setup, source, source.num_classes)
   with open_workdir(folder):
     state = loop.train(
       classifier_task(setup), make_schedule(setup.config, 'classifier'), setup.devices, setup.keys,
@@ -160,17 +167,17 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   out = root / eval_folder
   if not checkpoints_lib.exist(root) and not setup.config.eval.wait:
     raise UserError(f'{root} holds no checkpoints to evaluate; train first (--mode train)')
-  _check_model(root, setup)
+  check_model(root, setup)
   if setup.model.num_classes:
-    _class_names(setup, root)  # which says so if they are others
+    class_names(setup, root)  # which says so if they are others
   measurements, all_reports = make_measurements(setup), []
   late_average = make_late_average(setup, measurements)
-  _check_results(out, setup)
+  check_results(out, setup)
   with open_workdir(out), Checkpoints(root) as checkpoints:
     for step in checkpoint_range(setup.config).steps(checkpoints):
-      averages = checkpoints.restore_averages(step, _abstract_state(setup))
+      averages = checkpoints.restore_averages(step, abstract_state(setup))
       params = averages[setup.config.ema.use]
-      _check_classes(setup, root, step, measurements)
+      check_classes(setup, root, step, measurements)
       origin = checkpoints_lib.origin(root, step, params)
       folder, report = step_folder(out, step), origin.claim_report(out)
       origin.claim(folder)
@@ -180,7 +187,7 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
           report |= measurement.measure(params, step, folder)
           reports.write(out, report)
       if late_average and late_average.is_wanted(report):
-        not_averaged = checkpoints.restore_params(step, _abstract_state(setup))
+        not_averaged = checkpoints.restore_params(step, abstract_state(setup))
         report |= late_average.measure(not_averaged, step, folder)
         reports.write(out, report)
       all_reports.append(report)
@@ -212,7 +219,7 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
   """
   setup, root = build(config), artifacts.root_of(workdir)
   step, params = _newest(setup, root)
-  names = _class_names(setup, root if setup.model.num_classes else classifier.folder(root))
+  names = class_names(setup, root if setup.model.num_classes else classifier.folder(root))
   request, log_prob, used = make_sample_request(setup, names), None, [params]
   if setup.config.sampling.labels and not setup.model.num_classes:
     task = classifier_task(setup)
@@ -221,7 +228,7 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
     used.append(of_classes)
   out = root / sample_folder
   folder = step_folder(out, step)
-  _check_results(out, setup)
+  check_results(out, setup)
   with open_workdir(out):
     checkpoints_lib.origin(root, step, *used).claim(folder)
     write_config(out, setup, step)
@@ -292,9 +299,9 @@ def _newest(setup: Setup, root: epath.Path) -> tuple[int, Params]:
   """Step and parameters of the newest checkpoint."""
   if not checkpoints_lib.exist(root):
     raise UserError(f'{root} holds no checkpoints; train first (--mode train)')
-  _check_model(root, setup)
+  check_model(root, setup)
   with Checkpoints(root) as checkpoints:
-    newest = checkpoints.restore_latest_averages(_abstract_state(setup))
+    newest = checkpoints.restore_latest_averages(abstract_state(setup))
   if newest is None:  # an object store shows those that broke off
     raise UserError(f'{root} holds no whole checkpoint; train first (--mode train)')
   step, averages = newest
@@ -316,7 +323,7 @@ def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
     raise UserError(
       'config.ema.sigma_rels must be empty for --mode import: released checkpoints have one average'
     )
-  abstract = _abstract_state(setup)  # says so if the config does not make a network
+  abstract = abstract_state(setup)  # says so if the config does not make a network
   state = released_checkpoints.load(
     checkpoint, setup.model, (1, *setup.data_shape), setup.tx, settled_rate(setup.config)
   )
@@ -351,8 +358,8 @@ def post_hoc_average(config: ConfigDict, workdir: str) -> epath.Path:
     Power(ema.sigma_rel)
   except ValueError as wrong:
     raise UserError(f'config.ema.sigma_rel: {wrong}') from None
-  _check_goes_on(root, setup, LEARNED)
-  abstract = _abstract_state(setup)
+  check_goes_on(root, setup, LEARNED)
+  abstract = abstract_state(setup)
   with Checkpoints(root, create=False) as checkpoints:
     steps = checkpoints.steps()
     if not steps:
@@ -391,156 +398,6 @@ def open_workdir(folder: epath.Path) -> Iterator[None]:
     yield
 
 
-def write_config(folder: epath.Path, setup: Setup, step: int) -> None:
-  """Writes the config with which a folder is used from a step on, once that is sure to go well."""
-  try:
-    same_config.write(folder, setup.config.to_dict(), step)
-  except OSError as error:
-    raise cannot_write(folder, error, 'choose another') from error
-
-
-def _check_goes_on(root: epath.Path, setup: Setup, learned: tuple[str, ...]) -> None:
-  """Raises UserError if there are checkpoints, and the config would have other things learned."""
-  if checkpoints_lib.exist(root):
-    way_out = (
-      'What is learned must not change in mid-run: give back these values, or choose a new '
-      f'--workdir; --init_from={root} begins that with the parameters that are here'
-    )
-    check_unchanged(root / 'config.json', setup.config.to_dict(), learned, way_out)
-
-
-def _check_model(root: epath.Path, setup: Setup) -> None:
-  """Raises UserError if the checkpoints of a workdir are of another model."""
-  way_out = 'Give back these values, or choose another --workdir'
-  check_unchanged(root / 'config.json', setup.config.to_dict(), MODEL, way_out)
-
-
-def _check_results(out: epath.Path, setup: Setup) -> None:
-  """Raises UserError if a folder holds results of another config."""
-  if has_results(out):
-    way_out = 'Give back these values, or choose another folder (--eval_folder, --sample_folder)'
-    check_unchanged(out / 'config.json', setup.config.to_dict(), FIXED_IN_EVAL, way_out)
-
-
-# What to do where classes have other names than those that a model was trained with.
-_RENAME = 'Give the folders back their names, or choose a --workdir of a model of these classes'
-
-
-def _note_data(root: epath.Path, setup: Setup, source: sources.Source, told_classes: int) -> Notes:
-  """What to write down of the training data with each checkpoint; says what the classes are.
-
-  Raises:
-    UserError: if a run would go on with other classes, which it is told, or with other images.
-  """
-  if source.class_names:
-    logger.info('%s', describe(source.class_names, source.class_counts()))
-  there, now = checkpoints_lib.notes(root), source.fingerprint()
-  if told_classes:
-    check_same(there.classes, source.class_names, root, _RENAME)
-  if checkpoints_lib.exist(root) and now:
-    _check_images(root, setup, there.images, now)
-  return dataclasses.replace(there, classes=tuple(source.class_names), images=now)
-
-
-def _begin_from(
-  name: str, root: epath.Path, setup: Setup, notes: Notes
-) -> tuple[Notes, Callable[[TrainState], TrainState] | None]:
-  """What a run that begins with the parameters of another notes of it, and how it begins.
-
-  Where it has begun already, it just goes on.
-
-  Raises:
-    UserError: if the workdir holds another run, or there are no such parameters.
-  """
-  path = artifacts.root_of(name, '--init_from')
-  if not artifacts.is_remote(path):
-    path = epath.Path(_place(name))
-  if checkpoints_lib.exist(root):
-    there = notes.begun_from.get('name', '')
-    if there == str(path):
-      return notes, None
-    what = f'that was begun from {there}' if there else 'that was begun from nothing'
-    raise UserError(
-      f'{root} holds a run {what}, and --init_from {name} is for a new one: choose a new '
-      '--workdir. Without --init_from the run there goes on'
-    )
-  place = fine_tuning.find(path)
-  config_path = place.root / 'config.json'
-  if not config_path.exists():
-    raise UserError(f'--init_from: {config_path} does not exist; it belongs to the checkpoints')
-  try:
-    others = build(saved(artifacts.read_json(config_path), config_path))
-  except UserError as error:
-    raise UserError(f'--init_from: {config_path}: {error}') from None
-  beginning, source = fine_tuning.load(place, _abstract_state(others), notes.classes)
-  logger.info('beginning with the parameters of %s', beginning.where)
-  different = same_config.changes(config_path, setup.config.to_dict())
-  learned = {k: v for k, v in different.items() if k in LEARNED}
-  if learned:
-    logger.info('of what is learned, it had: %s', same_config.told(learned))
-  return dataclasses.replace(notes, begun_from=source | {'name': str(path)}), beginning.begin
-
-
-def _check_images(root: epath.Path, setup: Setup, there: str, now: str) -> None:
-  """Raises UserError if `data.path` was changed to another folder of other images.
-
-  Fingerprints tell the images, where those that the run began with were written down.
-  """
-  path = setup.config.data.path
-  former, _ = same_config.changes(root / 'config.json', setup.config.to_dict()).get(
-    'data.path', (path, path)
-  )
-  moved = bool(former) and _place(former) != _place(path)
-  if there == now or not (there or moved):
-    return
-  if not moved:
-    logger.warning(
-      'the images in %s are not those of before: files came, went or were changed. The run goes on '
-      'with what is there', path,
-    )  # fmt: skip
-    return
-  what = 'holds other images' if there else 'cannot be compared with it, as earlier code noted less'
-  raise UserError(
-    f'{root} was trained with the images in config.data.path = {former!r}, and {path!r} {what}. '
-    'What is learned must not change in mid-run: give back that path, or choose a new '
-    f'--workdir; --init_from={root} begins that with the parameters that are here'
-  )
-
-
-def _place(path: str) -> str:
-  return os.path.realpath(os.path.expanduser(path))
-
-
-def _check_classes(
-  setup: Setup, root: epath.Path, step: int, measurements: Sequence[Measurement]
-) -> None:
-  """Raises UserError if a model that is told classes would be measured on others."""
-  trained = checkpoints_lib.notes(root, step).classes if setup.model.num_classes else ()
-  for measurement in measurements:
-    if measurement.class_names:
-      check_same(trained, measurement.class_names, root, _RENAME)
-
-
-def _class_names(setup: Setup, root: epath.Path) -> Sequence[str]:
-  """The names of the classes that a model was trained with; of one of earlier code, the data's.
-
-  Raises:
-    UserError: if the data lie here, in a folder, and their classes have other names.
-  """
-  data, trained = setup.config.data, checkpoints_lib.notes(root).classes
-  if not (setup.model.num_classes or setup.config.sampling.labels):
-    return ()
-  at_hand = data.dataset.lower() == 'digits' or (
-    data.dataset.lower() == 'folder' and os.path.isdir(os.path.expanduser(data.path))
-  )
-  if not at_hand:
-    return trained
-  section = 'model' if setup.model.num_classes else 'classifier'
-  now = load_source(setup.config, 'train', section).class_names
-  check_same(trained, now, root, _RENAME)
-  return now
-
-
 def _at_start(setup: Setup, root: epath.Path, state: TrainState) -> None:
   """Writes down with what a run goes on, now that its state is there; says what changed."""
   step = int(state.step)
@@ -561,10 +418,6 @@ def _note_machine(root: epath.Path) -> None:
     was, now = (', '.join(f'{n} {m.get(n)}' for n in names) for m in (before, here))
     logger.info('%s, before %s: the same run but for the order of sums', now, was)
   artifacts.write_json(path, here)
-
-
-def _abstract_state(setup: Setup) -> TrainState:
-  return loop.abstract_state(score_task(setup), setup.devices, setup.keys)
 
 
 def _at_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop) -> None:

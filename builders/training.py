@@ -14,7 +14,7 @@ from models.classifier import Classifier
 from models.score import Params
 from models.wideresnet import WideResnet
 from runtime.errors import UserError
-from training import classifier, contrastive_divergence
+from training import classifier, contrastive_divergence, loop
 from training.averages import Average, ConstantRate, HalfLife, Power, WarmingRate
 from training.contrastive_divergence import ContrastiveDivergence
 from training.loop import Schedule, Task, Update
@@ -75,6 +75,15 @@ def score_task(setup: Setup) -> Task:
     purposes=('init', 'train', 'eval'),
     batch_size=config.training.batch_size,
   )
+
+
+def abstract_state(setup: Setup) -> TrainState:
+  """The shapes, dtypes and shardings of the score model's state; nothing is computed.
+
+  Raises:
+    UserError: if the config does not make a network.
+  """
+  return loop.abstract_state(score_task(setup), setup.devices, setup.keys)
 
 
 def make_averages(config: FrozenConfigDict) -> tuple[Average, ...]:

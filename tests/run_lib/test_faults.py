@@ -29,6 +29,7 @@ from whole_runs import (
   UNSEEN,
 )
 
+from builders.training import abstract_state
 import run_lib
 from runtime.errors import UserError
 from training import checkpoints as checkpoints_lib
@@ -187,7 +188,7 @@ def test_whatever_happens_to_a_checkpoint_an_older_one_is_taken(undisturbed, tmp
   """To each of its files in turn; what is restored has the arrays that were saved."""
   whole, _ = undisturbed
   setup, _ = run_lib.load(str(whole))
-  like = run_lib._abstract_state(setup)
+  like = abstract_state(setup)
   with Checkpoints(whole) as checkpoints:
     assert checkpoints.steps() == [6, 12]
     good = checkpoints.restore(12, like)

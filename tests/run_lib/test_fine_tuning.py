@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from test_class_names import config, draw
 
+from builders.continuity import begin_from, write_config
 from builders.setup import build
-from builders.training import score_task
+from builders.training import abstract_state, score_task
 import run_lib
 from runtime.errors import UserError
 from training import checkpoints as checkpoints_lib
@@ -34,7 +35,7 @@ def save(workdir: str, state: TrainState, classes: tuple[str, ...], **fields) ->
   with Checkpoints(workdir, Notes(classes)) as checkpoints:
     checkpoints.save(state, keep=True)
   setup = build(config('photos', **fields))
-  run_lib.write_config(epath.Path(workdir), setup, int(state.step))
+  write_config(epath.Path(workdir), setup, int(state.step))
 
 
 @pytest.fixture(scope='module')
@@ -60,14 +61,14 @@ def there(tmp_path_factory):
 def state_of(workdir: str, step: int) -> TrainState:
   setup, _ = run_lib.load(workdir)
   with Checkpoints(workdir) as checkpoints:
-    return checkpoints.restore(step, run_lib._abstract_state(setup))
+    return checkpoints.restore(step, abstract_state(setup))
 
 
 def begun(init_from: str, classes=('cat', 'dog', 'owl'), **fields) -> TrainState:
   """The state before the first step of a run with these classes."""
   setup = build(config('photos', **fields))
   notes = Notes(classes if setup.model.num_classes else ())
-  _, begin = run_lib._begin_from(init_from, epath.Path('new'), setup, notes)
+  _, begin = begin_from(init_from, epath.Path('new'), setup, notes)
   assert begin is not None
   return begin(initial(**fields))
 

@@ -9,6 +9,7 @@ from PIL import Image
 import pytest
 
 from builders.setup import build
+from builders.training import abstract_state
 from configs.points import VARIANTS
 from configs.toy import checkerboard, gaussian, ring, swiss_roll, two_gaussians, two_moons
 from configs.ve import digits
@@ -52,7 +53,7 @@ def final(workdir) -> TrainState:
   """The newest state of a run."""
   setup, _ = run_lib.load(workdir)
   with Checkpoints(epath.Path(workdir)) as checkpoints:
-    state = checkpoints.restore_latest(run_lib._abstract_state(setup))
+    state = checkpoints.restore_latest(abstract_state(setup))
   return state
 
 

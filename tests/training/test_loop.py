@@ -15,7 +15,7 @@ import pytest
 
 from builders.evaluation import make_drawing
 from builders.setup import build, Setup
-from builders.training import make_schedule, score_task
+from builders.training import abstract_state, make_schedule, score_task
 from configs import base, own
 from configs.toy import two_moons
 from data import sources
@@ -292,7 +292,7 @@ def test_pixels_become_whole_numbers(how, expected, centered):
 
 def test_a_network_that_cannot_be_is_told():
   with pytest.raises(UserError, match=r'config.model does not make a network: .*groups'):
-    run_lib._abstract_state(tiny_setup(model__nf=90))  # 22 groups do not share 90 channels
+    abstract_state(tiny_setup(model__nf=90))  # 22 groups do not share 90 channels
 
 
 def test_what_is_frozen_is_read_and_never_kept(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from released_networks import setup_of, shapes_of, torch_content
 
 from benchmarks.golden import config_of, load, released_state
+from builders.training import abstract_state
 from configs import base, own
 import run_lib
 from runtime.errors import UserError
@@ -77,7 +78,7 @@ def test_an_imported_checkpoint_is_evaluated_and_trained_on(tmp_path, photos, ca
   run_lib.import_released(config, workdir, tmp_path / 'checkpoint_1')
   assert 'of step 8' in caplog.text
   with run_lib.Checkpoints(workdir) as checkpoints:
-    state = checkpoints.restore(8, run_lib._abstract_state(setup))
+    state = checkpoints.restore(8, abstract_state(setup))
   jax.tree.map(
     lambda a, b: np.testing.assert_array_equal(a.reshape(-1), b), state.ema_params, average
   )
