@@ -1,7 +1,7 @@
 """What the configs have in common: defaults, networks, and the settings of the three SDEs.
 
-Values are those of the released code (https://github.com/yang-song/score_sde) unless a comment says
-otherwise; fields with a comment are not in it. `python -m configs` lists all configs.
+Values are those of the released code (https://github.com/yang-song/score_sde), where it has the
+field. The comments are the text of docs/fields.md. `python -m configs` lists all configs.
 """
 
 from typing import Any
@@ -58,39 +58,40 @@ _ANNEALED = ('ncsn', 'ncsnv2_64', 'ncsnv2_128', 'ncsnv2_256')
 
 def _default() -> ConfigDict:
   config = ConfigDict()
-  config.seed = 42
+  config.seed = 42  # of parameters, batches, training and sampling: all randomness
 
-  config.data = data = ConfigDict()
-  data.dataset = 'CIFAR10'
-  data.image_size = 32
-  data.num_channels = 3
+  config.data = data = ConfigDict()  # the images
+  data.dataset = 'CIFAR10'  # digits, folder, CIFAR10, FFHQ, ... (docs/data.md)
+  data.image_size = 32  # side of the square that images become, in pixels
+  data.num_channels = 3  # 1 grey, 3 colour; 2 and 4 with transparency
   data.path = ''  # an image folder, TFRecord files, or the archive that a dataset is made from
   data.tfds_dir = ''  # where prepared TFDS datasets lie; empty for TFDS's default
   data.category = ''  # of LSUN
-  # What follows is of images in files, and not in the released configs.
+  # What follows is of images in files.
+
   data.fit = 'crop'  # of images that are not square: crop, pad or stretch
   data.background = 'white'  # colour behind what is transparent, and beside what is padded
   # Stored values shown as black and as white, in images of more than 8 bits. Both 0: as the files
   # tell, or else as the largest value of all of them says.
   data.black = 0.0
-  data.white = 0.0
+  data.white = 0.0  # see data.black
   data.max_pixels = 178_956_970  # of an image as it is decoded, a limit to memory
   data.held_out = ''  # folder in data.path of the split test; empty: the one named test, val, ...
   data.skip_damaged = False  # leave out images that cannot be read; all are read at the start
   data.dim = 0  # of points, data.points.DISTRIBUTIONS; 0 for images
-  data.centered = False
-  data.random_flip = True
-  data.uniform_dequantization = False
+  data.centered = False  # networks see [-1, 1]; else [0, 1]
+  data.random_flip = True  # mirror images of training, each with probability 1/2
+  data.uniform_dequantization = False  # add uniform noise of one level in training
 
-  config.model = model = ConfigDict()
-  model.num_scales = 1000
-  model.sigma_min = 0.01
-  model.sigma_max = 50.0
+  config.model = model = ConfigDict()  # the network, its noise and its output
+  model.num_scales = 1000  # N, of the chain; levels of noise that VE and NCSN are trained on
+  model.sigma_min = 0.01  # of vesde, its least noise
+  model.sigma_max = 50.0  # of vesde and edm, their largest noise
   model.sigma_data = 0.5  # standard deviation of data, for the output and the weight edm
-  model.beta_min = 0.1
-  model.beta_max = 20.0
-  model.scale_by_sigma = False
-  model.ema_rate = 0.999
+  model.beta_min = 0.1  # of vpsde and subvpsde, beta(0)
+  model.beta_max = 20.0  # beta(1)
+  model.scale_by_sigma = False  # divide the network's output by sigma
+  model.ema_rate = 0.999  # what the moving average keeps of itself in a step
   model.ema_warmup = False  # let the rate grow as (1 + n) / (10 + n), for short runs
   model.output = ''  # score, scaled_score, noise, denoised, v, edm, flow, energy; '' is the SDE's
   model.num_classes = 0  # of the labels that the network takes; 0 for none
@@ -99,16 +100,16 @@ def _default() -> ConfigDict:
   # training and in samplers with steps of their own: default, high or highest.
   model.precision = 'default'
 
-  config.training = training = ConfigDict()
+  config.training = training = ConfigDict()  # what is learned, how long, what is written down
   training.sde = 'vesde'  # vesde, vpsde or subvpsde; edm and flow are not in the released code
   training.objective = 'dsm'  # score matching: dsm, esm, ism, ssm or ssm_vr; cd for energies
   training.single_scale = False  # train at time eps alone, one level of noise
-  training.continuous = True
-  training.reduce_mean = False
-  training.likelihood_weighting = False
+  training.continuous = True  # train at all times of the SDE; else on its chain of N
+  training.reduce_mean = False  # the loss is the mean over dimensions; else half their sum
+  training.likelihood_weighting = False  # the weight likelihood, g(t)^2
   training.time_law = ''  # of continuous times: uniform ('') or log_normal, in log(sigma / alpha)
   training.time_mean = -1.2  # of log_normal
-  training.time_std = 1.2
+  training.time_std = 1.2  # of log_normal
   # How times are weighed: variance, likelihood, edm, flow, min_snr, soft_min_snr or sigmoid; '' is
   # variance, or likelihood with likelihood_weighting.
   training.weight = ''
@@ -116,85 +117,87 @@ def _default() -> ConfigDict:
   training.weight_bias = 2.0  # of sigmoid
   training.eps = 1e-5  # smallest time; the released code has it in losses.py
   training.label_dropout = 0.1  # share of the labels that a label-conditional model is not told
-  training.batch_size = 128
-  training.n_iters = 1_300_001
-  training.n_jitted_steps = 5
+  training.batch_size = 128  # of all devices and processes together
+  training.n_iters = 1_300_001  # steps of the optimiser
+  training.n_jitted_steps = 5  # steps in one compiled program
   training.grad_accum = 1  # parts of a batch, one after another, for less memory
   training.skip_nonfinite = False  # leave out steps whose loss or gradient is not finite
-  training.log_freq = 50
-  training.eval_freq = 100
-  training.snapshot_freq = 50_000
-  training.snapshot_freq_for_preemption = 10_000
+  training.log_freq = 50  # steps from one line of metrics to the next
+  training.eval_freq = 100  # steps from one held-out loss to the next
+  training.snapshot_freq = 50_000  # steps from one kept checkpoint to the next
+  training.snapshot_freq_for_preemption = 10_000  # of those that the next one replaces
   training.keep_snapshots = 0  # the newest that are kept, each with all of the state; 0 for all
   training.wandb = ''  # project of Weights & Biases that metrics also go to
-  training.snapshot_sampling = True
+  training.snapshot_sampling = True  # draw samples at each snapshot
   training.snapshot_samples = 64  # in the grid of each snapshot, classes in turn
 
-  config.optim = optim = ConfigDict()
-  optim.optimizer = 'Adam'
-  optim.lr = 2e-4
-  optim.beta1 = 0.9
-  optim.eps = 1e-8
-  optim.weight_decay = 0.0
-  optim.warmup = 5000
+  config.optim = optim = ConfigDict()  # the optimiser and its learning rate
+  optim.optimizer = 'Adam'  # Adam, AdamW or RAdam
+  optim.lr = 2e-4  # learning rate after the warm-up
+  optim.beta1 = 0.9  # decay of the first moment
+  optim.eps = 1e-8  # in the denominator of Adam
+  optim.weight_decay = 0.0  # decoupled, as AdamW has it
+  optim.warmup = 5000  # in which the rate grows linearly from 0
   optim.decay = 'constant'  # after the warm-up: constant, cosine, linear or inverse_sqrt
   optim.decay_until = 0  # where cosine and linear end, training.n_iters if 0; t_ref of inverse_sqrt
   optim.unit = 'steps'  # that warmup and decay_until are counted in: steps or images
   optim.grad_clip = 1.0  # norm that gradients are clipped at; 0 or below: they are not clipped
 
-  config.ema = ema = ConfigDict()  # of the parameters, in place of model.ema_rate and beside it
+  config.ema = ema = ConfigDict()  # averages in place of model.ema_rate, and beside it
   ema.half_life = 0.0  # of the first average, in images; 0: by model.ema_rate and model.ema_warmup
   ema.ramp_up = 0.05  # the half-life is at most this share of the images seen; 0: no such bound
   ema.sigma_rels = ()  # of further averages, by power functions: their widths, such as (0.05, 0.1)
   ema.sigma_rel = 0.075  # of the average that --mode ema makes of the snapshots of those
   ema.use = 0  # which one evaluation and sampling read: 0 the first, 1 the first of ema.sigma_rels
 
-  config.ebm = ebm = ConfigDict()  # of the objective cd, contrastive divergence
+  config.ebm = ebm = ConfigDict()  # the objective cd, contrastive divergence
   ebm.n_steps = 10  # of Langevin dynamics, from a sample of the replay buffer
-  ebm.step_size = 0.01
+  ebm.step_size = 0.01  # of that dynamics
   ebm.buffer_size = 10_000  # samples, of all devices together
   ebm.restart = 0.05  # share of them that begin anew from the prior
   ebm.regularization = 0.01  # of the squared energies
 
-  config.classifier = classifier = ConfigDict()  # of noisy images; not in the released configs
+  config.classifier = classifier = ConfigDict()  # a classifier of noisy images
   classifier.num_classes = 0  # those of the dataset
   classifier.blocks_per_group = 4  # this and the next make a WRN-28-10, the paper's (Appendix I.1)
-  classifier.channel_multiplier = 10
-  classifier.batch_size = 128
-  classifier.n_iters = 100_000
-  classifier.lr = 3e-4
-  classifier.weight_decay = 0.05
-  classifier.warmup = 1000
+  classifier.channel_multiplier = 10  # see classifier.blocks_per_group
+  classifier.batch_size = 128  # of all devices and processes together
+  classifier.n_iters = 100_000  # steps of the optimiser
+  classifier.lr = 3e-4  # learning rate after the warm-up
+  classifier.weight_decay = 0.05  # decoupled, as AdamW has it
+  classifier.warmup = 1000  # steps in which the rate grows linearly from 0
 
-  config.sampling = sampling = ConfigDict()
-  sampling.method = 'pc'
-  sampling.predictor = 'reverse_diffusion'
-  sampling.corrector = 'langevin'
-  sampling.snr = 0.16
-  sampling.n_steps_each = 1
-  sampling.noise_removal = True
-  sampling.probability_flow = False
+  config.sampling = sampling = ConfigDict()  # how samples are drawn
+  sampling.method = 'pc'  # the sampler (docs/sampling.md)
+  sampling.predictor = 'reverse_diffusion'  # of pc: or euler_maruyama, ancestral_sampling, none
+  sampling.corrector = 'langevin'  # of pc: or ald, none
+  sampling.snr = 0.16  # signal-to-noise ratio of a corrector's step, r of Algorithm 4
+  sampling.n_steps_each = 1  # steps of the corrector at each time
+  sampling.noise_removal = True  # end in clean data, by Tweedie's formula
+  sampling.probability_flow = False  # of pc: the predictor follows the ODE, not the SDE
   sampling.num_steps = 0  # times in the grid; 0 for model.num_scales
   sampling.eps = 1e-5  # last time; the released code has it in run_lib.py
   sampling.grid = ''  # of the times: uniform, quadratic, log_snr or edm; empty for the method's own
   sampling.rho = 7.0  # of the edm grid
   sampling.order = 2  # of dpm_solver++ (3 is UniP-3, not dpm_solver++_3m), unip, deis and unipc
   sampling.eta = 0.0  # of ddim, dpm_solver++ and dpm_solver++_3m: 0 for the ODE to 1 for the SDE
-  sampling.s_churn = 0.0  # of euler and heun: noise added on the way; the rest are its limits
-  sampling.s_tmin = 0.0
-  sampling.s_tmax = 1e9
-  sampling.s_noise = 1.0
+  sampling.s_churn = 0.0  # of euler and heun: how much noise is added on the way
+  sampling.s_tmin = 0.0  # noise is added at s_tmin <= sigma / alpha <= s_tmax alone
+  sampling.s_tmax = 1e9  # see sampling.s_tmin
+  sampling.s_noise = 1.0  # standard deviation of that noise, over what the SDE asks for
   sampling.step_size = 0.01  # of langevin and mala
   sampling.ode_solver = 'dopri5'  # of the method ode
-  sampling.rtol = 1e-5
-  sampling.atol = 1e-5
+  sampling.rtol = 1e-5  # tolerances of the method ode, relative
+  sampling.atol = 1e-5  # and absolute, in units of what the network sees
   sampling.sde_rtol = 0.05  # of adaptive_sde
   sampling.sde_atol = 1 / 256  # one level of the data's range
   sampling.uint8 = 'truncate'  # pixels to whole numbers: truncate or round
   sampling.guidance_scale = 1.0  # of classes: 0 ignores them, 1 is p(x | y), more is more typical
-  sampling.guidance_low = 0.0  # classes are guided at low < sigma / alpha <= high alone; elsewhere
-  sampling.guidance_high = 1e9  # the scale is 1
+  # Classes are guided at guidance_low < sigma / alpha <= guidance_high; elsewhere the scale is 1.
+  sampling.guidance_low = 0.0
+  sampling.guidance_high = 1e9  # see sampling.guidance_low
   # What follows is for --mode sample.
+
   sampling.num_samples = 16  # for a task, of each input
   sampling.labels = ()  # classes, by number or name, over and over; empty for all in turn
   sampling.task = ''  # inpaint, colorize, superres or deblur; empty for samples of everything
@@ -207,17 +210,16 @@ def _default() -> ConfigDict:
   sampling.noise_std = 0.0  # of the noise in a task's input, pixels being 0 to 1; for posterior
   sampling.trajectory = False  # also picture how noise became the first samples
 
-  config.eval = evaluation = ConfigDict()
+  config.eval = evaluation = ConfigDict()  # what is measured
   evaluation.begin_ckpt = 1  # checkpoints are numbered in units of training.snapshot_freq
-  evaluation.end_ckpt = 26
-  evaluation.batch_size = 1024
-  evaluation.enable_loss = True
-  evaluation.enable_bpd = False
-  evaluation.bpd_dataset = 'test'
+  evaluation.end_ckpt = 26  # the last one
+  evaluation.batch_size = 1024  # images in a round of evaluation or sampling, of all devices
+  evaluation.enable_loss = True  # the held-out loss
+  evaluation.enable_bpd = False  # bits/dim by the probability flow
+  evaluation.bpd_dataset = 'test'  # split of those images: test or train
   evaluation.bpd_repeats = 5  # of the dequantisation; the released code has it in run_lib.py
-  evaluation.enable_sampling = False
+  evaluation.enable_sampling = False  # samples, and their distance from the data
   evaluation.num_samples = 50_000  # of all processes together; the released code: of each
-  # What follows is not in the released configs.
   evaluation.wait = False  # for checkpoints up to end_ckpt that training has still to write
   evaluation.features = 'inception'  # samples are compared by: inception or pixels; empty: not
   evaluation.inception_path = ''  # file of Inception's weights; empty to download them once

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from configs import fields
 from data import sources
 from losses import score_matching_loss
 from samplers.base import GridSampler
@@ -141,19 +142,30 @@ def test_the_new_feature_network_does_not_see_brightness(shown):
   np.testing.assert_allclose(extract(images + 55), features, atol=1e-6)
 
 
-@pytest.mark.parametrize('page', ['README.md', 'docs/tutorial.md', 'docs/extending.md'])
-def test_what_a_page_refers_to_is_there(page):
-  """Files that it links to, and what it calls by a name of this code."""
+TOLD_BY_NAME = ('tutorial', 'extending', 'training', 'sampling', 'evaluation', 'data', 'code')
+PAGES = ['README.md', *(f'docs/{path.name}' for path in sorted(DOCS.glob('*.md')))]
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_the_links_of_a_page_lead_somewhere(page):
+  """To files that are there, and to headings in them."""
+  for link, _, heading in re.findall(
+    r'\]\((?!http)([^)#]*)(#?)([^)]*)\)', (ROOT / page).read_text()
+  ):
+    there = (ROOT / page).parent / link if link else ROOT / page
+    assert there.exists(), link
+    headings = re.findall(r'^#+ (.*)', there.read_text(), re.MULTILINE) if heading else []
+    slugs = {re.sub(r'[^\w -]', '', text).strip().lower().replace(' ', '-') for text in headings}
+    assert not heading or heading in slugs, (link, heading, slugs)
+
+
+@pytest.mark.parametrize('page', ['README.md', *(f'docs/{name}.md' for name in TOLD_BY_NAME)])
+def test_what_a_page_calls_by_a_name_of_this_code_has_it(page):
   text = (ROOT / page).read_text()
-  for link in re.findall(r'\]\((?!http)([^)#]+)', text):
-    assert ((ROOT / page).parent / link).exists(), link
   code = '\n'.join(path.read_text() for path in ROOT.glob('**/*.py') if '.venv' not in path.parts)
   prose = re.sub(r'```.*?```', '', text, flags=re.DOTALL)
   for name in re.findall(r'`(\w*[_A-Z]\w*)(?:\(.*?\))?`', prose):
     assert re.search(rf'\b{name}\b', code), name
-
-
-PAGES = ['README.md', *(f'docs/{path.name}' for path in sorted(DOCS.glob('*.md')))]
 
 
 @pytest.mark.parametrize('page', PAGES)
@@ -165,6 +177,12 @@ def test_the_python_files_that_a_page_names_are_there(page):
   named = set(re.findall(r'(?<![\w*>/.-])[\w/]*\w\.py\b', (ROOT / page).read_text()))
   assert not named - known
   assert page != 'docs/fidelity.md' or len(named) > 10  # its rows name tests
+
+
+def test_every_field_is_explained_and_the_page_of_fields_is_of_today():
+  assert not [name for name, meaning in fields.meanings().items() if not meaning]
+  made = 'made anew by python -m configs.fields > docs/fields.md'
+  assert (DOCS / 'fields.md').read_text() == fields.page(), made
 
 
 def test_the_tutorial_puts_what_a_chapter_prints_in_its_place():
