@@ -81,6 +81,14 @@ class SDE(abc.ABC):
     """
     return jnp.log(self.alpha(t)) - jnp.log(self.sigma(t))
 
+  def log_snr_fall(self, s: Times, t: Times) -> PerTime:
+    """lambda(s) - lambda(t): how far the log-SNR falls from time s to a later time t.
+
+    By default the difference, which loses the digits that neighbouring times have in common; SDEs
+    that know a formula override it. It is infinite from s = 0 on, if no noise is left there.
+    """
+    return self.log_snr(s) - self.log_snr(t)
+
   def time_of_log_snr(self, log_snr: PerTime) -> Times:
     """The time t at which `log_snr(t)` has the given value: its inverse.
 
@@ -292,6 +300,9 @@ class VESDE(SDE):
   def log_snr(self, t: Times) -> PerTime:
     return -math.log(self.sigma_min) - t * math.log(self.sigma_max / self.sigma_min)
 
+  def log_snr_fall(self, s: Times, t: Times) -> PerTime:
+    return (t - s) * math.log(self.sigma_max / self.sigma_min)
+
   def time_of_log_snr(self, log_snr: PerTime) -> Times:
     """t = -(lambda + log sigma_min) / log(sigma_max / sigma_min)."""
     return -(log_snr + math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
@@ -362,6 +373,16 @@ class _LinearBeta(SDE):
     """log alpha(t): -1/2 of the integral of beta from 0 to t (Appendix C)."""
     return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
 
+  def log_alpha_fall(self, s: Times, t: Times) -> PerTime:
+    """log(alpha(s) / alpha(t)), without a difference of nearly equal numbers."""
+    return (t - s) * (0.5 * self.beta_min + 0.25 * (t + s) * (self.beta_max - self.beta_min))
+
+  def _log_variance_growth(self, s: Times, t: Times) -> PerTime:
+    """log of (1 - alpha(t)^2) / (1 - alpha(s)^2), likewise."""
+    log_alpha2 = 2 * self.log_alpha(s)
+    kept = jnp.exp(log_alpha2) / -jnp.expm1(log_alpha2)
+    return jnp.log1p(-kept * jnp.expm1(-2 * self.log_alpha_fall(s, t)))
+
   def time_of_log_alpha(self, log_alpha: PerTime) -> Times:
     """The time t at which `log_alpha` has the given value.
 
@@ -391,6 +412,9 @@ class VPSDE(_LinearBeta):
   def log_snr(self, t: Times) -> PerTime:
     return self.log_alpha(t) - 0.5 * jnp.log(-jnp.expm1(2 * self.log_alpha(t)))
 
+  def log_snr_fall(self, s: Times, t: Times) -> PerTime:
+    return self.log_alpha_fall(s, t) + 0.5 * self._log_variance_growth(s, t)
+
   def time_of_log_snr(self, log_snr: PerTime) -> Times:
     """From alpha^2 = 1 / (1 + exp(-2 lambda)), so that log alpha = -1/2 log1p(exp(-2 lambda))."""
     return self.time_of_log_alpha(-0.5 * jax.nn.softplus(-2 * log_snr))
@@ -411,6 +435,9 @@ class subVPSDE(_LinearBeta):
 
   def log_snr(self, t: Times) -> PerTime:
     return self.log_alpha(t) - jnp.log(-jnp.expm1(2 * self.log_alpha(t)))
+
+  def log_snr_fall(self, s: Times, t: Times) -> PerTime:
+    return self.log_alpha_fall(s, t) + self._log_variance_growth(s, t)
 
   def time_of_log_snr(self, log_snr: PerTime) -> Times:
     """From sigma / alpha = 1 / alpha - alpha = -2 sinh(log alpha) = exp(-lambda)."""
@@ -522,6 +549,9 @@ class EDMSDE(SDE):
   def sigma(self, t: Times) -> PerTime:
     return t
 
+  def log_snr_fall(self, s: Times, t: Times) -> PerTime:
+    return jnp.log1p((t - s) / s)
+
   def time_of_log_snr(self, log_snr: PerTime) -> Times:
     return jnp.exp(-log_snr)
 
@@ -552,6 +582,9 @@ class RectifiedFlow(SDE):
 
   def sigma(self, t: Times) -> PerTime:
     return t
+
+  def log_snr_fall(self, s: Times, t: Times) -> PerTime:
+    return jnp.log1p((t - s) / (s * (1 - t)))
 
   def time_of_log_snr(self, log_snr: PerTime) -> Times:
     return jax.nn.sigmoid(-log_snr)

@@ -13,6 +13,7 @@ kind: its score is a gradient.
 import abc
 from collections.abc import Callable
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,23 @@ from runtime.shapes import Data, PerRow, PerRowExpanded
 Network = Callable[[Data], tuple[Data, Data]]
 # (F, x, alpha, sigma) -> a x + b F.
 Reading = Callable[[Data, Data, PerRowExpanded, PerRowExpanded], Data]
+
+
+class Jump(NamedTuple):
+  """From which time to which a consistency function leads, in numbers for each row.
+
+  Attributes:
+    alpha, sigma: of the noise kernel at the time of x.
+    end_alpha, end_sigma: of that at eps.
+    fall: of the log-SNR from eps to the time of x, `sde_lib.SDE.log_snr_fall`: what depends on the
+      difference of the two keeps its digits.
+  """
+
+  alpha: PerRowExpanded
+  sigma: PerRowExpanded
+  end_alpha: PerRowExpanded
+  end_sigma: PerRowExpanded
+  fall: PerRowExpanded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +70,19 @@ class Preconditioning(abc.ABC):
     """E[z - x_0 | x_t = x]: the velocity of flow matching."""
     noise = -sigma * self.score(network, x, alpha, sigma)
     return noise - self.denoised(network, x, alpha, sigma)
+
+  def consistency(self, network: Network, x: Data, jump: Jump) -> Data:
+    """f(x, t), the end of the jump: by default one step of DDIM with the denoised x, D.
+
+      f = sigma_eps / sigma_t x + (alpha_eps - alpha_t sigma_eps / sigma_t) D
+
+    At t = eps it is x. The second factor is alpha_eps (1 - exp(-fall)), and D = a x + b F with a >=
+    0 in every reading, so that neither the coefficient of x nor that of F is a difference.
+    """
+    of_data = -jump.end_alpha * jnp.expm1(-jump.fall)
+    return jump.end_sigma / jump.sigma * x + of_data * self.denoised(
+      network, x, jump.alpha, jump.sigma
+    )
 
   def for_data(self, sigma_data: float) -> 'Preconditioning':
     """The same for data whose standard deviation is `sigma_data`, where that makes a difference."""
@@ -109,6 +140,23 @@ class EDM(Preconditioning):
   ) -> Data:
     r = self._std_of_x(alpha, sigma)
     return alpha * self.sigma_data**2 / r**2 * x + self.sigma_data * sigma / r * network(x / r)[0]
+
+  def consistency(self, network: Network, x: Data, jump: Jump) -> Data:
+    """f(x, t) of Song et al. 2023, https://arxiv.org/abs/2303.01469, Appendix C.
+
+    In y = x / alpha and s = sigma / alpha, with d = s - s_eps, it is
+
+      f = alpha_eps (sigma_data^2 / (d^2 + sigma_data^2) y
+                     + d sigma_data / sqrt(s^2 + sigma_data^2) F(c_in y)).
+
+    Its second coefficient is that of DDIM's step; the first differs by less than s_eps /
+    sigma_data, and published checkpoints are read so.
+    """
+    r = self._std_of_x(jump.alpha, jump.sigma)
+    away = -jump.sigma / jump.alpha * jnp.expm1(-jump.fall)  # d
+    skip = jump.end_alpha / jump.alpha / (1 + jnp.square(away / self.sigma_data))
+    of_output = jump.end_alpha * jump.alpha * away * self.sigma_data / r
+    return skip * x + of_output * network(x / r)[0]
 
   def for_data(self, sigma_data: float) -> 'Preconditioning':
     return dataclasses.replace(self, sigma_data=sigma_data)

@@ -12,7 +12,7 @@ import flax
 import flax.linen as nn
 import jax.numpy as jnp
 
-from models.preconditioning import Network, Preconditioning
+from models.preconditioning import Jump, Network, Preconditioning
 from runtime.precision import products_at
 from runtime.shapes import Data, Key, Labels, PerRow, PerRowExpanded
 from sde_lib import Chain, expand, SDE
@@ -152,6 +152,16 @@ class ModelScore:
   def noise_minus_data(self, x: Data, t: PerRow) -> Data:
     """E[z - x_0 | x_t = x]: the velocity of flow matching."""
     return self.model.preconditioning.noise_minus_data(self._network(t), x, *self._kernel(x, t))
+
+  def consistency(self, x: Data, t: PerRow, eps: float) -> Data:
+    """Where the probability flow through x at times t is at time eps, if it was trained to tell.
+
+    At t = eps that is x, and the kernels are those of the SDE, at all times.
+    """
+    sde, end = self.model.sde, jnp.full_like(t, eps)
+    of_row = (*sde.kernel(t), *sde.kernel(end), sde.log_snr_fall(end, t))
+    jump = Jump(*(expand(v, x) for v in of_row))
+    return self.model.preconditioning.consistency(self._network(t), x, jump)
 
   def energy(self, x: Data, t: PerRow) -> PerRow:
     """E(x, t), where p_t(x) is proportional to exp(-E(x, t)).

@@ -156,6 +156,22 @@ def test_log_snr_and_its_inverse(sde):
   assert (np.diff(lam) > 0).all()  # and t falls
 
 
+@every_sde
+@pytest.mark.parametrize('apart', [1.0, 0.1, 1e-3, 1e-5])
+def test_the_fall_of_log_snr_keeps_the_digits_of_neighbours(sde, apart):
+  """lambda(s) - lambda(t), where the difference of float32 numbers would have none left."""
+  s = np.asarray(times_of(sde)[1:], np.float32)
+  t = (s * np.float32(1 + 0.4 * apart)).astype(np.float32)
+  with jax.enable_x64(True):
+    early, late = (jnp.asarray(v, jnp.float64) for v in (s, t))
+    exact = sde.log_snr(early) - sde.log_snr(late)
+    np.testing.assert_allclose(sde.log_snr_fall(early, late), exact, rtol=1e-8)
+    np.testing.assert_allclose(SDE.log_snr_fall(sde, early, late), exact, rtol=1e-12)
+  fall = sde.log_snr_fall(jnp.asarray(s), jnp.asarray(t))
+  np.testing.assert_allclose(fall, exact, rtol=1e-6)
+  assert (sde.log_snr_fall(jnp.asarray(s), jnp.asarray(s)) == 0).all()
+
+
 def test_log_snr_of_a_constant_beta():
   """Where the quadratic equation for t is linear."""
   sde = VPSDE(beta_min=5.0, beta_max=5.0)

@@ -113,15 +113,31 @@ def optimize(
     rng = jax.random.fold_in(rng_dropout, 1)
     return score_matching_loss(objective, score_fn, x0, t, z, rng).mean(), {}
 
+  differentiate = gradient_in_parts(loss_fn, rng_dropout, (x0, t, z, labels), grad_accum)
+  return apply_gradients(state, differentiate, tx, averages)
+
+
+def gradient_in_parts(
+  loss_fn: Callable[[Params, Any], tuple[Array, Metrics]], rng: Key, batch: tuple, n: int
+) -> Callable[[Params], tuple[tuple[Array, Metrics], Params]]:
+  """Loss and gradient as `apply_gradients` takes them, of a batch in n parts, one after another.
+
+  Args:
+    loss_fn: (parameters, (key, *part)) -> the mean of the loss over a part, and what else to say.
+    rng: of dropout; each part has a key of its own.
+    batch: arrays [B, ...], or trees of them.
+    n: of the parts, which all devices share.
+  """
+
   def differentiate(params: Params) -> tuple[tuple[Array, Metrics], Params]:
     of_part = jax.value_and_grad(loss_fn, has_aux=True)
-    if grad_accum == 1:
-      return of_part(params, (rng_dropout, x0, t, z, labels))
-    rngs = jax.random.split(rng_dropout, grad_accum)
-    parts = jax.tree.map(partial(_parts, n=grad_accum), (x0, t, z, labels))
+    if n == 1:
+      return of_part(params, (rng, *batch))
+    rngs = jax.random.split(rng, n)
+    parts = jax.tree.map(partial(_parts, n=n), batch)
     return _mean(partial(of_part, params), (rngs, *parts))
 
-  return apply_gradients(state, differentiate, tx, averages)
+  return differentiate
 
 
 def _parts(x: Array, n: int) -> Array:

@@ -10,7 +10,7 @@ import pytest
 from builders.setup import build
 from configs.toy import two_moons
 from models import score
-from models.preconditioning import ENERGY, PRECONDITIONINGS
+from models.preconditioning import ENERGY, Jump, PRECONDITIONINGS
 from models.score import ScoreModel
 from sde_lib import EDMSDE, RectifiedFlow, SDE, subVPSDE, VESDE, VPSDE
 
@@ -107,6 +107,79 @@ def test_float32_loses_no_more_than_its_own_digits(name, kernel):
         output = says(jnp.asarray(1 - x, dtype))
         rows[x64] = np.asarray(read(output, *at(x, kernel, dtype)), np.float64)  # b, then a
     np.testing.assert_allclose(rows[False], rows[True], rtol=1e-6)
+
+
+# Jumps along the probability flow.
+
+JUMPING = [VESDE(0.01, 50.0), VPSDE(), subVPSDE(), EDMSDE(), RectifiedFlow()]
+every_jump = pytest.mark.parametrize('sde', JUMPING, ids=lambda sde: type(sde).__name__)
+END = 0.002
+
+
+def jump(sde: SDE, t, end=END) -> Jump:
+  """From times t to `end`, of rows of points."""
+  ends = jnp.full_like(t, end)
+  of_row = (*sde.kernel(t), *sde.kernel(ends), sde.log_snr_fall(ends, t))
+  return Jump(*(v[:, None] for v in of_row))
+
+
+@every_reading
+@every_jump
+def test_a_jump_leads_nowhere_from_its_end(name, sde):
+  """f(x, eps) = x to the bit, whatever the network says."""
+  x = jax.random.normal(KEY, (6, 3))
+  there = PRECONDITIONINGS[name].consistency(says(100 * x), x, jump(sde, jnp.full(6, END)))
+  np.testing.assert_array_equal(there, x)
+
+
+@every_reading
+@every_jump
+def test_a_jump_keeps_x0_and_noise(name, sde):
+  """If the network knows x_0 and z, it ends at alpha_eps x_0 + sigma_eps z.
+
+  But for what the first coefficient of EDM has of s_eps / sigma_data.
+  """
+  x0, z = points()
+  with jax.enable_x64(True):
+    t = sde.T * jnp.array([1.0, 0.9, 0.5, 0.1, 0.03, 0.01])
+    of_row = jump(sde, t)
+    alpha, sigma, end_alpha, end_sigma, _ = (np.asarray(v) for v in of_row)
+    output = jnp.asarray(output_for(name, x0, z, alpha, sigma), jnp.float64)
+    x = jnp.asarray(alpha * x0 + sigma * z)
+    end = PRECONDITIONINGS[name].consistency(says(output), x, of_row)
+  bound = np.abs(x / alpha).max(1, keepdims=True) * end_sigma / SIGMA_DATA / 4
+  error = np.abs(end - (end_alpha * x0 + end_sigma * z))
+  assert (error <= (bound if name == 'edm' else 1e-9)).all()
+
+
+@every_reading
+@every_jump
+def test_the_coefficients_of_a_jump_keep_their_digits(name, sde):
+  """Those of x and of F against float64, right beside the end and far away."""
+  reading, x = PRECONDITIONINGS[name], np.array([[0.0], [1.0]])
+  times = END * np.array([1 + 1e-5, 1.001, 1.02, 2.0]), sde.T * np.array([0.01, 0.3, 1.0])
+  for t in np.float32(np.concatenate(times)):
+    rows = {}
+    for x64 in (False, True):
+      with jax.enable_x64(x64):
+        dtype = jnp.float64 if x64 else jnp.float32
+        # The same two numbers in both, which are no more exact than float32.
+        of_row = jump(sde, jnp.full(2, t, dtype), jnp.asarray(np.float32(END), dtype))
+        output = says(jnp.asarray(1 - x, dtype))
+        rows[x64] = np.asarray(reading.consistency(output, jnp.asarray(x, dtype), of_row), float)
+    np.testing.assert_allclose(rows[False], rows[True], rtol=3e-6)
+
+
+def test_the_jump_of_edm_is_that_of_the_paper():
+  """c_skip and c_out of Appendix C, at alpha = 1."""
+  t = np.array([END, 0.01, 0.4, 80.0], np.float32)
+  of_row = jump(EDMSDE(), jnp.asarray(t))
+  x = jnp.ones((4, 1))
+  reading, d = PRECONDITIONINGS['edm'], np.float64(t) - np.float32(END)
+  skip = reading.consistency(says(0 * x), x, of_row)[:, 0]
+  np.testing.assert_allclose(skip, 0.25 / (d**2 + 0.25), rtol=1e-6)
+  out = reading.consistency(says(x), 0 * x, of_row)[:, 0]
+  np.testing.assert_allclose(out, d * 0.5 / np.sqrt(np.float64(t) ** 2 + 0.25), rtol=1e-6)
 
 
 @pytest.mark.parametrize('sigma_data', [0.25, 0.5, 1.7])
