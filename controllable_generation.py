@@ -9,6 +9,7 @@ with a delay, which correctors make up for.
 A guided score is the score of p_t(x | y) = p_t(x) p_t(y | x) / p_t(y) (Eq. 14). What is added to
 grad log p_t(x) comes from a classifier of noisy data (`ClassifierGuidance`), from a network that
 knows the labels (`ClassifierFreeGuidance`), or from a linear measurement (`PosteriorGuidance`).
+`Autoguidance` is of its kind, and knows no y: it leads away from the mistakes of a weaker model.
 The evaluations that a sampler counts are then those of the guided score.
 
 All classes are pytrees of their arrays, so that a sampler compiles once for all data.
@@ -118,7 +119,8 @@ class NoiseInterval:
   """The noise levels low < sigma / alpha <= high, the only ones that are guided.
 
   Kynkaanniemi et al. 2024, https://arxiv.org/abs/2404.07724, Sec. 3: guidance harms diversity where
-  the noise is large, and does nothing where it is small. Elsewhere the score is that of p(x | y).
+  the noise is large, and does nothing where it is small. Elsewhere the score is that of p(x | y),
+  or of the model alone.
 
   Raises:
     ValueError: unless 0 <= low < high.
@@ -175,6 +177,29 @@ class ClassifierFreeGuidance:
     scale = self.interval.scale(self.scale, x, t) if self.interval else self.scale
     score = self.unconditional(x, t)
     return score + scale * (self.conditional(x, t) - score)
+
+
+@flax.struct.dataclass
+class Autoguidance:
+  """s(x, t) + (scale - 1) (s(x, t) - s_guide(x, t)), from a weaker model of the same data.
+
+  Karras et al. 2024, https://arxiv.org/abs/2406.02507: D_guide + scale (D - D_guide), with the
+  denoised D = (x + sigma^2 s) / alpha. The guide is smaller, or was trained for less time. Where
+  the two differ it is more wrong than the model, so the model is likely to be wrong in the same
+  direction, and is led away from there. Unlike guidance by labels it narrows no class on purpose.
+
+  Written like this it is s(x, t) to the bit at a scale of 1, and where the two are the same.
+  """
+
+  score_fn: ScoreFn
+  guide: ScoreFn
+  scale: Number = 1.0
+  interval: NoiseInterval | None = flax.struct.field(pytree_node=False, default=None)
+
+  def __call__(self, x: Data, t: PerRow) -> Data:
+    scale = self.interval.scale(self.scale, x, t) if self.interval else self.scale
+    score = self.score_fn(x, t)
+    return score + (scale - 1) * (score - self.guide(x, t))
 
 
 @flax.struct.dataclass

@@ -37,6 +37,7 @@ from builders.evaluation import (
   make_sample_request,
   reference_file,
 )
+from builders.guide import load_guide
 from builders.setup import build, check_shared, Setup
 from builders.training import (
   abstract_state,
@@ -170,7 +171,8 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   check_model(root, setup)
   if setup.model.num_classes:
     class_names(setup, root)  # which says so if they are others
-  measurements, all_reports = make_measurements(setup), []
+  guide = load_guide(setup, root) if setup.config.eval.enable_sampling else None
+  measurements, all_reports = make_measurements(setup, guide), []
   late_average = make_late_average(setup, measurements)
   check_results(out, setup)
   with open_workdir(out), Checkpoints(root) as checkpoints:
@@ -226,13 +228,15 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
     of_classes = classifier.load(root, setup.config.to_dict(), task, setup.devices, setup.keys)
     log_prob = make_classifier(setup).bind(of_classes)
     used.append(of_classes)
+  if guide := load_guide(setup, root):
+    used.append(guide.params)
   out = root / sample_folder
   folder = step_folder(out, step)
   check_results(out, setup)
   with open_workdir(out):
     checkpoints_lib.origin(root, step, *used).claim(folder)
     write_config(out, setup, step)
-    report = draw_samples(make_drawing(setup), setup.keys, request, params, log_prob, folder)
+    report = draw_samples(make_drawing(setup, guide), setup.keys, request, params, log_prob, folder)
     page.write(root)
   logger.info('%(samples)d samples, %(nfe)d evaluations each', report)
   logger.info('samples are in %s', folder / 'samples.png')

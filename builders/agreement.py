@@ -165,6 +165,7 @@ def _metropolis_tests_need_energies(config: FrozenConfigDict) -> str:
 def _metropolis_tests_need_densities(config: FrozenConfigDict) -> str:
   choice, classes = config.sampling, config.model.num_classes
   guided = choice.guidance_scale != 1 if classes else choice.labels
+  guided = guided or choice.guide
   if choice.method != 'mala' or not (choice.task or guided):
     return ''
   return (
@@ -210,6 +211,16 @@ def _guidance_needs_both_scores(config: FrozenConfigDict) -> str:
     f'config.sampling.guidance_scale = {config.sampling.guidance_scale} needs the score of all '
     'classes together, which config.training.label_dropout = 0 does not train: set the first to 1 '
     'or the second above 0'
+  )
+
+
+def _a_scale_has_its_guide(config: FrozenConfigDict) -> str:
+  choice = config.sampling
+  if choice.guide or choice.guide_scale == 1:
+    return ''
+  return (
+    f'config.sampling.guide_scale = {choice.guide_scale} needs a weaker model: set '
+    'config.sampling.guide to its workdir, or the scale to 1'
   )
 
 
@@ -274,6 +285,7 @@ RULES: tuple[Rule, ...] = (
   _one_level_is_sampled_at_one_level,
   _likelihoods_need_all_levels,
   _guidance_needs_both_scores,
+  _a_scale_has_its_guide,
   _something_moves,
   _a_step_is_random_or_not,
   _churn_has_its_levels,

@@ -53,24 +53,26 @@ def load_source(config: FrozenConfigDict, split: str, section: str = 'model') ->
     UserError: if they cannot be read, show nothing, or have other classes than the network.
   """
   data, num_classes = config.data, config[section].num_classes
-  if data.dim:
-    return points.load(data.dataset, split, data.dim)
   takes_labels = num_classes > 0 or section == 'classifier'
-  source = sources.load(
-    data.dataset,
-    split,
-    image_size=data.image_size,
-    num_channels=data.num_channels,
-    path=data.path,
-    data_dir=data.tfds_dir,
-    category=data.category,
-    decoder=make_decoder(config),
-    held_out=data.held_out,
-    labelled=takes_labels,
-    skip_damaged=data.skip_damaged,
-  )
-  if split == 'train':
-    sources.refuse_one_value(source)
+  source: sources.Source
+  if data.dim:
+    source = points.load(data.dataset, split, data.dim)
+  else:
+    source = images = sources.load(
+      data.dataset,
+      split,
+      image_size=data.image_size,
+      num_channels=data.num_channels,
+      path=data.path,
+      data_dir=data.tfds_dir,
+      category=data.category,
+      decoder=make_decoder(config),
+      held_out=data.held_out,
+      labelled=takes_labels,
+      skip_damaged=data.skip_damaged,
+    )
+    if split == 'train':
+      sources.refuse_one_value(images)
   if takes_labels and not num_classes == source.num_classes > 0:
     n = source.num_classes
     there = f'{n} classes; set it to that' if n else 'no labels; choose another dataset'

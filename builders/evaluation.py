@@ -16,7 +16,7 @@ from data.classes import numbers_of
 from evaluation import features
 from evaluation.average import LateAverage
 from evaluation.bits_per_dim import BitsPerDim
-from evaluation.draw import Drawing
+from evaluation.draw import Drawing, Guide
 from evaluation.evaluate import CheckpointRange, Measurement
 from evaluation.held_out_loss import HeldOutLoss
 from evaluation.labels import count_classes, in_turn, LabelLaw
@@ -54,8 +54,10 @@ def checkpoint_range(config: FrozenConfigDict) -> CheckpointRange:
   )
 
 
-def make_measurements(setup: Setup) -> list[Measurement]:
+def make_measurements(setup: Setup, guide: Guide | None = None) -> list[Measurement]:
   """What a config wants measured of each checkpoint, in the order of a report.
+
+  Samples are guided by a `guide`, if any; losses and likelihoods are those of the model alone.
 
   Raises:
     UserError: if data, a feature network or a file of features cannot be had, or do not fit.
@@ -66,7 +68,7 @@ def make_measurements(setup: Setup) -> list[Measurement]:
   if wanted.enable_bpd:
     made.append(make_bits_per_dim(setup))
   if wanted.enable_sampling:
-    made.append(make_sample_quality(setup))
+    made.append(make_sample_quality(setup, guide))
   return made
 
 
@@ -110,8 +112,8 @@ def make_bits_per_dim(setup: Setup) -> BitsPerDim:
   )
 
 
-def make_drawing(setup: Setup) -> Drawing:
-  """How a config's samples are drawn.
+def make_drawing(setup: Setup, guide: Guide | None = None) -> Drawing:
+  """How a config's samples are drawn, led away from a guide if there is one.
 
   Raises:
     UserError: if no noise level lies in the interval that is guided.
@@ -130,15 +132,16 @@ def make_drawing(setup: Setup) -> Drawing:
     devices=setup.devices,
     guidance_scale=choice.guidance_scale,
     guided=guided,
+    guide=guide,
   )
 
 
-def make_sample_quality(setup: Setup) -> SampleQuality:
+def make_sample_quality(setup: Setup, guide: Guide | None = None) -> SampleQuality:
   """Samples, compared with data if `eval.features` says by what."""
   wanted, file = setup.config.eval, reference_file(setup)
   reference = file.load() if file else None
   return SampleQuality(
-    drawing=make_drawing(setup),
+    drawing=make_drawing(setup, guide),
     n=wanted.num_samples,
     batch_size=wanted.batch_size,
     keys=setup.keys,

@@ -51,6 +51,7 @@ def _mlp(model: FrozenConfigDict) -> nn.Module:
     conditional=model.conditional,
     fourier_scale=model.fourier_scale,
     dtype=model.dtype,
+    num_classes=model.num_classes,
   )
 
 
@@ -78,7 +79,7 @@ NETWORKS: dict[str, tuple[Callable[[FrozenConfigDict], nn.Module], Iterable[str]
 }
 
 
-LABELLED = ('ncsnpp', 'ddpm')  # can be told the class
+LABELLED = ('ncsnpp', 'ddpm', 'mlp')  # can be told the class
 
 
 def halvings(model: FrozenConfigDict) -> int:

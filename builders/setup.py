@@ -54,7 +54,8 @@ class Setup:
     config: the config itself.
     codec: between stored data and what networks see.
     model: the score model, with its SDE.
-    true_score_fn: what the model learns, for points whose density is known; otherwise None.
+    true_score_fn: what the model learns, for points whose density is known; otherwise, and of a
+      model that is told classes, None.
     objective: the training loss.
     tx: the optimiser.
     sampler: draws samples.
@@ -220,7 +221,7 @@ def _check(config: FrozenConfigDict) -> None:
   if config.model.num_classes and not takes_labels:
     raise UserError(
       f'config.model.num_classes = {config.model.num_classes} needs a network with an embedding of '
-      'the time: config.model.name = ncsnpp or ddpm, with config.model.conditional'
+      'the time: config.model.name = ncsnpp, ddpm or mlp, with config.model.conditional'
     )
   for name in ('eval.enable_bpd', 'eval.features', 'sampling.task'):
     if config.data.dim and field(config, name):
@@ -350,14 +351,18 @@ def _objective(
 
 def _true_score_fn(config: FrozenConfigDict, sde: SDE) -> Diffused | None:
   data = config.data
-  return points.distribution(data.dataset, data.dim).score_fn(sde) if data.dim else None
+  if not data.dim or config.model.num_classes:
+    return None
+  return points.distribution(data.dataset, data.dim).score_fn(sde)
 
 
 def _matching(name: str, true_score_fn: Diffused | None) -> Matching | None:
   if name != 'esm':
     return losses.MATCHINGS.get(name)
   if true_score_fn is None:
-    raise UserError('config.training.objective = esm needs a true score: that of points')
+    raise UserError(
+      'config.training.objective = esm needs a true score: that of points, all classes together'
+    )
   return explicit_matching(true_score_fn)
 
 

@@ -193,7 +193,12 @@ def _default() -> ConfigDict:
   sampling.sde_atol = 1 / 256  # one level of the data's range
   sampling.uint8 = 'truncate'  # pixels to whole numbers: truncate or round
   sampling.guidance_scale = 1.0  # of classes: 0 ignores them, 1 is p(x | y), more is more typical
-  # Classes are guided at guidance_low < sigma / alpha <= guidance_high; elsewhere the scale is 1.
+  # The workdir of a weaker run of the same data that samples are led away from, or
+  # WORKDIR/checkpoints/STEP; for --mode sample and eval. Losses and likelihoods are of the model.
+  sampling.guide = ''
+  sampling.guide_scale = 1.0  # of the difference between model and guide; 1 is the model alone
+  sampling.guide_ema = -1  # which average of the guide, as ema.use; -1: as its own config says
+  # Guidance counts at guidance_low < sigma / alpha <= guidance_high; elsewhere its scale is 1.
   sampling.guidance_low = 0.0
   sampling.guidance_high = 1e9  # see sampling.guidance_low
   # What follows is for --mode sample.

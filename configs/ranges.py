@@ -40,6 +40,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
   (_NOT_NEGATIVE, lambda value: value >= 0, 'at least 0'),
   (_BELOW_ONE, lambda value: 0 <= value < 1, 'at least 0 and below 1'),
   (_SHARES, lambda value: 0 <= value <= 1, 'from 0 to 1'),
+  (('sampling.guide_ema',), lambda value: value >= -1, 'at least -1'),
   (('model.num_scales',), lambda value: value >= 2, 'at least 2'),
   (('seed',), lambda value: value < 2**32, 'below 2^32'),
 )

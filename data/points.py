@@ -88,6 +88,25 @@ class Mixture(Distribution):
     return (weights * centred.T) @ centred + (weights @ stds**2) * np.eye(means.shape[1])
 
 
+@flax.struct.dataclass
+class ClassMixture(Mixture):
+  """A mixture whose components are of classes, in the order of their labels."""
+
+  classes: Array  # [K], the label of each component
+  class_names: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+
+  def of_class(self, label: int) -> Mixture:
+    """p(x_0 | label)."""
+    weights = jnp.where(self.classes == label, self.weights, 0.0)
+    return Mixture(weights / weights.sum(), self.means, self.stds)
+
+  def sample_labelled(self, rng: Array, n: int) -> tuple[Array, Array]:
+    """Draws n points [n, ...], the same as `sample`, and their labels [n]."""
+    rng_k, _ = jax.random.split(rng)
+    k = jax.random.choice(rng_k, len(self.weights), (n,), p=self.weights)
+    return self.sample(rng, n), self.classes[k]
+
+
 def parzen(points: Array) -> Mixture:
   """The empirical distribution of points [n, ...], which diffusion makes a Parzen window density.
 
@@ -216,6 +235,51 @@ def _two_moons(dim: int) -> Mixture:
   return _curve(2 * np.concatenate([upper, -upper]), 0.15)
 
 
+def _branches(dim: int) -> ClassMixture:
+  """Two trees that grow from one root and divide again and again: the classes left and right.
+
+  Every branch is a row of normal distributions, so close that it is as smooth as a line. Both
+  branches that follow one are `SHRINK` times as long and as wide, and have 0.9 of its mass.
+  After the example of Karras et al. 2024, https://arxiv.org/abs/2406.02507, Sec. 3: thin branches,
+  which a network of few features blurs, and ends of little mass, which samples may miss.
+  """
+  rows = [row for side in (0, 1) for row in _branch_rows(side)]
+  means, stds, weights, classes = (np.concatenate(column) for column in zip(*rows, strict=True))
+  return ClassMixture(
+    weights=jnp.asarray(weights / weights.sum(), jnp.float32),
+    means=jnp.asarray(means, jnp.float32),
+    stds=jnp.asarray(stds, jnp.float32),
+    classes=jnp.asarray(classes, jnp.int32),
+    class_names=('left', 'right'),
+  )
+
+
+BRANCHINGS = 5  # rows of branches, of which each has twice as many as the one before
+SHRINK = 0.72  # the length of a branch, in those of the branch that it grows from
+_NORMALS = 10  # along a branch
+
+
+def _branch_rows(side: int) -> list[tuple[np.ndarray, ...]]:
+  """For each branch of a tree: means [K, 2], stds [K], weights [K], classes [K]."""
+  sign, found = 2 * side - 1, list[tuple[np.ndarray, ...]]()
+  tips = [(np.array([0.0, -2.4]), math.pi / 2 - sign * math.radians(38))]
+  for depth in range(BRANCHINGS):
+    length, mass = 1.75 * SHRINK**depth, (0.9 / 2) ** depth
+    next_tips = []
+    for start, angle in tips:
+      along = (np.arange(_NORMALS) + 0.5) / _NORMALS * length
+      bent = angle + sign * 0.25 * along / length  # a curve is longer than a line, and harder
+      means = start + np.stack([along * np.cos(bent), along * np.sin(bent)], axis=1)
+      std = np.full(_NORMALS, length / _NORMALS / 1.6)
+      label = np.full(_NORMALS, side)
+      found.append((means, std, np.full(_NORMALS, mass / _NORMALS), label))
+      end, turn = angle + sign * 0.25, math.radians(33)
+      tip = start + length * np.array([np.cos(end), np.sin(end)])
+      next_tips += [(tip, end - turn), (tip, end + turn)]
+    tips = next_tips
+  return found
+
+
 def _gaussian(dim: int) -> Gaussian:
   """A mean of 0.5 and correlated dimensions, with standard deviations from 0.5 to 2."""
   directions = np.linalg.qr(np.random.RandomState(0).normal(size=(dim, dim)))[0]
@@ -233,6 +297,7 @@ DISTRIBUTIONS: dict[str, tuple[Callable[[int], Distribution], int, int]] = {
   'swiss_roll': (_swiss_roll, 2, 2),
   'two_moons': (_two_moons, 2, 2),
   'gaussian': (_gaussian, 1, 1000),
+  'branches': (_branches, 2, 2),
 }
 
 
@@ -252,20 +317,28 @@ def distribution(name: str, dim: int) -> Distribution:
 
 @dataclasses.dataclass(frozen=True)
 class PointSource(Source):
-  """Points as a dataset, with random access."""
+  """Points as a dataset, with random access; those of classes have labels."""
 
   points: np.ndarray  # float32 [n, dim]
+  labels: np.ndarray | None = None  # int32 [n]
+  class_names: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.points)
 
   def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """The points of `indices` [n] as 'data', float32 [n, dim]."""
-    return {'data': self.points[indices]}
+    """The points of `indices` [n] as 'data', float32 [n, dim], and 'label' if they have any."""
+    labels = {} if self.labels is None else {'label': self.labels[indices]}
+    return {'data': self.points[indices], **labels}
 
 
 def load(name: str, split: str, dim: int) -> PointSource:
   """The points of a split, the same ones always; see `distribution`."""
   rng = jax.random.key(list(SIZES).index(split))
-  points = distribution(name, dim).sample(rng, SIZES[split])
-  return PointSource(np.asarray(points, np.float32))
+  data = distribution(name, dim)
+  if isinstance(data, ClassMixture):
+    points, labels = data.sample_labelled(rng, SIZES[split])
+    return PointSource(
+      np.asarray(points, np.float32), np.asarray(labels, np.int32), data.class_names
+    )
+  return PointSource(np.asarray(data.sample(rng, SIZES[split]), np.float32))

@@ -9,7 +9,12 @@ import jax
 from jax import Array
 import numpy as np
 
-from controllable_generation import ClassifierFreeGuidance, ClassifierGuidance, NoiseInterval
+from controllable_generation import (
+  Autoguidance,
+  ClassifierFreeGuidance,
+  ClassifierGuidance,
+  NoiseInterval,
+)
 from data.codec import Codec
 from models.classifier import ClassLogProb
 from models.score import Params, ScoreModel
@@ -17,6 +22,30 @@ from runtime import processes
 from runtime.devices import Devices
 from samplers.base import Constraint, Sampler
 from sde_lib import ScoreFn
+from workdir.reports import Report
+
+
+@dataclasses.dataclass(frozen=True)
+class Guide:
+  """A weaker model of the same data, which samples are led away from: see `Autoguidance`.
+
+  Attributes:
+    model: the score model.
+    params: its parameters.
+    scale: of the difference between the model and it.
+    step: of its checkpoint.
+    identity: of its checkpoint, which samples depend on.
+  """
+
+  model: ScoreModel
+  params: Params
+  scale: float
+  step: int
+  identity: str
+
+  def report(self) -> Report:
+    """What is said of it beside samples."""
+    return {'checkpoint': self.identity, 'step': self.step, 'scale': self.scale}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +58,8 @@ class Drawing:
     codec: makes samples of x_0.
     devices: which share the samples.
     guidance_scale: of grad log p(y | x), where classes are asked for.
-    guided: the noise levels where it counts, if not all of them.
+    guided: the noise levels where guidance counts, if not all of them.
+    guide: a weaker model, if samples are led away from one.
   """
 
   model: ScoreModel
@@ -38,25 +68,40 @@ class Drawing:
   devices: Devices
   guidance_scale: float = 1.0
   guided: NoiseInterval | None = None
+  guide: Guide | None = None
+
+  @property
+  def mark(self) -> str:
+    """What tells these samples from those of other parameters than the model's."""
+    return f'guide {self.guide.identity}' if self.guide else ''
 
   def score_fn(
     self, params: Params, labels: Array | None = None, log_prob: ClassLogProb | None = None
   ) -> ScoreFn:
     """The score of the classes `labels` [B], guided, or that of all samples together.
 
-    A model that knows no classes needs `log_prob`, a classifier of noisy images.
+    A model that knows no classes needs `log_prob`, a classifier of noisy images. Where there is a
+    guide, model and guide together take the place of the model, and classes guide what they give.
     """
     if labels is None:
-      return self.model.bind(params)
+      return self._autoguided(params, None)
     if not self.model.num_classes:
       assert log_prob is not None  # as the model knows no classes
-      score_fn = self.model.bind(params)
+      score_fn = self._autoguided(params, None)
       return ClassifierGuidance(score_fn, log_prob, labels, self.guidance_scale, self.guided)
-    conditional = self.model.bind(params, labels=labels)
+    conditional = self._autoguided(params, labels)
     if self.guidance_scale == 1:  # which needs no second evaluation
       return conditional
-    of_all = self.model.bind(params)
+    of_all = self._autoguided(params, None)
     return ClassifierFreeGuidance(conditional, of_all, self.guidance_scale, self.guided)
+
+  def _autoguided(self, params: Params, labels: Array | None) -> ScoreFn:
+    """The score of the model, led away from that of the guide if there is one."""
+    score_fn, guide = self.model.bind(params, labels=labels), self.guide
+    if guide is None:
+      return score_fn
+    weaker = guide.model.bind(guide.params, labels=labels)
+    return Autoguidance(score_fn, weaker, guide.scale, self.guided)
 
   def samples(
     self,

@@ -107,6 +107,7 @@ class SampleQuality(Measurement):
     return (
       compared
       and report.get('samples') == self.n
+      and report.get('guide') == (self.drawing.guide.report() if self.drawing.guide else None)
       and report.get('labels') == (self.law.report() if self.law else None)
     )
 
@@ -122,7 +123,7 @@ class SampleQuality(Measurement):
     nfes, seconds, feature_seconds = [], 0.0, 0.0
     # The last round is as large as the others, so that samples do not depend on their number.
     size = min(self.batch_size, self.n)
-    law, labels = self.law.mark if self.law else '', self._labels(size)
+    mark, labels = (self.law.mark if self.law else '') + self.drawing.mark, self._labels(size)
     with Bar('sample', self.n, unit='samples') as bar:
       for i, first in enumerate(range(0, self.n, size)):
         n = min(size, self.n - first)
@@ -130,7 +131,7 @@ class SampleQuality(Measurement):
         make = partial(
           self._draw_round, params, step, i, size, n, of_round, partial(_show, bar, first, n)
         )
-        arrays = rounds.kept_or_made(folder / f'samples_{i}.npz', 'samples', n, make, law)
+        arrays = rounds.kept_or_made(folder / f'samples_{i}.npz', 'samples', n, make, mark)
         samples = arrays['samples']
         nfes.append(int(arrays['nfe']))
         seconds += float(arrays['seconds'])
@@ -139,7 +140,7 @@ class SampleQuality(Measurement):
         if network and extract:
           path = folder / f'features_{network.name}_{i}.npz'
           make = partial(_features_round, extract, samples)
-          arrays = rounds.kept_or_made(path, 'features', n, make, network.version + law)
+          arrays = rounds.kept_or_made(path, 'features', n, make, network.version + mark)
           features.append(arrays['features'])
           feature_seconds += float(arrays['seconds'])
         bar.update(first + n)
@@ -147,6 +148,8 @@ class SampleQuality(Measurement):
     report: Report = {'samples': self.n, 'nfe': float(np.mean(nfes)), 'sample_seconds': seconds}
     if self.law:
       report['labels'] = self.law.report()
+    if self.drawing.guide:
+      report['guide'] = self.drawing.guide.report()
     if self.comparison:
       began = time.monotonic()
       report |= self.comparison.report(np.concatenate(features), mesh)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from controllable_generation import (
+  Autoguidance,
   BlockMean,
   BoundedMean,
   ClassifierFreeGuidance,
@@ -23,9 +24,10 @@ from controllable_generation import (
 from data.points import Gaussian
 from samplers import multistep as fast
 from samplers.base import GridSampler
+from samplers.edm import EDM
 from samplers.time_grids import log_snr, TimeGrid
 from sampling import Langevin, PCSampler, ReverseDiffusion
-from sde_lib import expand, SDE, subVPSDE, VESDE, VPSDE
+from sde_lib import EDMSDE, expand, SDE, subVPSDE, VESDE, VPSDE
 
 KEY = jax.random.key(0)
 SHAPE = (2, 2, 3)
@@ -153,6 +155,55 @@ def test_guidance_ends_with_its_interval(sde):
   assert (np.abs(guided - free) > tolerance)[~inside].any()
   by_classifier = ClassifierGuidance(score_fn, Component(sde), labels, 3.0, interval)(x, t)
   assert (np.abs(by_classifier - free) <= 10 * tolerance).all()
+
+
+@pytest.mark.parametrize('sde', SDES.values(), ids=SDES)
+def test_autoguidance_leads_away_from_its_guide(sde):
+  """The denoised is D_guide + scale (D - D_guide); the model's to the bit where that is nothing."""
+  t, x = jnp.linspace(0.05, 0.95, 64), jax.random.normal(KEY, (64, 2))
+  score_fn, weak = mode(0).score_fn(sde), mode(1).score_fn(sde)
+  alpha, sigma = sde.alpha(t)[:, None], sde.sigma(t)[:, None]
+  strong, weaker = (np.float64((x + sigma**2 * f(x, t)) / alpha) for f in (score_fn, weak))
+  for scale in (0.0, 2.5):
+    found = (x + sigma**2 * Autoguidance(score_fn, weak, scale)(x, t)) / alpha
+    expected = weaker + scale * (strong - weaker)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+  noise = np.asarray(sde.sigma(t) / sde.alpha(t))
+  interval = NoiseInterval(sde, float(noise[20] * 1.001), float(noise[40] * 1.001))
+  limited = Autoguidance(score_fn, weak, 2.5, interval)(x, t)
+  guided, plain = Autoguidance(score_fn, weak, 2.5)(x, t), score_fn(x, t)
+  inside = (np.arange(64) > 20) & (np.arange(64) <= 40)
+  np.testing.assert_array_equal(limited, np.where(inside[:, None], guided, plain))
+  np.testing.assert_array_equal(Autoguidance(score_fn, weak, 1.0)(x, t), plain)
+  np.testing.assert_array_equal(Autoguidance(score_fn, score_fn, 7.0)(x, t), plain)
+
+
+@pytest.mark.parametrize('limits', [(0.0, np.inf), (0.1, 2.0)])
+def test_autoguided_samples_of_a_gaussian_are_those_of_theory(limits):
+  """N(m, v) guided by N(m, u): x_0 - m = (x_T - m) exp(-G), along the flow of sigma from T to eps.
+
+  There G' = sigma (w / (v + sigma^2) - (w - 1) / (u + sigma^2)), so that both are logarithms; where
+  guidance does not count, w = 1. Samples are narrower than the data where the guide is wider.
+  """
+  sde, (v, u), m, w, eps = EDMSDE(), (0.5, 0.8), 1.5, 2.0, 1e-3
+  score_fn, weak = (
+    Gaussian.of(jnp.array([m]), jnp.array([[s]])).score_fn(sde) for s in (v, u)
+  )  # fmt: skip
+  guided = Autoguidance(score_fn, weak, w, NoiseInterval(sde, *limits))
+
+  def narrowing(low: float, high: float, scale: float) -> float:
+    of = lambda s: 0.5 * np.log((s + high**2) / (s + low**2))  # noqa: E731
+    return scale * of(v) - (scale - 1) * of(u)
+
+  low, high = (float(np.clip(limit, 0, sde.T)) for limit in limits)
+  exponent = narrowing(0, low, 1) + narrowing(low, high, w) + narrowing(high, sde.T, 1)
+  shape = (500, 1)
+  sampler = GridSampler(sde, EDM(), TimeGrid(400, eps, log_snr))
+  x, _ = sampler(KEY, guided, shape)
+  plain, _ = sampler(KEY, score_fn, shape)
+  start = m + (np.asarray(plain, np.float64) - m) * np.exp(narrowing(0, sde.T, 1))
+  np.testing.assert_allclose(x, m + (start - m) * np.exp(-exponent), atol=3e-3)
+  assert np.var(x) < 0.95 * np.var(plain)
 
 
 @pytest.mark.parametrize('ends', [(-1.0, 2.0), (2.0, 2.0), (3.0, 1.0)])

@@ -103,8 +103,8 @@ def _taker(anew: set[str]) -> Callable[[Params, Params], Params]:
   return taken
 
 
-def find(path: epath.Path) -> Place:
-  """The checkpoints that --init_from names: a workdir, its checkpoints/, or one in there.
+def find(path: epath.Path, option: str = '--init_from') -> Place:
+  """The checkpoints that an option names: a workdir, its checkpoints/, or one in there.
 
   Raises:
     UserError: if there are none.
@@ -114,12 +114,12 @@ def find(path: epath.Path) -> Place:
   root = path.parent if path.name in checkpoints_lib.FOLDERS else path
   if path.exists() and not path.is_dir():
     raise UserError(
-      f'--init_from {path} is a file; a released checkpoint becomes a workdir with --mode import '
-      '--checkpoint FILE --workdir WORKDIR, and a run begins with --init_from WORKDIR'
+      f'{option} {path} is a file; a released checkpoint becomes a workdir with --mode import '
+      f'--checkpoint FILE --workdir WORKDIR, and {option} takes WORKDIR'
     )
   if not checkpoints_lib.exist(root):
     raise UserError(
-      f'--init_from {path} holds no checkpoints; name a workdir, or WORKDIR/checkpoints/STEP'
+      f'{option} {path} holds no checkpoints; name a workdir, or WORKDIR/checkpoints/STEP'
     )
   return Place(root, None)
 

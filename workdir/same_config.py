@@ -156,7 +156,7 @@ def _comparable(name: str, value: Any) -> Any:
   """A value, but for what is written in several ways and means the same."""
   if name == 'data.dataset':
     return value.lower()
-  if name == 'data.path' and value:
+  if name in ('data.path', 'sampling.guide') and value:
     return os.path.realpath(os.path.expanduser(value))
   return value
 

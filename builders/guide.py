@@ -1,0 +1,117 @@
+"""From a config to the weaker model that samples are led away from: see `Autoguidance`."""
+
+import logging
+
+from etils import epath
+from ml_collections import FrozenConfigDict
+
+from builders.setup import build, Setup
+from builders.training import abstract_state
+from configs.base import saved
+from data.classes import check_same
+from evaluation.draw import Guide
+from runtime.errors import UserError
+from training import checkpoints as checkpoints_lib
+from training import fine_tuning
+from training.checkpoints import Checkpoints
+from workdir import artifacts
+
+logger = logging.getLogger('score_sde')
+
+_FIELD = 'config.sampling.guide'
+
+
+def load_guide(setup: Setup, root: epath.Path) -> Guide | None:
+  """The guide that `sampling.guide` names, for the model in the workdir `root`; None if none is.
+
+  A scale of 1 is the model alone, which no guide is read for.
+
+  Raises:
+    UserError: if there is no such checkpoint, or it is of another kind of model.
+  """
+  choice = setup.config.sampling
+  if not choice.guide:
+    return None
+  if choice.guide_scale == 1:
+    logger.info('config.sampling.guide_scale = 1 is the model alone: %s is not read', choice.guide)
+    return None
+  place = fine_tuning.find(artifacts.root_of(choice.guide, _FIELD), _FIELD)
+  path = place.root / 'config.json'
+  if not path.exists():
+    raise UserError(f'{_FIELD}: {path} does not exist; it belongs to the checkpoints')
+  try:
+    its = build(saved(artifacts.read_json(path), path))
+  except UserError as error:
+    raise UserError(f'{_FIELD}: {path}: {error}') from None
+  _check_same_kind(setup, its, place.root)
+  if its.config.data.dataset.lower() != setup.config.data.dataset.lower():
+    logger.warning(
+      '%s: %s was trained with %s, and this model with %s: a guide is meant to be of the same data',
+      _FIELD, place.root, its.config.data.dataset, setup.config.data.dataset,
+    )  # fmt: skip
+  with Checkpoints(place.root, create=False) as checkpoints:
+    try:
+      found = checkpoints.restore_parameters(abstract_state(its), place.step)
+    except UserError as error:
+      raise UserError(f'{_FIELD}: {error}') from None
+  if found is None:  # an object store shows those that broke off
+    raise UserError(f'{_FIELD}: {place.root} holds no whole checkpoint')
+  step, _, averages = found
+  if setup.model.num_classes:
+    names = checkpoints_lib.notes(root).classes
+    if names:
+      way_out = f'Name a guide in {_FIELD} that was trained with these classes'
+      check_same(checkpoints_lib.notes(place.root, step).classes, names, place.root, way_out)
+  params = averages[_average(choice, its.config, len(averages))]
+  identity = checkpoints_lib.identity(params)
+  logger.info(
+    'guided by %s, step %d: each evaluation of the score is one of the model and one of the guide',
+    place.root, step,
+  )  # fmt: skip
+  return Guide(its.model, params, choice.guide_scale, step, identity)
+
+
+def _average(choice: FrozenConfigDict, its: FrozenConfigDict, n: int) -> int:
+  """The number of the average of the guide that is wanted, of n."""
+  if choice.guide_ema < 0:
+    return its.ema.use
+  if choice.guide_ema >= n:
+    raise UserError(
+      f'config.sampling.guide_ema must be below {n}, the number of averages of the guide '
+      f'{choice.guide}; got {choice.guide_ema}'
+    )
+  return choice.guide_ema
+
+
+def _check_same_kind(setup: Setup, its: Setup, where: epath.Path) -> None:
+  """Raises UserError unless both scores are of the same p_t(x | y), or their difference means none.
+
+  Networks, what their outputs stand for, and how they were trained may be others.
+  """
+  own, other = setup.config, its.config
+  compared = {
+    'data of shape': (setup.data_shape, its.data_shape),
+    'config.data.centered =': (own.data.centered, other.data.centered),
+    'noise of': (setup.model.trained_with, its.model.trained_with),
+    'config.model.num_classes =': (setup.model.num_classes, its.model.num_classes),
+  }
+  for what, (here, there) in compared.items():
+    if here != there:
+      raise UserError(
+        f'{_FIELD}: {where} is a model with {what} {there}, and this one with {what} {here}: a '
+        'guide is a weaker model of the same data, noise and classes; name another'
+      )
+  level = other.training.eps
+  same_level = own.training.single_scale and own.training.eps == level
+  if other.training.single_scale and not same_level:
+    raise UserError(
+      f'{_FIELD}: {where} was trained at one level of noise, t = {level}, this model at others; '
+      'name a guide of the same'
+    )
+  both = own.model.num_classes and own.sampling.guidance_scale != 1
+  if both and other.training.label_dropout == 0:
+    raise UserError(
+      f'{_FIELD}: {where} was trained with config.training.label_dropout = 0, so it does not know '
+      f'all classes together, which config.sampling.guidance_scale = {own.sampling.guidance_scale} '
+      'asks of it too: set that to 1, or name another'
+    )
