@@ -6,7 +6,8 @@
   check_data        what is in a folder of images, and which of them cannot be read
   stats             what samples are compared with, and the noise levels that the data ask for
   train_classifier  a classifier of noisy images, for sampling by class
-  import            a checkpoint of the released code becomes a workdir
+  import            a checkpoint of the released code, or exported weights, become a workdir
+  export            the weights of a workdir as safetensors, with a card that says what they are
 
   python main.py --config configs/vp/digits.py --mode train --config.training.n_iters=4000
   python main.py --config configs/vp/digits.py --mode sample --config.sampling.num_samples=64
@@ -47,23 +48,27 @@ from runtime import start
 from runtime.errors import Failure, unknown, UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, [:variant] of it.')
-_MODES = ['train', 'train_classifier', 'eval', 'sample', 'check_data', 'stats', 'import', 'ema']
+_MODES = [
+  'train', 'train_classifier', 'eval', 'sample', 'check_data', 'stats', 'import', 'export', 'ema',
+]  # fmt: skip
 _MODE = flags.DEFINE_enum('mode', None, _MODES, 'What to do.')
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder; by default runs/<config>[-<variant>][-<field>=<value>].'
 )
 _EVAL_FOLDER = flags.DEFINE_string('eval_folder', 'eval', 'Folder of an evaluation in workdir.')
 _SAMPLE_FOLDER = flags.DEFINE_string('sample_folder', 'sample', 'Folder of samples in workdir.')
+_EXPORT_FOLDER = flags.DEFINE_string('export_folder', 'export', 'Folder of weights in workdir.')
+_LICENCE = flags.DEFINE_string('licence', '', 'Under which others may use exported weights.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'One of the processes of a pod or job.')
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0; pods know it.')
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many there are; likewise.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this one, from 0; likewise.')
 _DETERMINISTIC = flags.DEFINE_bool('deterministic', False, 'GPUs compute the same bits each time.')
-_CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Released checkpoint to import.')
+_CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Released checkpoint, or exported folder.')
 _INIT_FROM = flags.DEFINE_string('init_from', None, 'Workdir whose parameters a new run takes.')
 _FLAGS = (
-  _CONFIG, _MODE, _WORKDIR, _EVAL_FOLDER, _SAMPLE_FOLDER, _CHECKPOINT, _INIT_FROM,
-  _DETERMINISTIC, _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID,
+  _CONFIG, _MODE, _WORKDIR, _EVAL_FOLDER, _SAMPLE_FOLDER, _EXPORT_FOLDER, _LICENCE, _CHECKPOINT,
+  _INIT_FROM, _DETERMINISTIC, _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID,
 )  # fmt: skip
 
 
@@ -147,7 +152,7 @@ def parse(argv: Sequence[str]) -> tuple[str, str, ConfigDict]:
   if _MODE.value is None:
     raise UserError(f'--mode is missing; allowed: {", ".join(_MODES)}')
   if (_MODE.value == 'import') != bool(_CHECKPOINT.value):
-    raise UserError('--mode import and --checkpoint FILE go together')
+    raise UserError('--mode import and --checkpoint PATH go together')
   if _INIT_FROM.value is not None and (_MODE.value != 'train' or not _INIT_FROM.value):
     raise UserError('--init_from WORKDIR goes with --mode train, for a new run')
   return path, variant, config
@@ -241,6 +246,8 @@ def main(argv: Sequence[str]) -> None:
       run_lib.check_data(_CONFIG.value)
     elif _MODE.value == 'stats':
       run_lib.stats(_CONFIG.value)
+    elif _MODE.value == 'export':
+      run_lib.export(_CONFIG.value, workdir, _EXPORT_FOLDER.value, _LICENCE.value)
     elif _MODE.value == 'ema':
       run_lib.post_hoc_average(_CONFIG.value, workdir)
     else:

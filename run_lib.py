@@ -47,8 +47,8 @@ from builders.training import (
   make_classifier,
   make_schedule,
   score_task,
-  settled_rate,
 )
+from builders.weights import imported, read_weights, write_weights
 from configs.base import saved
 from data.check import SplitReport
 from data.classes import numbers_of
@@ -62,7 +62,7 @@ from runtime import processes
 from runtime.devices import out_of_memory
 from runtime.errors import cannot_write, UserError
 from training import checkpoints as checkpoints_lib
-from training import classifier, loop, released_checkpoints
+from training import classifier, exported, loop
 from training.averages import combination, Power
 from training.checkpoints import Checkpoints
 from training.step import TrainState
@@ -288,10 +288,15 @@ def check_data(config: ConfigDict) -> list[SplitReport]:
 def load(workdir: str) -> tuple[Setup, Params]:
   """A run's parts, from its `config.json`, and the parameters of its newest checkpoint.
 
+  The same of a folder that `export` wrote.
+
   Raises:
     UserError: if the workdir holds no checkpoint.
   """
   root = artifacts.root_of(workdir)
+  if exported.is_here(root):
+    setup, _, _, params = read_weights(root)
+    return setup, params
   path = root / 'config.json'
   if not path.exists():
     raise UserError(f'{path} does not exist; name the workdir of a run')
@@ -312,8 +317,30 @@ def _newest(setup: Setup, root: epath.Path) -> tuple[int, Params]:
   return step, averages[setup.config.ema.use]
 
 
+def export(
+  config: ConfigDict, workdir: str, folder: str = 'export', licence: str = ''
+) -> epath.Path:
+  """Writes the newest average of a workdir as safetensors, with a card, to `<workdir>/<folder>`.
+
+  See `training.exported`. `load` reads such a folder, and `import_released` makes a workdir of it.
+
+  Returns:
+    That folder.
+
+  Raises:
+    UserError: for a mistake in the config or the workdir, or if other weights are there.
+  """
+  setup, root = build(config), artifacts.root_of(workdir)
+  step, params = _newest(setup, root)
+  out = root / folder
+  with open_workdir(out):
+    write_weights(out, setup, params, step, checkpoints_lib.notes(root), licence)
+  logger.info('weights of step %d are in %s', step, out)
+  return out
+
+
 def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
-  """Makes a workdir of a checkpoint of the released JAX or PyTorch code.
+  """Makes a workdir of a checkpoint of the released JAX or PyTorch code, or of exported weights.
 
   The result is a checkpoint like any other: `evaluate` evaluates it, `train` goes on from it.
 
@@ -325,14 +352,10 @@ def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
     raise UserError(f'{root} holds checkpoints already; choose another --workdir')
   if setup.config.ema.sigma_rels:
     raise UserError(
-      'config.ema.sigma_rels must be empty for --mode import: released checkpoints have one average'
+      'config.ema.sigma_rels must be empty for --mode import: what is imported has one average'
     )
-  abstract = abstract_state(setup)  # says so if the config does not make a network
-  state = released_checkpoints.load(
-    checkpoint, setup.model, (1, *setup.data_shape), setup.tx, settled_rate(setup.config)
-  )
-  state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
-  with open_workdir(root), Checkpoints(root) as checkpoints:
+  state, notes = imported(setup, checkpoint)
+  with open_workdir(root), Checkpoints(root, notes) as checkpoints:
     set_aside_former(root)
     write_config(root, setup, int(state.step))
     checkpoints.save(state, keep=True)

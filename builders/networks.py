@@ -87,3 +87,19 @@ def halvings(model: FrozenConfigDict) -> int:
   return (
     ncsn.halvings(model.name) if model.name in ncsn.STAGES else len(model.get('ch_mult', [1])) - 1
   )
+
+
+def pytorch_release_has(model: FrozenConfigDict) -> bool:
+  """Whether the PyTorch release has this very network: NCSN++ and DDPM without classes.
+
+  Without a map of its embedding, or where it changes size without parameters, its modules are
+  numbered otherwise than ours.
+  """
+  fields = model.to_dict()
+  return (
+    model.name in ('ncsnpp', 'ddpm')
+    and model.conditional
+    and model.resamp_with_conv
+    and not model.num_classes
+    and not fields.get('augment_labels', 0)
+  )

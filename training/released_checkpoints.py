@@ -122,10 +122,10 @@ def network_parameters(model: ScoreModel, shape: tuple[int, ...]) -> Shapes:
 
   def init() -> Params:
     params = model.init(jax.random.key(0), shape)
-    names.extend(_flat(params))
+    names.extend(flat(params))
     return params
 
-  shapes = _flat(jax.eval_shape(init))
+  shapes = flat(jax.eval_shape(init))
   return {name: shapes[name] for name in names}
 
 
@@ -135,7 +135,7 @@ def network_parameters(model: ScoreModel, shape: tuple[int, ...]) -> Shapes:
 def from_jax(state: dict[str, Any]) -> Released:
   """What a released `State` holds, as flax.serialization restores it."""
   optimizer = state['optimizer']['state']
-  moments = _flat(optimizer['param_states'])
+  moments = flat(optimizer['param_states'])
 
   def moment(name: str) -> Arrays:
     ends = f'/{name}'
@@ -145,8 +145,8 @@ def from_jax(state: dict[str, Any]) -> Released:
     step=int(state['step']),
     adam_step=int(optimizer['step']),
     ema_rate=float(state['ema_rate']),
-    params={ours(k): v for k, v in _flat(state['optimizer']['target']).items()},
-    ema_params={ours(k): v for k, v in _flat(state['params_ema']).items()},
+    params={ours(k): v for k, v in flat(state['optimizer']['target']).items()},
+    ema_params={ours(k): v for k, v in flat(state['params_ema']).items()},
     mu=moment('grad_ema'),
     nu=moment('grad_sq_ema'),
   )
@@ -167,15 +167,14 @@ def from_edm(state: dict[str, Any]) -> Released:
   adam = next((v for v in (places['0'], *places['1'].values()) if 'mu' in v), None)
   if adam is None:
     raise UserError('its optimiser has no moments: it was not Adam')
-  flat = {name: _flat(state[name]) for name in ('params', 'params_ema')}
   return Released(
     step=int(state['step']),
     adam_step=int(adam['count']),
     ema_rate=float(state['ema_rate']),
-    params=flat['params'],
-    ema_params=flat['params_ema'],
-    mu={name: v / 2 for name, v in _flat(adam['mu']).items()},
-    nu={name: v / 4 for name, v in _flat(adam['nu']).items()},
+    params=flat(state['params']),
+    ema_params=flat(state['params_ema']),
+    mu={name: v / 2 for name, v in flat(adam['mu']).items()},
+    nu={name: v / 4 for name, v in flat(adam['nu']).items()},
   )
 
 
@@ -297,6 +296,27 @@ def _layout(name: str, x: np.ndarray) -> np.ndarray:
   return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
 
 
+def to_torch(params: Arrays, names: Iterable[str]) -> Arrays:
+  """The parameters as the PyTorch release has them in `all_modules`: its names, its axes.
+
+  Args:
+    params: by our names.
+    names: all of them, in the order of their creation; of a network that embeds the time, and has
+      no module without parameters, nor one that the release lacks.
+  """
+  numbers: dict[str, int] = {}
+  theirs = {}
+  for name in names:
+    module, *path, leaf = name.split('/')
+    number = numbers.setdefault(module, len(numbers))
+    leaf = 'weight' if leaf in ('kernel', 'scale', 'weight') else leaf
+    x = params[name]
+    if name.endswith(('/kernel', '/weight')):
+      x = x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
+    theirs['.'.join(['all_modules', str(number), *path, leaf])] = np.ascontiguousarray(x)
+  return theirs
+
+
 # Both.
 
 
@@ -322,7 +342,8 @@ def _without_unread(found: Released, names: Iterable[str]) -> Released:
   )
 
 
-def _flat(tree: Any) -> dict[str, Any]:
+def flat(tree: Any) -> dict[str, Any]:
+  """Name, with slashes -> array, of a tree."""
   return traverse_util.flatten_dict(tree, sep='/')
 
 

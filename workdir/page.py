@@ -1,37 +1,116 @@
 """A workdir that explains itself: `index.html`, to be opened in any browser, without a network.
 
 What it shows it finds in the folder: curves of `metrics.jsonl`, grids of samples over time, reports
-of evaluations and of the classifier, drawn samples, checkpoints, the config.
+of evaluations and of the classifier, drawn samples, checkpoints, the config. Pictures are in the
+file itself, so that it can be sent. `page.html.jinja` is how it looks.
 """
 
-from collections.abc import Iterable, Sequence
-from html import escape
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from functools import cache
+import io
 import json
 import os
+from pathlib import Path
 import re
 from typing import Any
 from urllib.parse import quote
 
 from etils import epath
 import jax
+import jinja2
 import numpy as np
+from PIL import Image
 
 from workdir import artifacts, reports, same_config
 
-WIDTH, HEIGHT = 460, 150  # pixels of a curve
 POINTS = 300  # of a curve at most; means of what lies between
 MOST_PICTURES = 24  # of samples over time
+MOST_PIXELS = 1024  # of a picture's longer side; the file that it links to has all
+MOST_BYTES = 4_000_000  # of a film; a longer one is only linked to
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em;
-  color: #222 }
-h1, h2 { font-weight: 600 } h2 { margin-top: 2em; border-bottom: 1px solid #ddd }
-.row { display: flex; flex-wrap: wrap; gap: 1.5em } figure { margin: 0 }
-figcaption { font-size: 13px; color: #555 } img { max-width: 100%; max-height: 480px }
-.row img { max-height: 240px } svg { background: #fafafa }
-table { border-collapse: collapse; font-size: 13px } td, th { padding: 2px 10px; text-align: left;
-  border-bottom: 1px solid #eee } .wide { overflow-x: auto } code { background: #f4f4f4 }
-"""
+# Of the tables of an evaluation: their titles, and how the names that they hold look.
+_TABLES = (
+  ('Likelihood', re.compile(r'(bpd|bound|nll)_?\w*(?<!_seconds)')),
+  ('Loss', re.compile(r'\w*(loss|score_error)\w*(?<!_seconds)')),
+  ('Distance from the data', re.compile(r'\w+(?<!_seconds)')),
+  ('Seconds', re.compile(r'\w+_seconds')),
+)
+_WIDTH, _HEIGHT = 460, 182  # of a curve, in units of its own
+_BOX = (54, 8, 434, 158)  # where it is drawn there: left, top, right, bottom
+
+Row = dict[str, str]  # of a table: name of the column -> what stands there
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """An image of the page.
+
+  Attributes:
+    where: the file, as a link.
+    source: the image itself, or the link where it is too large.
+    caption: what it is.
+    small: has so few pixels that they are shown as squares.
+  """
+
+  where: str
+  source: str
+  caption: str
+  small: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """What lies in one folder of the workdir: tables, notes, pictures."""
+
+  name: str
+  pictures: list[Picture]
+  tables: list[tuple[str, list[Row]]] = dataclasses.field(default_factory=list)
+  notes: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tick:
+  """A mark of an axis."""
+
+  at: float
+  label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """One scalar of a curve: its name, and its points in the picture."""
+
+  name: str
+  points: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+  """Scalars over steps, drawn in one picture.
+
+  Attributes:
+    title: what it shows.
+    lines: a line for each scalar.
+    data: the values, as JSON, for the pointer to read off.
+    range: first and last step.
+    x_ticks, y_ticks: marks of the axes.
+    last: the values at the end, in words.
+    cut: what is not shown, in words; or empty.
+  """
+
+  title: str
+  lines: list[Line]
+  data: str
+  range: tuple[float, float]
+  x_ticks: list[Tick]
+  y_ticks: list[Tick]
+  last: str
+  cut: str
+  width: int = _WIDTH
+  height: int = _HEIGHT
+  box: tuple[int, ...] = _BOX
 
 
 def write(root: epath.Path) -> None:
@@ -39,30 +118,29 @@ def write(root: epath.Path) -> None:
   if jax.process_index() > 0:
     return
   lines, config = _lines(root / 'metrics.jsonl'), _json(root / 'config.json')
-  step = max([*(line['step'] for line in lines), *_steps(root / 'checkpoints')], default=0)
+  kept = sorted(_steps(root / 'checkpoints'))
   total = config.get('training', {}).get('n_iters', 0)
-  sections = [
-    _section('Training', _curves(lines)),
-    _section('Samples of the snapshots', _pictures(root)),
-    *(_evaluation(root, folder) for folder in _folders(root, 'report_*.json')),
-    _section('Classifier of noisy images', _classifier(_json(root / 'classifier' / 'report.json'))),
-    *(_drawn(root, folder) for folder in _folders(root, 'step_*/samples.npz')),
-    _section('Config', _config(config)),
-  ]
-  name = escape(root.name)
-  done = f'At step {step:,} of {total:,}.' if total else ''
-  kept = ', '.join(str(s) for s in sorted(_steps(root / 'checkpoints')))
-  page = f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style></head>
-<body><h1>{name}</h1>
-<p>{done} A run of score-based generative modelling through SDEs, {escape(_what(config))}.
-Snapshots are kept of the steps {kept or '(none yet)'}, in <code>checkpoints/</code>. The command
-that began it goes on from the newest; with <code>--mode eval</code> or <code>--mode sample</code>
-it evaluates, or draws. Numbers: <code>metrics.jsonl</code>, <code>tensorboard/</code>.</p>
-{''.join(sections)}</body></html>
-"""
+  page = _template().render(
+    name=root.name,
+    step=f'{max([*(line["step"] for line in lines), *kept], default=0):,}',
+    total=f'{total:,}' if total else '',
+    what=_what(config),
+    kept=', '.join(map(str, kept)),
+    snapshots=_snapshots(root),
+    evaluations=[_evaluation(root, folder) for folder in _folders(root, 'report_*.json')],
+    drawn=[_drawn(root, folder) for folder in _folders(root, 'step_*/samples.npz')],
+    curves=_curves(lines),
+    classifier=_classifier(_json(root / 'classifier' / 'report.json')),
+    fields=[(name, json.dumps(value)) for name, value in same_config.flatten(config)],
+  )
   # Names of folders need not be UTF-8.
   artifacts.write(root / 'index.html', page.encode(errors='replace'))
+
+
+@cache
+def _template() -> jinja2.Template:
+  environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+  return environment.from_string((Path(__file__).parent / 'page.html.jinja').read_text())
 
 
 def _what(config: dict[str, Any]) -> str:
@@ -109,123 +187,160 @@ def _number(path: epath.Path) -> int:
   return int((re.findall(r'\d+', path.name) or ['0'])[-1])
 
 
-def _section(title: str, body: str) -> str:
-  return f'<h2>{escape(title)}</h2>\n{body}\n' if body else ''
+# Pictures.
 
 
-def _figure(root: epath.Path, path: epath.Path, caption: str) -> str:
+def _picture(root: epath.Path, path: epath.Path, caption: str) -> Picture:
   where = quote(os.fsencode(path.relative_to(root).as_posix()))
-  return (
-    f'<figure><a href="{where}"><img src="{where}" alt="{escape(caption)}"></a>'
-    f'<figcaption>{escape(caption)}</figcaption></figure>'
-  )
+  try:
+    source, small = _embedded(path.read_bytes())
+  except OSError:  # cut off, or gone
+    source, small = '', False
+  return Picture(where, source or where, caption, small)
 
 
-def _row(parts: Iterable[str]) -> str:
-  text = ''.join(parts)
-  return f'<div class="row">{text}</div>' if text else ''
+def _embedded(data: bytes) -> tuple[str, bool]:
+  """An image as an address that holds it, empty if it is too large, and whether it is small."""
+  with Image.open(io.BytesIO(data)) as image:
+    kind, longest = image.format or '', max(image.size)
+    if kind == 'GIF':  # a film
+      if len(data) > MOST_BYTES:
+        return '', False
+    elif longest > MOST_PIXELS:
+      image.thumbnail((MOST_PIXELS, MOST_PIXELS))
+      kind, reduced = 'JPEG', io.BytesIO()
+      image.convert('RGB').save(reduced, kind, quality=90)
+      data = reduced.getvalue()
+  return f'data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}', longest <= 300
 
 
-def _pictures(root: epath.Path) -> str:
+def _snapshots(root: epath.Path) -> list[Picture]:
   """Grids of samples, of evenly spaced snapshots if there are many."""
   paths = sorted(root.glob('samples/iter_*/sample.png'), key=lambda path: _number(path.parent))
   chosen = np.unique(np.linspace(0, len(paths) - 1, min(len(paths), MOST_PICTURES)).astype(int))
-  return _row(_figure(root, paths[i], f'step {_number(paths[i].parent):,}') for i in chosen)
+  return [_picture(root, paths[i], f'step {_number(paths[i].parent):,}') for i in chosen]
 
 
-def _evaluation(root: epath.Path, folder: epath.Path) -> str:
-  """The reports of an evaluation, and samples of its last step."""
-  read = (_json(path) for path in sorted(folder.glob('report_*.json'), key=_number))
-  found = [report for report in read if report]
-  body = _table([{'step': r.get('step'), **reports.scalars(r)} for r in found])
-  for note in dict.fromkeys(note for report in found for note in reports.notes(report)):
-    body += f'<p>{escape(note)}.</p>'
-  if chosen := reports.best(found):
-    body += f'<p>Best by {chosen[1]}: the checkpoint of step {chosen[0]:,}.</p>'
-  grids = sorted(folder.glob('step_*/samples.png'), key=lambda path: _number(path.parent))
-  return _section(
-    f'Evaluation: {folder.name}/',
-    body + _row(_figure(root, path, f'step {_number(path.parent):,}') for path in grids[-3:]),
-  )
-
-
-def _classifier(report: dict[str, Any]) -> str:
-  """Its report: in all, and by level of noise."""
-  levels = (
-    {**level, 't': '{:.3g} to {:.3g}'.format(*level['t'])} for level in report.get('levels', [])
-  )
-  return _table([reports.scalars(report)]) + _table(list(levels))
-
-
-def _drawn(root: epath.Path, folder: epath.Path) -> str:
+def _drawn(root: epath.Path, folder: epath.Path) -> Part:
   """What `--mode sample` left."""
   found = []
   for step in sorted(folder.glob('step_*'), key=_number):
     pictures = [step / name for name in ('samples.png', 'trajectory.gif')]
     found += [
-      _figure(root, path, f'{step.name}, {path.name}') for path in pictures if path.exists()
+      _picture(root, path, f'{step.name}, {path.name}') for path in pictures if path.exists()
     ]
-  return _section(f'Samples: {folder.name}/', _row(found))
+  return Part(folder.name, found)
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-  """Rows of values, a column for each name."""
-  names = list(dict.fromkeys(name for row in rows for name in row))
-  if not names:
-    return ''
-  body = [
-    ''.join(f'<td>{escape(_shown(row.get(name, "")))}</td>' for name in names) for row in rows
-  ]
-  head = ''.join(f'<th>{escape(name)}</th>' for name in names)
-  lines = ''.join(f'<tr>{cells}</tr>' for cells in body)
-  return f'<div class="wide"><table><tr>{head}</tr>{lines}</table></div>'
+# Tables.
+
+
+def _evaluation(root: epath.Path, folder: epath.Path) -> Part:
+  """The reports of an evaluation, and samples of its last steps."""
+  read = (_json(path) for path in sorted(folder.glob('report_*.json'), key=_number))
+  found = [report for report in read if report]
+  notes = list(dict.fromkeys(note for report in found for note in reports.notes(report)))
+  if chosen := reports.best(found):
+    notes.insert(0, f'Best by {chosen[1]}: the checkpoint of step {chosen[0]:,}')
+  grids = sorted(folder.glob('step_*/samples.png'), key=lambda path: _number(path.parent))
+  pictures = [_picture(root, path, f'step {_number(path.parent):,}') for path in grids[-3:]]
+  return Part(folder.name, pictures, _tables(found), notes)
+
+
+def _tables(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Row]]]:
+  """The numbers of reports, a row for each checkpoint, in tables by what they are of."""
+  numbers = [reports.scalars(dict(report)) for report in found]
+  names, tables = list(dict.fromkeys(name for row in numbers for name in row)), []
+  for title, pattern in _TABLES:
+    here = [name for name in names if pattern.fullmatch(name)]
+    names = [name for name in names if name not in here]
+    rows = [
+      {'step': report.get('step'), **{name: row.get(name) for name in here}}
+      for report, row in zip(found, numbers, strict=True)
+    ]
+    if here:
+      tables.append((title, _rows(rows)))
+  return tables
+
+
+def _rows(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+  return [{name: _shown(value) for name, value in row.items()} for row in rows]
 
 
 def _shown(value: Any) -> str:
   if value is None:
     return ''
-  return f'{value:.6g}' if isinstance(value, float) else str(value)
+  if isinstance(value, float):
+    return f'{value:.6g}'
+  return f'{value:,}' if isinstance(value, int) else str(value)
 
 
-def _config(config: dict[str, Any]) -> str:
-  fields = same_config.flatten(config)
-  rows = ''.join(
-    f'<tr><td>config.{escape(name)}</td><td>{escape(json.dumps(value))}</td></tr>'
-    for name, value in fields
-  )
-  return f'<details><summary>all fields</summary><table>{rows}</table></details>' if rows else ''
+def _classifier(report: dict[str, Any]) -> list[list[Row]]:
+  """Its report: in all, and by level of noise."""
+  levels = [
+    {**level, 't': '{:.3g} to {:.3g}'.format(*level['t'])} for level in report.get('levels', [])
+  ]
+  return [rows for rows in (_rows([reports.scalars(report)]), _rows(levels)) if rows and rows[0]]
 
 
-def _curves(lines: Sequence[dict[str, float]]) -> str:
+# Curves.
+
+
+def _curves(lines: Sequence[dict[str, float]]) -> list[Curve]:
   """A curve for each scalar; training loss and that of held-out images share one."""
   hidden = ('step', 'steps_per_s')  # the latter says what images_per_s does
   names = list(dict.fromkeys(name for line in lines for name in line if name not in hidden))
   shared = [n for n in names if f'eval_{n}' in names]
   groups: list[tuple[str, ...]] = [(n, f'eval_{n}') for n in shared]
   groups += [(n,) for n in names if n not in shared and n.removeprefix('eval_') not in shared]
-  return _row(_curve(lines, group) for group in groups)
+  return [_curve(lines, group) for group in groups]
 
 
-def _curve(lines: Sequence[dict[str, float]], names: Sequence[str]) -> str:
-  """An SVG of scalars over steps; what lies beyond the highest percent is cut off."""
+def _curve(lines: Sequence[dict[str, float]], names: Sequence[str]) -> Curve:
+  """Scalars over steps; what lies beyond the highest percent is cut off."""
   series = []
   for name in names:
     values = [(line['step'], line[name]) for line in lines if name in line]
     parts = np.array_split(np.array(values, float), min(len(values), POINTS))
     series.append(np.array([part.mean(0) for part in parts]))
   whole = np.concatenate(series)
-  (x0, low), x1 = whole.min(0), whole[:, 0].max()
+  (first, low), last = whole.min(0), whole[:, 0].max()
   high = max(np.quantile(whole[:, 1], 0.99), low + 1e-9 * max(1, abs(low)))
-  drawn = []
-  for points, color in zip(series, ('#1f77b4', '#d95f02'), strict=False):
-    x = WIDTH * (points[:, 0] - x0) / max(x1 - x0, 1)
-    y = HEIGHT - HEIGHT * (np.minimum(points[:, 1], high) - low) / (high - low)
-    path = ' '.join(f'{a:.1f},{b:.1f}' for a, b in zip(x, y, strict=True))
-    drawn.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>')
-    drawn.append(f'<circle cx="{x[-1]:.1f}" cy="{y[-1]:.1f}" r="2.5" fill="{color}"/>')
-  last = ', '.join(f'{n} {s[-1, 1]:.4g}' for n, s in zip(names, series, strict=True))
-  caption = f'{last} at the end; {low:.4g} to {high:.4g}, steps {x0:,.0f} to {x1:,.0f}'
-  return (
-    f'<figure><svg width="{WIDTH}" height="{HEIGHT + 8}" viewBox="0 -4 {WIDTH} {HEIGHT + 8}">'
-    f'{"".join(drawn)}</svg><figcaption>{escape(caption)}</figcaption></figure>'
+  left, top, right, bottom = _BOX
+
+  def x_of(step: float) -> float:
+    return left + (right - left) * (step - first) / max(last - first, 1)
+
+  def y_of(value: float) -> float:
+    return bottom - (bottom - top) * (min(value, high) - low) / (high - low)
+
+  drawn = [
+    Line(name, ' '.join(f'{x_of(s):.1f},{y_of(v):.1f}' for s, v in points))
+    for name, points in zip(names, series, strict=True)
+  ]
+  data = [
+    {'name': name, 'points': [[float(f'{s:.6g}'), float(f'{v:.5g}')] for s, v in points]}
+    for name, points in zip(names, series, strict=True)
+  ]
+  ends = (f'{n} {s[-1, 1]:.4g}' for n, s in zip(names, series, strict=True))
+  above = int((whole[:, 1] > high).sum())
+  return Curve(
+    title=names[0].replace('_', ' '),
+    lines=drawn,
+    data=json.dumps(data),
+    range=(float(first), float(last)),
+    x_ticks=[Tick(round(x_of(t), 1), f'{t:,.0f}') for t in _ticks(first, last, 4)],
+    y_ticks=[Tick(round(y_of(t), 1), f'{t:.4g}') for t in _ticks(low, high, 4)],
+    last=f'{", ".join(ends)} at step {last:,.0f}',
+    cut=f'{above} of {len(whole)} points lie above {high:.4g}' if above else '',
   )
+
+
+def _ticks(low: float, high: float, about: int) -> list[float]:
+  """Round numbers from low to high, about so many."""
+  span = high - low
+  if span <= 0:
+    return [low]
+  unit = 10.0 ** np.floor(np.log10(span / about))
+  step = next(m * unit for m in (1, 2, 5, 10) if span / (m * unit) <= about + 1)
+  return [float(k * step) for k in range(int(np.ceil(low / step)), int(np.floor(high / step)) + 1)]

@@ -1,6 +1,8 @@
 """The page that explains a workdir, read by a parser and a browser; and Weights & Biases."""
 
+import base64
 from html.parser import HTMLParser
+import io
 import json
 import os
 from pathlib import Path
@@ -53,14 +55,15 @@ class Parsed(HTMLParser):
 
   def __init__(self, html: str):
     super().__init__()
-    self.open, self.files, self.text, self.curves = [], [], '', 0
+    self.open, self.files, self.embedded, self.text, self.curves = [], [], [], '', 0
     self.feed(html)
     assert not self.open
 
   def handle_starttag(self, tag, attrs):
-    if tag not in ('meta', 'img'):
+    if tag not in ('meta', 'img', 'input'):
       self.open.append(tag)
-    self.files += [value for name, value in attrs if name in ('src', 'href')]
+    self.files += [value for name, value in attrs if name == 'href']
+    self.embedded += [value for name, value in attrs if name == 'src']
 
   def handle_startendtag(self, tag, attrs):
     self.curves += tag == 'polyline'
@@ -80,6 +83,57 @@ def test_the_page_shows_what_is_there(workdir):
   assert found.curves == 3  # loss with eval_loss, and grad_norm
   assert len(set(found.files)) == 4 and all((workdir / f).exists() for f in found.files)
   assert 'config.training.n_iters' in found.text
+
+
+def test_the_page_is_one_file_that_can_be_sent(workdir):
+  """Its pictures are in it: small ones as they are, large ones reduced, films unless long."""
+  picture = workdir / 'sample' / 'step_40' / 'samples.png'
+  original = picture.read_bytes()
+  Image.new('RGB', (3000, 2000), RED).save(picture)
+  Image.new('RGB', (8, 8), RED).save(picture.parent / 'trajectory.gif')
+  page.write(workdir)
+  sources = Parsed((workdir / 'index.html').read_text()).embedded
+  images = [(source.partition(',')[0], decoded(source)) for source in sources]
+  assert [kind for kind, _ in images].count('data:image/png;base64') == 3
+  assert base64.b64encode(original).decode() in {source.partition(',')[2] for source in sources}
+  large = next(image for kind, image in images if 'jpeg' in kind)
+  assert large.size == (1024, 683) and large.getpixel((9, 9))[0] > 250
+  assert any('gif' in kind for kind, _ in images)
+  picture.write_bytes(b'cut off')  # is linked to
+  page.write(workdir)
+  assert 'sample/step_40/samples.png' in Parsed((workdir / 'index.html').read_text()).embedded
+
+
+def decoded(source: str) -> Image.Image:
+  return Image.open(io.BytesIO(base64.b64decode(source.partition(',')[2])))
+
+
+def test_a_curve_can_be_read_off(workdir):
+  """Round numbers on its axes; what the pointer reads are the values; what is cut off is said."""
+  lines = [{'step': s, 'loss': 5 / s} for s in range(1, 41)]
+  (curve,) = page._curves(lines)
+  assert [tick.label for tick in curve.x_ticks] == ['10', '20', '30', '40']
+  assert [tick.label for tick in curve.y_ticks] == ['1', '2', '3', '4']
+  (line,) = json.loads(curve.data)
+  np.testing.assert_allclose(line['points'], [(s, 5 / s) for s in range(1, 41)], rtol=1e-4)
+  points = [tuple(map(float, p.split(','))) for p in curve.lines[0].points.split()]
+  left, top, right, bottom = curve.box
+  assert points[0] == (left, top) and points[-1] == (right, bottom)
+  assert curve.cut == '1 of 40 points lie above 4.025' and '0.125 at step 40' in curve.last
+  flat = page._curves([{'step': 7, 'loss': 2.0}])
+  assert flat[0].range == (7.0, 7.0) and flat[0].lines[0].points
+
+
+def test_measures_stand_in_tables_by_what_they_are_of():
+  report = {'step': 9, 'fid': 2.0, 'fid_floor': 1.0, 'fid_seconds': 3.0, 'bpd_test': 3.1, 'nfe': 35}
+  report |= {'bpd_test_std_error': 0.1, 'bpd_test_seconds': 4.0, 'loss': 0.5, 'eval_note': 'x'}
+  tables = {title: list(rows[0]) for title, rows in page._tables([report])}
+  assert tables == {
+    'Likelihood': ['step', 'bpd_test', 'bpd_test_std_error'],
+    'Loss': ['step', 'loss'],
+    'Distance from the data': ['step', 'fid', 'fid_floor', 'nfe'],
+    'Seconds': ['step', 'fid_seconds', 'bpd_test_seconds'],
+  }
 
 
 def test_names_that_are_not_utf8_have_a_page(workdir):

@@ -1,0 +1,114 @@
+"""Weights that leave a run or come into one: exported folders, checkpoints of released codes."""
+
+import dataclasses
+import logging
+
+from etils import epath
+import jax
+import numpy as np
+
+from builders.networks import pytorch_release_has
+from builders.setup import build, Setup
+from builders.training import abstract_state, score_task, settled_rate
+from configs.base import saved
+from models.score import Params
+from runtime.errors import UserError
+from training import exported, released_checkpoints
+from training.checkpoints import Notes
+from training.released_checkpoints import Shapes
+from training.step import TrainState
+from workdir import same_config, versions
+
+logger = logging.getLogger('score_sde')
+
+
+def write_weights(
+  folder: epath.Path, setup: Setup, params: Params, step: int, notes: Notes, licence: str
+) -> None:
+  """Writes one average of the parameters, with its card; see `training.exported`.
+
+  Args:
+    folder: where to.
+    setup, params, step, notes: of the checkpoint.
+    licence: under which others may use the weights; empty if nobody has said.
+
+  Raises:
+    UserError: if other weights are there.
+  """
+  config, names = setup.config, _parameters(setup)
+  model, in_pytorch = config.model, pytorch_release_has(config.model)
+  card = {
+    'config': config.to_dict(),
+    'network': model.name,
+    'sde': config.training.sde,
+    'preconditioning': type(setup.model.preconditioning).__name__,
+    'parameters': sum(x.size for x in names.values()),
+    'data_shape': setup.data_shape,
+    'step': step,
+    'images_seen': step * config.training.batch_size,
+    'average': config.ema.use,
+    'dataset': config.data.dataset,
+    'classes': notes.classes,
+    'begun_from': notes.begun_from,
+    'made_with': versions.here(),
+    'licence': licence or 'not stated',
+  }
+  sigmas = np.geomspace(model.sigma_max, model.sigma_min, model.num_scales)
+  exported.write(folder, params, card, names if in_pytorch else None, sigmas)
+  if not in_pytorch:
+    logger.info('the PyTorch release has no such network: no %s', exported.PYTORCH)
+  if not licence:
+    logger.info('no licence is stated: --licence says under which others may use them')
+
+
+def read_weights(folder: epath.Path) -> tuple[Setup, Notes, int, Params]:
+  """The parts of the config, the notes, the step and the weights that `write_weights` wrote.
+
+  Raises:
+    UserError: if they are damaged, or not of this code.
+  """
+  card = exported.read_card(folder)
+  setup = build(saved(card['config'], folder / exported.CARD))
+  abstract = abstract_state(setup)
+  params = exported.read(folder, card, _parameters(setup))
+  placed = jax.device_put(params, jax.tree.map(lambda x: x.sharding, abstract.params))
+  notes = Notes(tuple(card['classes']), begun_from=card['begun_from'])
+  return setup, notes, card['step'], placed
+
+
+def imported(setup: Setup, checkpoint: epath.PathLike) -> tuple[TrainState, Notes]:
+  """The training state of a released checkpoint, or of exported weights, and what it is noted with.
+
+  Exported weights are the parameters and their average alike, with a fresh optimiser.
+
+  Raises:
+    UserError: if it is none of these, or does not fit the config.
+  """
+  abstract, path = abstract_state(setup), epath.Path(checkpoint)
+  if exported.is_here(path):
+    state, notes = _of_weights(setup, path)
+  else:
+    notes = Notes()
+    state = released_checkpoints.load(
+      path, setup.model, (1, *setup.data_shape), setup.tx, settled_rate(setup.config)
+    )
+  return jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract)), notes
+
+
+def _of_weights(setup: Setup, folder: epath.Path) -> tuple[TrainState, Notes]:
+  of_weights, notes, step, params = read_weights(folder)
+  different = same_config.differences(of_weights.config.to_dict(), setup.config.to_dict())
+  of_model = {k: v for k, v in different.items() if same_config.is_among(k, same_config.MODEL)}
+  if of_model:
+    raise UserError(
+      f'{folder} does not fit the config: {same_config.told(of_model)}. Give these the values there'
+    )
+  state = score_task(setup).init(setup.keys.key('init'))
+  logger.info('the optimiser begins anew: exported weights have no moments')
+  copies = tuple(jax.tree.map(np.copy, params) for _ in state.averages)
+  state = dataclasses.replace(state, step=np.int32(step), params=params, averages=copies)
+  return state, notes
+
+
+def _parameters(setup: Setup) -> Shapes:
+  return released_checkpoints.network_parameters(setup.model, (1, *setup.data_shape))
