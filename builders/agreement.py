@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from ml_collections import FrozenConfigDict
 
+from builders.networks import AUGMENTED
 from models.preconditioning import ENERGY
 from runtime.errors import UserError
 
@@ -60,6 +61,26 @@ def _some_labels_are_told(config: FrozenConfigDict) -> str:
   return (
     'config.training.label_dropout = 1 tells a model of '
     f'config.model.num_classes = {config.model.num_classes} no label: set it below 1, or no classes'
+  )
+
+
+def _augmentation_is_told(config: FrozenConfigDict) -> str:
+  probability, model = config.data.augment_probability, config.model
+  if not probability:
+    return ''
+  field = f'config.data.augment_probability = {probability}'
+  if config.data.dim:
+    return f'{field} is for images, and config.data.dim = {config.data.dim}'
+  if config.training.objective == 'cd':
+    return (
+      f'{field} does not go with config.training.objective = cd, whose samples are compared with '
+      'images as they are; set it to 0'
+    )
+  if model.name in AUGMENTED and model.conditional:
+    return ''
+  return (
+    f'{field} needs a network that can be told what was done to an image: config.model.name = '
+    'ncsnpp or ddpm, with config.model.conditional'
   )
 
 
@@ -270,6 +291,7 @@ RULES: tuple[Rule, ...] = (
   _energies_have_no_classes,
   _exact_traces_are_for_points,
   _some_labels_are_told,
+  _augmentation_is_told,
   _unets_have_features_enough,
   _perceptrons_take_fourier_features,
   _a_filter_has_a_sum,

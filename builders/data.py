@@ -3,6 +3,7 @@
 from ml_collections import FrozenConfigDict
 
 from data import check, points, sources
+from data.augmentation import Augmentation
 from data.codec import Codec, ImageCodec, PointCodec
 from data.decoding import Decoder
 from data.deep import Span
@@ -22,6 +23,12 @@ def make_codec(config: FrozenConfigDict) -> Codec:
     nearest_level=config.sampling.uint8 == 'round',
     label_dropout=label_dropout,
   )
+
+
+def make_augmentation(config: FrozenConfigDict) -> Augmentation | None:
+  """What is done to training images, of which the network is told."""
+  probability = config.data.augment_probability
+  return Augmentation(probability) if probability else None
 
 
 def make_decoder(config: FrozenConfigDict) -> Decoder:

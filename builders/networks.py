@@ -80,6 +80,7 @@ NETWORKS: dict[str, tuple[Callable[[FrozenConfigDict], nn.Module], Iterable[str]
 
 
 LABELLED = ('ncsnpp', 'ddpm', 'mlp')  # can be told the class
+AUGMENTED = ('ncsnpp', 'ddpm')  # can be told how an image was augmented
 
 
 def halvings(model: FrozenConfigDict) -> int:

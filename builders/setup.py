@@ -14,7 +14,7 @@ from builders.networks import halvings, LABELLED, NETWORKS
 from builders.samplers import make_sampler, METHODS
 from configs import ranges
 from configs.ranges import field
-from data import geometry, points
+from data import augmentation, geometry, points
 from data.codec import Codec
 from data.points import Diffused
 from evaluation import features
@@ -315,6 +315,9 @@ def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
     conditioning = score.quarter_log_noise
   elif training.sde == 'flow' and fourier:
     conditioning = score.time
+  augmented = config.data.augment_probability > 0
+  if augmented:
+    net = net.clone(num_augment_labels=augmentation.LABELS)
   precision = model.precision
   if preconditioning.in_float32:  # whatever the config says
     net, precision = net.clone(dtype='float32'), 'highest'
@@ -327,6 +330,7 @@ def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
     config.data.centered,
     model.num_classes,
     precision,
+    augmented,
   )
 
 

@@ -8,6 +8,7 @@ from jax import Array
 import jax.numpy as jnp
 from ml_collections import FrozenConfigDict
 
+from builders.data import make_augmentation
 from builders.setup import make_optimizer, Setup
 from losses import UniformTimes
 from models.classifier import Classifier
@@ -58,7 +59,12 @@ def score_task(setup: Setup) -> Task:
   init: Callable[[Array], TrainState] = partial(
     init_state, model=model, tx=setup.tx, shape=shape, n_averages=len(averages)
   )
-  step: Callable[..., Any] = partial(train_step, grad_accum=config.training.grad_accum, **choices)
+  step: Callable[..., Any] = partial(
+    train_step,
+    grad_accum=config.training.grad_accum,
+    augmentation=make_augmentation(config),
+    **choices,
+  )
   if config.training.objective == 'cd':
     divergence = make_divergence(config)
     init = partial(

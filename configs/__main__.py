@@ -28,6 +28,11 @@ def all_configs() -> Iterator[tuple[str, ConfigDict]]:
         yield f'{name}:{variant}', module.get_config(variant)
 
 
+def _without_dropout(net: nn.Module) -> nn.Module:
+  """The same network, as far as its parameters go."""
+  return net.clone(dropout=0.0) if hasattr(net, 'dropout') else net
+
+
 @cache  # most variants share a network
 def parameters(net: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
   """The numbers of parameters and of arrays of a network, which is not initialised."""
@@ -43,7 +48,7 @@ def table() -> str:
   rows = ['| config | network | image | parameters | arrays |', '|---|---|---|---|---|']
   for name, config in all_configs():
     setup = build(config)
-    size, leaves = parameters(setup.model.net, (1, *setup.data_shape))
+    size, leaves = parameters(_without_dropout(setup.model.net), (1, *setup.data_shape))
     pixels = config.data.image_size
     rows.append(f'| `{name}` | {config.model.name} | {pixels}x{pixels} | {size:,} | {leaves} |')
   return '\n'.join(rows)

@@ -2,6 +2,10 @@
 
 There, what is counted are images: 200 million of them, a learning rate that rises over the first 10
 million, a moving average whose half-life is half a million.
+
+All of it was trained with augmentation, which is a variant of each config here, `_augmented`. The
+others are the networks without it, such as the consistency models' EDM
+(https://arxiv.org/abs/2303.01469, whose code has no augmentation).
 """
 
 from ml_collections import ConfigDict
@@ -52,6 +56,15 @@ def conditional(variants: Variants, num_classes: int) -> Variants:
   """Each variant, told the class: `_cond`."""
   told = {'model.num_classes': num_classes, 'training.label_dropout': 0.0}
   return {f'{name}_cond': (network, c | told) for name, (network, c) in variants.items()}
+
+
+def augmented(variants: Variants, probability: float) -> Variants:
+  """Each variant, trained on images that are augmented, of which it is told: `_augmented`.
+
+  Images then are not mirrored as well without its knowing.
+  """
+  told = {'data.augment_probability': probability, 'data.random_flip': False}
+  return {f'{name}_augmented': (network, c | told) for name, (network, c) in variants.items()}
 
 
 def config_of(dataset: str, variant: str, variants: Variants) -> ConfigDict:

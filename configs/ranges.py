@@ -32,7 +32,10 @@ _NOT_NEGATIVE = (
   'sampling.s_noise', 'sampling.noise_std', 'eval.begin_ckpt', 'eval.end_ckpt',
 )  # fmt: skip
 _BELOW_ONE = ('model.dropout', 'model.ema_rate', 'optim.beta1')
-_SHARES = ('ema.ramp_up', 'training.label_dropout', 'ebm.restart', 'sampling.eta')
+_SHARES = (
+  'data.augment_probability', 'ema.ramp_up', 'training.label_dropout', 'ebm.restart',
+  'sampling.eta',
+)  # fmt: skip
 
 # Fields, what holds of their values, and that in words.
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (

@@ -15,6 +15,7 @@ def DDPM(
   resamp_with_conv: bool = True,
   dtype: str = 'float32',
   num_classes: int = 0,
+  num_augment_labels: int = 0,
   remat: bool = False,
 ) -> NCSNpp:
   """DDPM's U-Net: NCSN++ without its improvements, and 32 groups in every GroupNorm."""
@@ -35,5 +36,6 @@ def DDPM(
     min_group_size=1,
     dtype=dtype,
     num_classes=num_classes,
+    num_augment_labels=num_augment_labels,
     remat=remat,
   )

@@ -52,6 +52,12 @@ def dense(x: Features, features: int) -> Float[Array, 'b _']:
   return nn.Dense(features, kernel_init=default_init(), dtype=x.dtype)(x)
 
 
+def linear(x: Features, features: int, name: str) -> Float[Array, 'b _']:
+  """The same without a bias: zeros stay zeros. With a name, for what only some networks have."""
+  layer = nn.Dense(features, use_bias=False, kernel_init=default_init(), dtype=x.dtype, name=name)
+  return layer(x)
+
+
 def unchanged(x: Array) -> Array:
   """The activation that is none."""
   return x

@@ -22,6 +22,7 @@ EMBEDDING_TYPES = ('fourier', 'positional')
 PROGRESSIVE = ('none', 'output_skip', 'residual')
 PROGRESSIVE_INPUT = ('none', 'input_skip', 'residual')
 COMBINE_METHODS = ('sum', 'cat')
+AUGMENTATION = 'augmentation'  # the map of labels that say how images were augmented
 LABEL_STD = 0.2  # of the vectors of labels before training; about that of what they are added to
 
 
@@ -122,6 +123,10 @@ class NCSNpp(nn.Module):
   to the embedding of `cond`. The null label, num_classes, stands for an image of any class; None
   for a batch of such.
 
+  With `num_augment_labels`, which needs `conditional`, it is told how each image was
+  augmented: what a linear map makes of that is added to the features of `cond`. None stands for
+  zeros, which change nothing: for images as they are.
+
   With `remat`, gradients keep nothing from inside residual blocks, and compute it again: less
   memory, for about one more evaluation of the network.
   """
@@ -146,10 +151,18 @@ class NCSNpp(nn.Module):
   min_group_size: int = 4
   dtype: str = 'float32'
   num_classes: int = 0
+  num_augment_labels: int = 0
   remat: bool = False
 
   @nn.compact
-  def __call__(self, x: Images, cond: PerRow, train: bool, labels: Labels | None = None) -> Images:
+  def __call__(
+    self,
+    x: Images,
+    cond: PerRow,
+    train: bool,
+    labels: Labels | None = None,
+    augment_labels: Features | None = None,
+  ) -> Images:
     act = layers.ACTIVATIONS[self.nonlinearity]
     channels, levels = x.shape[-1], len(self.ch_mult)
     x = x.astype(self.dtype)
@@ -160,7 +173,12 @@ class NCSNpp(nn.Module):
         temb = layers.GaussianFourierProjection(self.nf, self.fourier_scale)(cond)
       else:
         temb = layers.positional_embedding(cond, self.nf)
-      temb = dense(temb.astype(self.dtype), self.nf * 4)
+      temb = temb.astype(self.dtype)
+      if self.num_augment_labels:
+        if augment_labels is None:
+          augment_labels = jnp.zeros((len(x), self.num_augment_labels))
+        temb += layers.linear(augment_labels.astype(self.dtype), temb.shape[-1], AUGMENTATION)
+      temb = dense(temb, self.nf * 4)
       temb = dense(act(temb), self.nf * 4)
       if self.num_classes:
         if labels is None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from models.preconditioning import Jump, Network, Preconditioning
 from runtime.precision import products_at
-from runtime.shapes import Data, Key, Labels, PerRow, PerRowExpanded
+from runtime.shapes import Data, Features, Key, Labels, PerRow, PerRowExpanded
 from sde_lib import Chain, expand, SDE
 
 Params = Any  # a tree of arrays
@@ -73,7 +73,8 @@ class ScoreModel:
   """score(x, t), from a network whose `net.apply` takes (x in [-1, 1], conditioning, train).
 
   A label-conditional one, with `num_classes`, takes labels or None after these. Its null label
-  num_classes, or None, makes it the score of all classes together.
+  num_classes, or None, makes it the score of all classes together. One that is trained on augmented
+  images, with `augmented`, also takes `augment_labels`, which say what was done to each, or None.
 
   Attributes:
     net: the network.
@@ -86,6 +87,7 @@ class ScoreModel:
     centered: data lie in [-1, 1] already, not in [0, 1].
     num_classes: of the labels that the network takes; 0 if it takes none.
     precision: of the network's products, one of `runtime.precision.PRECISIONS`.
+    augmented: the network takes labels that say how images were augmented.
   """
 
   net: nn.Module
@@ -96,6 +98,7 @@ class ScoreModel:
   centered: bool
   num_classes: int = 0
   precision: str = 'default'
+  augmented: bool = False
 
   @property
   def sde(self) -> SDE:
@@ -113,7 +116,11 @@ class ScoreModel:
     return variables['params']
 
   def bind(
-    self, params: Params, dropout_rng: Key | None = None, labels: Labels | None = None
+    self,
+    params: Params,
+    dropout_rng: Key | None = None,
+    labels: Labels | None = None,
+    augment_labels: Features | None = None,
   ) -> 'ModelScore':
     """The score function at `params`: grad_x log p_t(x), or grad_x log p_t(x | y) with labels.
 
@@ -121,13 +128,16 @@ class ScoreModel:
       params: of the network.
       dropout_rng: of dropout; None for no dropout.
       labels: y, one for each row of the x that the score is then evaluated at.
+      augment_labels: what augmentation did to each row; None for images as they are.
 
     Raises:
-      ValueError: if there are labels, and the network takes none.
+      ValueError: if there are labels that the network does not take.
     """
     if labels is not None and not self.num_classes:
       raise ValueError('this score model takes no labels: its num_classes is 0')
-    return ModelScore(params, dropout_rng, labels, self)
+    if augment_labels is not None and not self.augmented:
+      raise ValueError('this score model is not told of augmentation')
+    return ModelScore(params, dropout_rng, labels, augment_labels, self)
 
 
 @flax.struct.dataclass
@@ -140,6 +150,7 @@ class ModelScore:
   params: Params
   dropout_rng: Key | None
   labels: Labels | None
+  augment_labels: Features | None
   model: ScoreModel = flax.struct.field(pytree_node=False)
 
   def __call__(self, x: Data, t: PerRow) -> Data:
@@ -183,6 +194,9 @@ class ModelScore:
     """The network at times t, as a function of x."""
     model, rng = self.model, self.dropout_rng
 
+    told = [self.labels] if model.num_classes else []
+    also: dict[str, Any] = {'augment_labels': self.augment_labels} if model.augmented else {}
+
     def network(x: Data) -> tuple[Data, Data]:
       seen = x if model.centered else 2 * x - 1
       with products_at(model.precision):
@@ -191,7 +205,8 @@ class ModelScore:
           seen,
           model.conditioning(model.chain, t),
           rng is not None,
-          *([self.labels] if model.num_classes else []),
+          *told,
+          **also,
           rngs=None if rng is None else {'dropout': rng},
         )
       return output, seen

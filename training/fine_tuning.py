@@ -1,7 +1,8 @@
 """A new run that begins with the parameters of another: step 0, a fresh optimiser.
 
-All parameters must fit but for the label embedding: other classes have another one, which is
-initialised anew. The size of the images is no matter where the network is the same.
+All parameters must fit but for two arrays. Other classes have another label embedding, which is
+initialised anew. So is the map of the labels of augmentation, where only this run has one. The size
+of the images is no matter where the network is the same.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from flax import traverse_util
 import jax
 import jax.numpy as jnp
 
+from models import ncsnpp
 from models.score import Params
 from runtime.errors import UserError
 from training import checkpoints as checkpoints_lib
@@ -23,6 +25,7 @@ from training.step import AnyState, TrainState
 logger = logging.getLogger('score_sde')
 
 LABELS = 'Embed_0/embedding'  # of the networks that are told the class
+AUGMENTATION = f'{ncsnpp.AUGMENTATION}/kernel'  # of those told how images were augmented
 _SHOWN = 3  # parameters that do not fit, in a message
 
 
@@ -67,6 +70,7 @@ class Beginning:
     new, there = _shapes(state.params), _shapes(self.params)
     fits = self.same_classes and new.get(LABELS) == there.get(LABELS)
     anew = {LABELS} & (new.keys() | there.keys()) if not fits else set()
+    anew |= {AUGMENTATION} & (new.keys() ^ there.keys())
     wrong = [
       f'{name} is {there.get(name, "not there")} there, {new.get(name, "not there")} here'
       for name in sorted(new.keys() | there.keys())
@@ -80,9 +84,7 @@ class Beginning:
         'attn_resolutions that put attention at the same levels'
       )
     for name in sorted(anew):
-      logger.info(
-        '%s is %s', name, 'initialised anew, for these classes' if name in new else 'left out'
-      )
+      logger.info('%s is %s', name, 'initialised anew' if name in new else 'left out')
     taken = _taker(anew)
     return dataclasses.replace(
       state,

@@ -11,11 +11,12 @@ from jax import Array
 import jax.numpy as jnp
 import optax
 
+from data.augmentation import Augmentation
 from data.codec import Codec
 from losses import Objective, score_matching_loss
 from models.classifier import Classifier
 from models.score import Params, ScoreModel
-from runtime.shapes import Data, Key, Labels, PerRow
+from runtime.shapes import Data, Features, Key, Labels, PerRow
 from training.averages import Average
 from training.packing import pack_like, unpacked
 
@@ -70,6 +71,7 @@ def train_step(
   tx: optax.GradientTransformation,
   averages: tuple[Average, ...],
   grad_accum: int = 1,
+  augmentation: Augmentation | None = None,
 ) -> tuple[TrainState, Metrics]:
   """One optimiser step on a batch of images; random only in (rng, state.step).
 
@@ -82,11 +84,13 @@ def train_step(
   if model.num_classes:
     rng_labels = jax.random.fold_in(rng_step, 4)  # a fifth key; the four are what they always were
     labels = codec.training_labels(rng_labels, batch['label'], model.num_classes)
-  x0 = codec.for_training(rng_data, batch['data'])
+  x0, augment_labels = codec.for_training(rng_data, batch['data']), None
+  if augmentation:
+    x0, augment_labels = augmentation(jax.random.fold_in(rng_step, 5), x0)
   t = objective.times(rng_t, len(x0))
   z = jax.random.normal(rng_z, x0.shape)
   return optimize(
-    state, x0, t, z, rng_dropout, labels,
+    state, x0, t, z, rng_dropout, labels, augment_labels,
     model=model, objective=objective, tx=tx, averages=averages, grad_accum=grad_accum,
   )  # fmt: skip
 
@@ -98,6 +102,7 @@ def optimize(
   z: Data,
   rng_dropout: Key,
   labels: Labels | None = None,
+  augment_labels: Features | None = None,
   *,
   model: ScoreModel,
   objective: Objective,
@@ -105,15 +110,19 @@ def optimize(
   averages: tuple[Average, ...],
   grad_accum: int = 1,
 ) -> tuple[TrainState, Metrics]:
-  """The step of `train_step` once data x0, times t, noise z and labels are drawn."""
+  """The step of `train_step` once data x0, times t, noise z and labels are drawn.
+
+  `augment_labels` say what augmentation did to the data, if anything.
+  """
 
   def loss_fn(params: Params, part: Any) -> tuple[Array, Metrics]:
-    rng_dropout, x0, t, z, labels = part
-    score_fn = model.bind(params, rng_dropout, labels)
+    rng_dropout, x0, t, z, labels, augment_labels = part
+    score_fn = model.bind(params, rng_dropout, labels, augment_labels)
     rng = jax.random.fold_in(rng_dropout, 1)
     return score_matching_loss(objective, score_fn, x0, t, z, rng).mean(), {}
 
-  differentiate = gradient_in_parts(loss_fn, rng_dropout, (x0, t, z, labels), grad_accum)
+  batch = (x0, t, z, labels, augment_labels)
+  differentiate = gradient_in_parts(loss_fn, rng_dropout, batch, grad_accum)
   return apply_gradients(state, differentiate, tx, averages)
 
 
@@ -230,7 +239,7 @@ def eval_step(
   codec: Codec,
   objective: Objective,
 ) -> PerRow:
-  """The loss of each example of a batch at random times, without dropout or flips."""
+  """The loss of each example of a batch at random times: images as they are, without dropout."""
   rng_data, rng_t, rng_z = jax.random.split(rng, 3)
   x0 = codec.for_evaluation(rng_data, batch['data'])
   t = objective.times(rng_t, len(x0))

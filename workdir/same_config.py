@@ -26,7 +26,7 @@ MODEL = (
   'model.num_scales', 'model.sigma_min', 'model.sigma_max', 'model.beta_min', 'model.beta_max',
   'model.sigma_data', 'model.scale_by_sigma', 'model.output', 'model.num_classes', 'training.sde',
   'training.continuous', 'training.objective', 'training.single_scale', 'data.image_size',
-  'data.num_channels', 'data.centered', 'data.dim', 'ebm.buffer_size',
+  'data.num_channels', 'data.centered', 'data.dim', 'data.augment_probability', 'ebm.buffer_size',
 )  # fmt: skip
 # What is learned: the model, the data, the loss, and the optimiser whose state goes on. It must not
 # change while a run goes on.

@@ -4,7 +4,8 @@ from ml_collections import ConfigDict
 
 from configs import published
 
-VARIANTS = published.both_networks(published.folder_64(dropout=0.25))
+_PLAIN = published.both_networks(published.folder_64(dropout=0.25))
+VARIANTS = _PLAIN | published.augmented(_PLAIN, 0.15)
 
 
 def get_config(variant: str = 'ddpmpp') -> ConfigDict:

@@ -5,7 +5,8 @@ from ml_collections import ConfigDict
 from configs import published
 
 _UNCONDITIONAL = published.both_networks(published.CIFAR10)
-VARIANTS = _UNCONDITIONAL | published.conditional(_UNCONDITIONAL, num_classes=10)
+_PLAIN = _UNCONDITIONAL | published.conditional(_UNCONDITIONAL, num_classes=10)
+VARIANTS = _PLAIN | published.augmented(_PLAIN, 0.12)
 
 
 def get_config(variant: str = 'ddpmpp') -> ConfigDict:
