@@ -133,6 +133,13 @@ def test_a_checkpoint_can_be_named(there, name, step):
     ('first', (), {'model__num_classes': 0}, (), 'left out'),
     ('plain', PETS, {}, (fine_tuning.LABELS,), 'initialised anew'),
     ('first', ('cat', 'dog', 'owl'), {'data__image_size': 8}, (), ''),
+    (
+      'first',
+      ('cat', 'dog', 'owl'),
+      {'data__augment_probability': 0.1},
+      (fine_tuning.AUGMENTATION,),
+      '',
+    ),
   ],
 )
 def test_other_classes_and_sizes_are_allowed(there, caplog, init_from, classes, fields, anew, said):
