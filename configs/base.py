@@ -81,8 +81,8 @@ def _default() -> ConfigDict:
   data.dim = 0  # of points, data.points.DISTRIBUTIONS; 0 for images
   data.centered = False  # networks see [-1, 1]; else [0, 1]
   data.random_flip = True  # mirror images of training, each with probability 1/2
-  # Probability of each transformation of training images that the network is told of, EDM's: 0.12 or
-  # 0.15 in its paper, with random_flip off; 0 for none.
+  # Probability of each transformation of training images that the network is told of: EDM's 0.12 or
+  # 0.15, with random_flip off; 0 for none.
   data.augment_probability = 0.0
   data.uniform_dequantization = False  # add uniform noise of one level in training
 
