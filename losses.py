@@ -16,7 +16,7 @@ from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from runtime.shapes import Data, Key, PerRow
+from runtime.shapes import Data, Key, PerRow, StepPerRow
 from sde_lib import Chain, check_eps, expand, ScoreFn, SDE
 
 # (score_fn, x, t, key) -> loss, whose expectation over x ~ p_t is least at the score of p_t.
@@ -33,6 +33,9 @@ class TimeLaw(Protocol):
   def __call__(self, rng: Key, n: int) -> PerRow:
     """Draws n times."""
 
+  def quantile(self, u: PerRow) -> PerRow:
+    """The time below which the share u of the law lies: uniform u in [0, 1) gives its times."""
+
 
 @dataclasses.dataclass(frozen=True)
 class UniformTimes:
@@ -48,6 +51,9 @@ class UniformTimes:
   def __call__(self, rng: Key, n: int) -> PerRow:
     return jax.random.uniform(rng, (n,), minval=self.eps, maxval=self.T)
 
+  def quantile(self, u: PerRow) -> PerRow:
+    return jnp.clip(self.eps + u * (self.T - self.eps), self.eps, self.T)
+
 
 @dataclasses.dataclass(frozen=True)
 class ChainTimes:
@@ -57,7 +63,14 @@ class ChainTimes:
   eps: float = 0.0
 
   def __call__(self, rng: Key, n: int) -> PerRow:
-    times = self.chain.time(jax.random.randint(rng, (n,), 0, self.chain.N))
+    return self._time(jax.random.randint(rng, (n,), 0, self.chain.N))
+
+  def quantile(self, u: PerRow) -> PerRow:
+    N = self.chain.N
+    return self._time(jnp.clip(jnp.floor(u * N), 0, N - 1).astype(jnp.int32))
+
+  def _time(self, i: StepPerRow) -> PerRow:
+    times = self.chain.time(i)
     return jnp.maximum(times, self.eps) if self.eps else times
 
 
@@ -70,6 +83,9 @@ class OneTime:
   def __call__(self, rng: Key, n: int) -> PerRow:
     del rng
     return jnp.full(n, self.t)
+
+  def quantile(self, u: PerRow) -> PerRow:
+    return jnp.full_like(u, self.t)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +111,82 @@ class LogNormalTimes:
     check_eps(self.sde, self.eps)
 
   def __call__(self, rng: Key, n: int) -> PerRow:
-    log_noise = self.mean + self.std * jax.random.normal(rng, (n,))
+    return self._time(jax.random.normal(rng, (n,)))
+
+  def quantile(self, u: PerRow) -> PerRow:
+    return self._time(jax.scipy.special.ndtri(u))
+
+  def _time(self, normal: PerRow) -> PerRow:
+    log_noise = self.mean + self.std * normal
     return jnp.clip(self.sde.time_of_log_snr(-log_noise), self.eps, self.sde.T)
+
+
+@dataclasses.dataclass(frozen=True)
+class LikelihoodTimes:
+  """p(t) proportional to g^2 / sigma^2 on [eps, T]: the log-SNR is uniform.
+
+  g^2 / sigma^2 = d log(sigma^2) / dt - 2 f = -2 dlambda / dt with lambda = log(alpha / sigma),
+  whatever the SDE is. So the weight of likelihood between eps and t is 2 (lambda(eps) - lambda(t)),
+  and a quantile is `time_of_log_snr` of a number between the two ends. Song et al. 2021,
+  https://arxiv.org/abs/2101.09258, Sec. 4.3, have it for VP and sub-VP, by bisection.
+
+  Attributes:
+    sde: whose times they are.
+    eps: the smallest time.
+
+  Raises:
+    ValueError: unless 0 <= eps < T, and some noise is there at eps.
+  """
+
+  sde: SDE
+  eps: float = 1e-5
+
+  def __post_init__(self) -> None:
+    check_eps(self.sde, self.eps)
+    if not math.isfinite(self._log_snr(self.eps)):
+      raise ValueError(
+        f'{type(self.sde).__name__} has no noise at eps = {self.eps}, where the weight of '
+        'likelihood is infinite: eps must be larger'
+      )
+
+  def __call__(self, rng: Key, n: int) -> PerRow:
+    return self.quantile(jax.random.uniform(rng, (n,)))
+
+  def quantile(self, u: PerRow) -> PerRow:
+    first, last = self._log_snr(self.eps), self._log_snr(self.sde.T)
+    times = self.sde.time_of_log_snr(first - u * (first - last))
+    return jnp.clip(times, self.eps, self.sde.T)
+
+  @property
+  def total(self) -> float:
+    """Z: the integral of g^2 / sigma^2 from eps to T."""
+    return 2 * (self._log_snr(self.eps) - self._log_snr(self.sde.T))
+
+  def density(self, t: PerRow) -> PerRow:
+    """p(t) = g^2 / (sigma^2 Z)."""
+    return jnp.square(self.sde.diffusion_coef(t) / self.sde.sigma(t)) / self.total
+
+  def _log_snr(self, t: float) -> float:
+    with jax.ensure_compile_time_eval():
+      return float(self.sde.log_snr(jnp.float32(t)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stratified:
+  """The times of a law, spread evenly: its quantiles at (u + i / n) mod 1 for the i-th of n.
+
+  u is uniform, and so is each of these by itself: a mean over the batch has the same expectation,
+  and less variance (Kingma et al. 2021, https://arxiv.org/abs/2107.00630, Appendix I.1). The batch
+  is that of all devices and of all parts of it.
+  """
+
+  law: TimeLaw
+
+  def __call__(self, rng: Key, n: int) -> PerRow:
+    return self.law.quantile((jax.random.uniform(rng) + jnp.arange(n) / n) % 1)
+
+  def quantile(self, u: PerRow) -> PerRow:
+    return self.law.quantile(u)
 
 
 # How a time counts: (sde, t, alpha, sigma) -> w, the factor of sigma times the
@@ -180,6 +270,22 @@ class BySigmoid:
   def __call__(self, sde: SDE, t: PerRow, alpha: PerRow, sigma: PerRow) -> PerRow:
     share = jax.nn.sigmoid(self.bias - 2 * sde.log_snr(t))
     return jnp.sqrt(share) * by_likelihood(sde, t, alpha, sigma)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportanceSampled:
+  """Another weight, where times are drawn by the law of likelihood in place of uniformly.
+
+  It is divided by the root of the law's density relative to the uniform one: the loss keeps its
+  expectation, not its variance. The weight of likelihood becomes the constant (Z / (T - eps))^1/2.
+  """
+
+  weight: Weight
+  times: LikelihoodTimes
+
+  def __call__(self, sde: SDE, t: PerRow, alpha: PerRow, sigma: PerRow) -> PerRow:
+    span = self.times.sde.T - self.times.eps
+    return self.weight(sde, t, alpha, sigma) * jax.lax.rsqrt(span * self.times.density(t))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -153,6 +153,15 @@ def _laws_are_of_all_times(config: FrozenConfigDict) -> str:
   )
 
 
+def _strata_are_of_several_times(config: FrozenConfigDict) -> str:
+  if not (config.training.stratified and config.training.single_scale):
+    return ''
+  return (
+    'config.training.stratified spreads times, and config.training.single_scale has one: set one '
+    'of them to False'
+  )
+
+
 def _later_sdes_have_no_chain(config: FrozenConfigDict) -> str:
   training = config.training
   if training.sde not in ('edm', 'flow') or training.continuous:
@@ -299,6 +308,7 @@ RULES: tuple[Rule, ...] = (
   _times_are_weighed_once,
   _rates_of_noise_are_of_an_sde,
   _laws_are_of_all_times,
+  _strata_are_of_several_times,
   _later_sdes_have_no_chain,
   _edm_is_for_data_around_zero,
   _what_is_used_is_kept,

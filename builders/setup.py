@@ -21,10 +21,13 @@ from evaluation import features
 import losses
 from losses import (
   ChainTimes,
+  ImportanceSampled,
+  LikelihoodTimes,
   LogNormalTimes,
   Matching,
   Objective,
   OneTime,
+  Stratified,
   TimeLaw,
   UniformTimes,
   Weight,
@@ -143,6 +146,7 @@ _TIME_LAWS: dict[str, Callable[[Any, SDE], TimeLaw]] = {
   'log_normal': lambda training, sde: LogNormalTimes(
     sde, training.time_mean, training.time_std, training.eps
   ),
+  'likelihood': lambda training, sde: LikelihoodTimes(sde, training.eps),
 }
 _WEIGHTS: dict[str, Callable[[FrozenConfigDict], Weight]] = {
   'variance': lambda config: losses.by_variance,
@@ -153,6 +157,8 @@ _WEIGHTS: dict[str, Callable[[FrozenConfigDict], Weight]] = {
   'soft_min_snr': lambda config: losses.BySoftMinSNR(config.training.weight_gamma),
   'sigmoid': lambda config: losses.BySigmoid(config.training.weight_bias),
 }
+# Those that are rates: of a loss that is an integral over time, however its times are drawn.
+_RATES = ('likelihood', 'sigmoid')
 
 _CHOICES: dict[str, Collection[str]] = {
   'data.fit': geometry.FITS,
@@ -343,11 +349,14 @@ def _objective(
     times = OneTime(training.eps)
   elif training.continuous:
     times = _TIME_LAWS[training.time_law or 'uniform'](training, model.sde)
-  usual_weight = 'likelihood' if training.likelihood_weighting else 'variance'
+  name = training.weight or ('likelihood' if training.likelihood_weighting else 'variance')
+  weight = _WEIGHTS[name](config)
+  if training.time_law == 'likelihood' and name in _RATES:
+    weight = ImportanceSampled(weight, LikelihoodTimes(model.sde, training.eps))
   return Objective(
     kernels=model.trained_with,
-    times=times,
-    weight=_WEIGHTS[training.weight or usual_weight](config),
+    times=Stratified(times) if training.stratified else times,
+    weight=weight,
     matching=_matching(training.objective, true_score_fn),
     reduce_mean=training.reduce_mean,
   )

@@ -110,9 +110,11 @@ def _default() -> ConfigDict:
   training.continuous = True  # train at all times of the SDE; else on its chain of N
   training.reduce_mean = False  # the loss is the mean over dimensions; else half their sum
   training.likelihood_weighting = False  # the weight likelihood, g(t)^2
-  training.time_law = ''  # of continuous times: uniform ('') or log_normal, in log(sigma / alpha)
+  # Of continuous times: uniform (''), log_normal in log(sigma / alpha), or likelihood, g^2/sigma^2.
+  training.time_law = ''
   training.time_mean = -1.2  # of log_normal
   training.time_std = 1.2  # of log_normal
+  training.stratified = False  # spread the times of a batch evenly over their law
   # How times are weighed: variance, likelihood, edm, flow, min_snr, soft_min_snr or sigmoid; '' is
   # variance, or likelihood with likelihood_weighting.
   training.weight = ''

@@ -46,6 +46,7 @@ MAY_CHANGE = (
   'data.skip_damaged', 'model.ema_rate', 'model.ema_warmup',
   'model.dropout', 'model.dtype', 'model.precision', 'model.remat', 'training.batch_size',
   'training.n_iters', 'training.n_jitted_steps', 'training.grad_accum', 'training.skip_nonfinite',
+  'training.stratified',
   'training.log_freq', 'training.eval_freq', 'training.snapshot_freq',
   'training.snapshot_freq_for_preemption', 'training.wandb', 'training.keep_snapshots',
   'training.snapshot_sampling',
@@ -59,9 +60,9 @@ MAY_CHANGE = (
 FIXED_IN_EVAL = (
   *MODEL, 'model.dtype', 'model.precision', 'training.reduce_mean',
   'training.likelihood_weighting', 'training.eps', 'training.time_law', 'training.time_mean',
-  'training.time_std', 'training.weight', 'training.weight_gamma', 'training.weight_bias',
-  'data.dataset', 'data.category', 'data.path', 'data.held_out', 'data.skip_damaged',
-  'data.uniform_dequantization', 'data.fit',
+  'training.time_std', 'training.stratified', 'training.weight', 'training.weight_gamma',
+  'training.weight_bias', 'data.dataset', 'data.category', 'data.path', 'data.held_out',
+  'data.skip_damaged', 'data.uniform_dequantization', 'data.fit',
   'data.background', 'data.black', 'data.white', 'sampling', 'eval.batch_size', 'seed',
   'ema.use',
 )  # fmt: skip

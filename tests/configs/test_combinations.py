@@ -254,6 +254,9 @@ def test_every_sampler_draws_the_data_or_is_refused(method):
     ('vp', {'training__weight': 'sigmoid', 'training__continuous': False}, 'sigmoid needs'),
     ('vp', {'training__time_law': 'log_normal', 'training__continuous': False}, 'log_normal needs'),
     ('vp', {'model__output': 'edm', 'data__centered': False}, 'for data around 0'),
+    ('vp', {'training__time_law': 'likelihood', 'training__continuous': False}, 'likelihood needs'),
+    ('vp', {'training__single_scale': True, 'sampling__method': 'langevin',
+            'training__stratified': True}, 'stratified spreads times'),
     ('vp', {'ema__sigma_rels': (0.1,), 'ema__use': 2}, 'use must be below 2'),
   ],
 )  # fmt: skip
