@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from models.preconditioning import Jump, Network, Preconditioning
 from runtime.precision import products_at
-from runtime.shapes import Data, Features, Key, Labels, PerRow, PerRowExpanded
+from runtime.shapes import Data, Features, Key, Labels, PerRow, PerRowExpanded, Time
 from sde_lib import Chain, expand, SDE
 
 Params = Any  # a tree of arrays
@@ -164,7 +164,7 @@ class ModelScore:
     """E[z - x_0 | x_t = x]: the velocity of flow matching."""
     return self.model.preconditioning.noise_minus_data(self._network(t), x, *self._kernel(x, t))
 
-  def consistency(self, x: Data, t: PerRow, eps: float) -> Data:
+  def consistency(self, x: Data, t: PerRow, eps: float | Time) -> Data:
     """Where the probability flow through x at times t is at time eps, if it was trained to tell.
 
     At t = eps that is x, and the kernels are those of the SDE, at all times.

@@ -3,10 +3,11 @@
 The JAX release (https://github.com/yang-song/score_sde) wrote flax.serialization bytes of
 State(step, optimizer, lr, model_state, ema_rate, params_ema, rng); the PyTorch release
 (https://github.com/yang-song/score_sde_pytorch) wrote `.pth` files; the consistency models of
-CIFAR-10 (https://github.com/openai/consistency_models_cifar10) begin with an EDM, which is bytes of
-State(step, lr, ema_rate, params, params_ema, model_state, opt_state, rng_state). All become flat
-tables, name -> array; what differs in names, order and layout is undone; and the names and shapes
-are compared with those of the config's network before anything is taken over.
+CIFAR-10 (https://github.com/openai/consistency_models_cifar10), and the EDM that they begin with,
+are bytes of State(step, lr, ema_rate, params, params_ema, model_state, opt_state, rng_state), some
+with target_params. All become flat tables, name -> array; what differs in names, order and layout
+is undone; and the names and shapes are compared with those of the config's network before anything
+is taken over.
 """
 
 from collections.abc import Iterable
@@ -56,6 +57,8 @@ class Released:
     ema_rate: of the moving average.
     params, ema_params: the parameters and their moving average.
     mu, nu: Adam's first and second moments.
+    consistency: whether it is a consistency model, not a score model.
+    target: its target parameters, if it has any.
   """
 
   step: int
@@ -65,6 +68,8 @@ class Released:
   ema_params: Arrays
   mu: Arrays
   nu: Arrays
+  consistency: bool = False
+  target: Arrays | None = None
 
 
 def load(
@@ -73,6 +78,9 @@ def load(
   shape: tuple[int, ...],
   tx: optax.GradientTransformation,
   ema_rate: float,
+  *,
+  consistency: bool = False,
+  has_target: bool = False,
 ) -> TrainState:
   """The training state in a released checkpoint.
 
@@ -82,6 +90,9 @@ def load(
     shape: of its data, [B, ...].
     tx: the optimiser whose state is made.
     ema_rate: the config's, once warmed up; if the checkpoint has another one, that is said.
+    consistency: whether the config is of a consistency model, not of a score model.
+    has_target: whether the last average of the state is the target of one: that of the checkpoint,
+      or the parameters themselves.
 
   Raises:
     UserError: if the file is not such a checkpoint, or does not fit.
@@ -95,7 +106,7 @@ def load(
       found = from_torch(read_torch(data), names)
     else:
       state = serialization.msgpack_restore(data)
-      found = from_edm(state) if 'opt_state' in state else from_jax(state)
+      found = from_jcm(state) if 'opt_state' in state else from_jax(state)
   except UserError as error:
     raise UserError(f'{path}: {error}') from None
   except Exception as error:  # of msgpack and pickle, and the lookup of what is not there
@@ -104,6 +115,7 @@ def load(
       f'{path} is not a checkpoint of the released JAX or PyTorch code '
       f'({type(error).__name__}: {reason})'
     ) from None
+  _check_kind(path, found, consistency)
   if not np.isclose(found.ema_rate, ema_rate):
     logger.warning(
       '%s averaged its parameters at rate %g; from here on it is %g, set by config.model.ema_rate '
@@ -111,9 +123,23 @@ def load(
       path, found.ema_rate, ema_rate,
     )  # fmt: skip
   try:
-    return _state(_without_unread(found, names), names, tx)
+    return _state(_without_unread(found, names), names, tx, has_target)
   except UserError as error:
     raise UserError(f'{path} does not fit the config: {error}') from None
+
+
+def _check_kind(path: epath.Path, found: Released, consistency: bool) -> None:
+  """Raises UserError unless the config is of what the file holds."""
+  if found.consistency and not consistency:
+    raise UserError(
+      f'{path}: it is a consistency model, and the config is of a score model; give one of '
+      'configs/distill, with config.distill.method = cd or ct as it was trained'
+    )
+  if consistency and not found.consistency:
+    raise UserError(
+      f'{path}: it is a score model, and config.distill.method makes a consistency model of one; '
+      'import it with the config of a score model, and name that workdir with --teacher'
+    )
 
 
 def network_parameters(model: ScoreModel, shape: tuple[int, ...]) -> Shapes:
@@ -152,29 +178,34 @@ def from_jax(state: dict[str, Any]) -> Released:
   )
 
 
-def from_edm(state: dict[str, Any]) -> Released:
-  """What a `State` of the consistency models' EDM holds, as flax.serialization restores it.
+def from_jcm(state: dict[str, Any]) -> Released:
+  """What a `State` of the consistency models' code holds, as flax.serialization restores it.
 
-  Its loss is the sum over pixels, ours half of it, so that Adam's moments become those of half the
-  gradient. With clipping, the moments stand one place deeper.
+  An EDM was trained by Adam with a warm-up, whose count stands behind the moments; a consistency
+  model by RAdam, without. The loss of the EDM is the sum over pixels, ours half of it, so that its
+  moments become those of half the gradient; the losses of the others are the same. With clipping,
+  all that stands one place deeper.
 
   Raises:
-    UserError: if its optimiser was not Adam, or it is not a diffusion model.
+    UserError: if its optimiser has no moments.
   """
-  if 'target_params' in state:
-    raise UserError('it is a consistency model, with target parameters, not a diffusion model')
   places = state['opt_state']
-  adam = next((v for v in (places['0'], *places['1'].values()) if 'mu' in v), None)
-  if adam is None:
+  chain = places if 'mu' in places['0'] else places['1']
+  adam = chain.get('0', {})
+  if 'mu' not in adam:
     raise UserError('its optimiser has no moments: it was not Adam')
+  consistency = 'target_params' in state or not chain['2']
+  scale = 1.0 if consistency else 0.5
   return Released(
     step=int(state['step']),
     adam_step=int(adam['count']),
     ema_rate=float(state['ema_rate']),
     params=flat(state['params']),
     ema_params=flat(state['params_ema']),
-    mu={name: v / 2 for name, v in flat(adam['mu']).items()},
-    nu={name: v / 4 for name, v in flat(adam['nu']).items()},
+    mu={name: scale * v for name, v in flat(adam['mu']).items()},
+    nu={name: scale**2 * v for name, v in flat(adam['nu']).items()},
+    consistency=consistency,
+    target=flat(state['target_params']) if 'target_params' in state else None,
   )
 
 
@@ -333,6 +364,7 @@ def _without_unread(found: Released, names: Iterable[str]) -> Released:
   def read(arrays: Arrays) -> Arrays:
     return {k: v for k, v in arrays.items() if not _UNREAD.fullmatch(k)}
 
+  # Consistency models are conditional: no target is left to read.
   return dataclasses.replace(
     found,
     params=read(found.params),
@@ -375,14 +407,18 @@ def fit(found: Arrays, names: Shapes, what: str) -> Params:
   return traverse_util.unflatten_dict(fitted, sep='/')
 
 
-def _state(found: Released, names: Shapes, tx: optax.GradientTransformation) -> TrainState:
+def _state(
+  found: Released, names: Shapes, tx: optax.GradientTransformation, has_target: bool
+) -> TrainState:
   params = fit(found.params, names, 'parameters')
   mu, nu = (fit(x, names, "Adam's moments") for x in (found.mu, found.nu))
   opt_state = optax.tree_utils.tree_set(tx.init(params), mu=mu, nu=nu, count=jnp.int32(found.step))
   # What counts for the warm-up is the step, what corrects Adam's bias is its own count.
   opt_state = optax.tree_utils.tree_set(opt_state, _is_adams, count=jnp.int32(found.adam_step))
-  ema_params = fit(found.ema_params, names, 'moving averages')
-  return TrainState(jnp.int32(found.step), params, (ema_params,), opt_state)
+  averages: tuple[Params, ...] = (fit(found.ema_params, names, 'moving averages'),)
+  if has_target:
+    averages += (fit(found.target or found.params, names, 'target parameters'),)
+  return TrainState(jnp.int32(found.step), params, averages, opt_state)
 
 
 def _is_adams(path: tuple[Any, ...], value: Any) -> bool:
