@@ -36,7 +36,7 @@ from models import ncsn, ncsnpp, score
 from models.layers import ACTIVATIONS
 from models.preconditioning import ENERGY, PRECONDITIONINGS
 from models.score import Conditioning, ScoreModel
-from runtime.devices import all_devices, Devices, Keys
+from runtime.devices import Devices, in_groups, Keys
 from runtime.errors import unknown, UserError
 from runtime.precision import PRECISIONS
 from samplers import ode
@@ -100,7 +100,7 @@ def build(config: ConfigDict) -> Setup:
     objective = _objective(config, model, true_score_fn)
   except ValueError as error:  # an SDE that can't be
     raise UserError(str(error)) from None
-  devices = all_devices()
+  devices = in_groups(training.fsdp)
   return Setup(
     config=config,
     codec=make_codec(config),

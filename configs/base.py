@@ -126,6 +126,7 @@ def _default() -> ConfigDict:
   training.n_iters = 1_300_001  # steps of the optimiser
   training.n_jitted_steps = 5  # steps in one compiled program
   training.grad_accum = 1  # parts of a batch, one after another, for less memory
+  training.fsdp = 1  # devices that share the large arrays of the state, for less memory of each
   training.skip_nonfinite = False  # leave out steps whose loss or gradient is not finite
   training.log_freq = 50  # steps from one line of metrics to the next
   training.eval_freq = 100  # steps from one held-out loss to the next

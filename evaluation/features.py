@@ -14,6 +14,7 @@ import numpy as np
 
 from evaluation import inception, inception_weights
 from runtime import processes
+from runtime.devices import rows_over
 from runtime.precision import full_precision
 
 PIXELS = 16  # rows and columns, at most, that the feature network 'pixels' keeps
@@ -50,7 +51,7 @@ class FeatureNetwork:
     The devices of the mesh share the work, `_IMAGES` at a time on each. The result, float32, has
     the rows of process 0, then those of process 1, and so on; all processes have as many.
     """
-    by_rows = NamedSharding(mesh, PartitionSpec('data'))
+    by_rows = NamedSharding(mesh, rows_over(mesh))
     params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
     apply = jax.jit(full_precision(self.apply), out_shardings=by_rows)
     return partial(_in_parts, partial(apply, params), by_rows)

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from runtime import processes
+from runtime.devices import rows_over
 from runtime.errors import UserError
 
 SUBSETS, SUBSET_SIZE = 100, 1000  # of `kernel_distance`
@@ -228,7 +229,7 @@ def _inside(x: Array, y: Array, radius: Array) -> Array:
 
 def _over_rows(function, x: np.ndarray, *rest: np.ndarray, mesh: jax.sharding.Mesh) -> np.ndarray:
   """function(rows of x, *rest) [N], some rows at a time, shared by the devices."""
-  by_rows, whole = NamedSharding(mesh, PartitionSpec('data')), NamedSharding(mesh, PartitionSpec())
+  by_rows, whole = NamedSharding(mesh, rows_over(mesh)), NamedSharding(mesh, PartitionSpec())
   size = _ROWS * mesh.size
   shared = [processes.shard(array, whole) for array in rest]
   compiled, parts = jax.jit(function, out_shardings=whole), []

@@ -1,8 +1,10 @@
 """The devices that a run is spread over, and its random keys.
 
 Data parallelism is `jax.jit` over a mesh of all devices of all processes, with the batch spread
-over them and every leaf of the training state where a function of the leaf puts it. The mathematics
-knows nothing of it.
+over them and every leaf of the training state where a function of the leaf puts it: whole on every
+device, or in parts over groups of devices, which XLA brings together where a layer needs them
+(fully sharded data parallelism, https://arxiv.org/abs/2304.11277; ZeRO, arXiv 1910.02054). The
+mathematics knows nothing of it.
 """
 
 from collections.abc import Callable
@@ -16,6 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 import numpy as np
 
+from runtime.errors import UserError
+
 # What the keys of a run are for. A key is a function of seed, purpose and step: nothing random is
 # stored. The order is part of every run's result.
 PURPOSES = (
@@ -27,9 +31,35 @@ PURPOSES = (
 Placement = Callable[[KeyPath, Any], PartitionSpec]
 
 
+# Numbers of an array that is worth splitting: to bring the parts of less together takes longer than
+# it saves.
+LARGE = 2**16
+
+
 def everywhere(path: KeyPath, leaf: Any) -> PartitionSpec:
   """The placement of a leaf that every device has whole."""
   return PartitionSpec()
+
+
+@dataclasses.dataclass(frozen=True)
+class InParts:
+  """Large arrays lie in parts on the devices of a group, along their largest axis that allows it.
+
+  Attributes:
+    n: devices of a group, the axis 'fsdp' of the mesh.
+    least: numbers of the smallest array that is split; vectors never are.
+  """
+
+  n: int
+  least: int = LARGE
+
+  def __call__(self, path: KeyPath, leaf: Any) -> PartitionSpec:
+    sizes = [size if size % self.n == 0 else 0 for size in leaf.shape]
+    if leaf.ndim < 2 or leaf.size < self.least or not any(sizes):
+      return PartitionSpec()
+    # Of equal axes the last, which is that of a layer's outputs.
+    axis = max(range(leaf.ndim), key=lambda i: (sizes[i], i))
+    return PartitionSpec(*(None,) * axis, 'fsdp')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +67,7 @@ class Devices:
   """Where the arrays of a run lie.
 
   Attributes:
-    mesh: the devices, along the axis 'data'.
+    mesh: the devices, along the axis 'data', or in groups, along the axes 'data' and 'fsdp'.
     placement: of each leaf of a training state.
   """
 
@@ -53,12 +83,12 @@ class Devices:
   @property
   def batch(self) -> NamedSharding:
     """Of a batch [B, ...]: each device has a part of the rows."""
-    return NamedSharding(self.mesh, PartitionSpec('data'))
+    return NamedSharding(self.mesh, rows_over(self.mesh))
 
   @property
   def batches(self) -> NamedSharding:
     """Of several batches [n, B, ...]: each device has a part of the rows of every one."""
-    return NamedSharding(self.mesh, PartitionSpec(None, 'data'))
+    return NamedSharding(self.mesh, PartitionSpec(None, *rows_over(self.mesh)))
 
   @property
   def replicated(self) -> NamedSharding:
@@ -82,9 +112,31 @@ class Devices:
     return jax.tree.map(partial(jax.make_array_from_process_local_data, self.batches), rows)
 
 
+def rows_over(mesh: Mesh) -> PartitionSpec:
+  """Of rows [B, ...] that are spread over all devices of a mesh."""
+  return PartitionSpec(mesh.axis_names if len(mesh.axis_names) > 1 else mesh.axis_names[0])
+
+
 def all_devices(placement: Placement = everywhere) -> Devices:
   """All devices of all processes."""
   return Devices(Mesh(np.array(jax.devices()), ('data',)), placement)
+
+
+def in_groups(n: int, least: int = LARGE) -> Devices:
+  """All devices of all processes in groups of n that share the large arrays of a training state.
+
+  Those of a group are neighbours, of one process where they can be.
+
+  Raises:
+    UserError: if the devices do not make such groups.
+  """
+  if n == 1:
+    return all_devices()
+  devices = jax.devices()
+  if len(devices) % n:
+    raise UserError(f'config.training.fsdp = {n} must divide the number of devices, {len(devices)}')
+  mesh = Mesh(np.array(devices).reshape(-1, n), ('data', 'fsdp'))
+  return Devices(mesh, InParts(n, least))
 
 
 @dataclasses.dataclass(frozen=True)

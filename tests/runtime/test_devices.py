@@ -6,7 +6,8 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
-from runtime.devices import all_devices, Keys, PURPOSES
+from runtime.devices import all_devices, in_groups, InParts, Keys, PURPOSES
+from runtime.errors import UserError
 
 # Of seed 42 at step 7, by purpose. Every run depends on them: they never change.
 KEY_DATA = (
@@ -49,3 +50,27 @@ def test_rows_come_to_the_devices_as_they_are():
   assert several['data'].sharding.spec == PartitionSpec(None, 'data')
   np.testing.assert_array_equal(put['data'], rows['data'])
   np.testing.assert_array_equal(several['data'].ravel(), np.arange(12))
+
+
+@pytest.mark.parametrize(
+  ('shape', 'axis'),
+  [
+    ((3, 3, 128, 256), 3),  # the largest axis
+    ((3, 3, 256, 128), 2),
+    ((3, 3, 128, 128), 3),  # of equal ones the last
+    ((3, 3, 130, 128), 3),  # the largest that 4 divides
+    ((3, 3, 129, 130), None),  # none
+    ((3, 3, 32, 32), None),  # too small
+    ((2**20,), None),  # a vector
+    ((), None),
+  ],
+)
+def test_large_arrays_are_split_along_their_largest_axis_that_can_be(shape, axis):
+  spec = InParts(4)((), jax.ShapeDtypeStruct(shape, np.float32))
+  assert spec == (PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, 'fsdp'))
+
+
+def test_groups_that_the_devices_do_not_make_are_refused():
+  with pytest.raises(UserError, match=r'fsdp = 3 must divide the number of devices'):
+    in_groups(3)
+  assert in_groups(1).mesh.axis_names == ('data',)
