@@ -176,6 +176,29 @@ def _edm_is_for_data_around_zero(config: FrozenConfigDict) -> str:
   return 'the output edm is for data around 0: set config.data.centered = True'
 
 
+def _noise_is_paired_for_flow_matching(config: FrozenConfigDict) -> str:
+  training = config.training
+  if training.coupling == 'independent':
+    return ''
+  what = f'config.training.coupling = {training.coupling}'
+  if training.sde != 'flow':
+    return (
+      f'{what} is for config.training.sde = flow, whose paths it makes straighter; those of '
+      f'{training.sde} are curved by their noise scales'
+    )
+  if training.objective != 'dsm':
+    return (
+      f'{what} needs config.training.objective = dsm, which learns the velocity of the flow; '
+      f'{training.objective} learns the score, which then is something else'
+    )
+  if config.model.num_classes:
+    return (
+      f'{what} is not for config.model.num_classes = {config.model.num_classes}: the noise of a '
+      'class would no longer be normal, and samples of it begin with noise that is'
+    )
+  return ''
+
+
 # What is drawn.
 
 
@@ -222,6 +245,36 @@ def _one_level_is_sampled_at_one_level(config: FrozenConfigDict) -> str:
       'level of noise of many it does not come from noise to data; choose pc, for example'
     )
   return ''
+
+
+def _paired_noise_leaves_no_score(config: FrozenConfigDict) -> str:
+  choice, training = config.sampling, config.training
+  if training.coupling == 'independent':
+    return ''
+  what = f'config.training.coupling = {training.coupling} trains no score'
+  for field in ('task', 'labels', 'guide'):
+    if choice[field]:
+      return (
+        f'{what}, which config.sampling.{field} = {choice[field]} needs: leave that out, or train '
+        'with independent'
+      )
+  if _follows_the_flow(choice):
+    return ''
+  return (
+    f'{what}, which this config.sampling.method = {choice.method} needs: choose one of the '
+    'probability flow, such as ode, flow_heun or unipc, with eta = 0 and s_churn = 0'
+  )
+
+
+def _follows_the_flow(choice: FrozenConfigDict) -> bool:
+  """Whether a sampler asks of the network for nothing but the probability flow."""
+  if choice.method == 'pc':
+    return choice.probability_flow and choice.corrector == 'none'
+  if choice.method in ('adaptive_sde', *ONE_LEVEL):
+    return False
+  of_noise = dict.fromkeys(('ddim', 'dpm_solver++', 'dpm_solver++_3m'), 'eta')
+  of_noise |= dict.fromkeys(('euler', 'heun'), 's_churn')
+  return choice.method not in of_noise or choice[of_noise[choice.method]] == 0
 
 
 def _likelihoods_need_all_levels(config: FrozenConfigDict) -> str:
@@ -311,10 +364,12 @@ RULES: tuple[Rule, ...] = (
   _strata_are_of_several_times,
   _later_sdes_have_no_chain,
   _edm_is_for_data_around_zero,
+  _noise_is_paired_for_flow_matching,
   _what_is_used_is_kept,
   _metropolis_tests_need_energies,
   _metropolis_tests_need_densities,
   _one_level_is_sampled_at_one_level,
+  _paired_noise_leaves_no_score,
   _likelihoods_need_all_levels,
   _guidance_needs_both_scores,
   _a_scale_has_its_guide,

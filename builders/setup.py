@@ -21,6 +21,7 @@ from evaluation import features
 import losses
 from losses import (
   ChainTimes,
+  Coupling,
   ImportanceSampled,
   LikelihoodTimes,
   LogNormalTimes,
@@ -160,6 +161,14 @@ _WEIGHTS: dict[str, Callable[[FrozenConfigDict], Weight]] = {
 # Those that are rates: of a loss that is an integral over time, however its times are drawn.
 _RATES = ('likelihood', 'sigmoid')
 
+# Which noise goes with which data.
+_COUPLINGS: dict[str, Callable[[Any], Coupling]] = {
+  'independent': lambda training: losses.independent,
+  'optimal_transport': lambda training: losses.OptimalTransport(
+    training.coupling_batch or training.batch_size
+  ),
+}
+
 _CHOICES: dict[str, Collection[str]] = {
   'data.fit': geometry.FITS,
   'training.sde': _SDES,
@@ -176,6 +185,7 @@ _CHOICES: dict[str, Collection[str]] = {
   'model.output': ('', *PRECONDITIONINGS),
   'training.time_law': ('', *_TIME_LAWS),
   'training.weight': ('', *_WEIGHTS),
+  'training.coupling': _COUPLINGS,
   'training.objective': ('dsm', 'esm', *losses.MATCHINGS, 'cd'),
   'optim.optimizer': OPTIMIZERS,
   'optim.decay': ('constant', *DECAYS),
@@ -358,13 +368,15 @@ def _objective(
     times=Stratified(times) if training.stratified else times,
     weight=weight,
     matching=_matching(training.objective, true_score_fn),
+    coupling=_COUPLINGS[training.coupling](training),
     reduce_mean=training.reduce_mean,
   )
 
 
 def _true_score_fn(config: FrozenConfigDict, sde: SDE) -> Diffused | None:
   data = config.data
-  if not data.dim or config.model.num_classes:
+  paired = config.training.coupling != 'independent'  # then no score is learned
+  if not data.dim or config.model.num_classes or paired:
     return None
   return points.distribution(data.dataset, data.dim).score_fn(sde)
 

@@ -120,6 +120,10 @@ def _default() -> ConfigDict:
   training.weight = ''
   training.weight_gamma = 5.0  # of min_snr and soft_min_snr
   training.weight_bias = 2.0  # of sigmoid
+  # Which noise goes with which data, of flow matching: independent, or optimal_transport, the order
+  # of the noise in which it is nearest to the data.
+  training.coupling = 'independent'
+  training.coupling_batch = 0  # rows that optimal_transport orders together; 0: all of batch_size
   training.eps = 1e-5  # smallest time; the released code has it in losses.py
   training.label_dropout = 0.1  # share of the labels that a label-conditional model is not told
   training.batch_size = 128  # of all devices and processes together

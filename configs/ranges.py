@@ -25,7 +25,8 @@ _POSITIVE = (
   'training.weight_gamma', 'ema.sigma_rel',
 )  # fmt: skip
 _NOT_NEGATIVE = (
-  'seed', 'data.dim', 'training.keep_snapshots', 'model.init_scale', 'model.num_classes',
+  'seed', 'data.dim', 'training.keep_snapshots', 'training.coupling_batch', 'model.init_scale',
+  'model.num_classes',
   'optim.weight_decay', 'optim.warmup',
   'optim.decay_until', 'ema.half_life', 'ema.use',
   'ebm.regularization', 'classifier.num_classes', 'classifier.weight_decay', 'classifier.warmup',

@@ -88,7 +88,7 @@ def train_step(
   if augmentation:
     x0, augment_labels = augmentation(jax.random.fold_in(rng_step, 5), x0)
   t = objective.times(rng_t, len(x0))
-  z = jax.random.normal(rng_z, x0.shape)
+  z = objective.coupling(x0, jax.random.normal(rng_z, x0.shape))
   return optimize(
     state, x0, t, z, rng_dropout, labels, augment_labels,
     model=model, objective=objective, tx=tx, averages=averages, grad_accum=grad_accum,
@@ -243,7 +243,7 @@ def eval_step(
   rng_data, rng_t, rng_z = jax.random.split(rng, 3)
   x0 = codec.for_evaluation(rng_data, batch['data'])
   t = objective.times(rng_t, len(x0))
-  z = jax.random.normal(rng_z, x0.shape)
+  z = objective.coupling(x0, jax.random.normal(rng_z, x0.shape))
   score_fn = model.bind(params, labels=batch['label'] if model.num_classes else None)
   rng_matching = jax.random.fold_in(rng, 3)  # another key; the three are what they always were
   return score_matching_loss(objective, score_fn, x0, t, z, rng_matching)

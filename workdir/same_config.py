@@ -25,8 +25,9 @@ MODEL = (
   'model.skip_rescale', 'model.init_scale', 'model.interpolation', 'model.num_layers',
   'model.num_scales', 'model.sigma_min', 'model.sigma_max', 'model.beta_min', 'model.beta_max',
   'model.sigma_data', 'model.scale_by_sigma', 'model.output', 'model.num_classes', 'training.sde',
-  'training.continuous', 'training.objective', 'training.single_scale', 'data.image_size',
-  'data.num_channels', 'data.centered', 'data.dim', 'data.augment_probability', 'ebm.buffer_size',
+  'training.continuous', 'training.objective', 'training.single_scale', 'training.coupling',
+  'data.image_size', 'data.num_channels', 'data.centered', 'data.dim', 'data.augment_probability',
+  'ebm.buffer_size',
 )  # fmt: skip
 # What is learned: the model, the data, the loss, and the optimiser whose state goes on. It must not
 # change while a run goes on.
@@ -35,7 +36,7 @@ LEARNED = (
   'data.uniform_dequantization', 'data.fit', 'data.background', 'data.black', 'data.white',
   'training.reduce_mean', 'training.likelihood_weighting', 'training.eps',
   'training.time_law', 'training.time_mean', 'training.time_std', 'training.weight',
-  'training.weight_gamma', 'training.weight_bias',
+  'training.weight_gamma', 'training.weight_bias', 'training.coupling_batch',
   'training.label_dropout', 'ebm.regularization', 'optim.optimizer',
   'ema.sigma_rels',
 )  # fmt: skip
@@ -61,7 +62,8 @@ FIXED_IN_EVAL = (
   *MODEL, 'model.dtype', 'model.precision', 'training.reduce_mean',
   'training.likelihood_weighting', 'training.eps', 'training.time_law', 'training.time_mean',
   'training.time_std', 'training.stratified', 'training.weight', 'training.weight_gamma',
-  'training.weight_bias', 'data.dataset', 'data.category', 'data.path', 'data.held_out',
+  'training.weight_bias', 'training.coupling_batch', 'data.dataset', 'data.category', 'data.path',
+  'data.held_out',
   'data.skip_damaged', 'data.uniform_dequantization', 'data.fit',
   'data.background', 'data.black', 'data.white', 'sampling', 'eval.batch_size', 'seed',
   'ema.use',

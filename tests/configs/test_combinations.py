@@ -222,6 +222,24 @@ def test_every_sampler_draws_the_data_or_is_refused(method):
     assert x.std() == pytest.approx(STD, abs=0.06), name  # first orders
 
 
+PAIRED = {'training__coupling': 'optimal_transport', 'training__sde': 'flow'}
+PAIRED |= {'sampling__method': 'flow_heun'}
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_paired_noise_is_sampled_by_the_probability_flow_alone(method):
+  """What puts in noise, or follows a score, is refused; the same method without noise is not."""
+  fields = PAIRED | {'sampling__method': method}
+  noise = {'sampling__eta': 0.5, 'sampling__s_churn': 1.0, 'sampling__probability_flow': False}
+  silent = {'sampling__eta': 0.0, 'sampling__s_churn': 0.0, 'sampling__probability_flow': True}
+  never = ('adaptive_sde', 'langevin', 'mala')
+  with_noise = ('pc', 'ddim', 'dpm_solver++', 'dpm_solver++_3m', 'euler', 'heun', *never)
+  assert (setup_of(config_of('vp', **fields, **noise)) is None) == (method in with_noise)
+  assert (setup_of(config_of('vp', **fields, **silent)) is None) == (method in never)
+  corrected = silent | {'sampling__corrector': 'langevin'}
+  assert (setup_of(config_of('vp', **fields, **corrected)) is None) == (method in (*never, 'pc'))
+
+
 @pytest.mark.parametrize(
   ('sde', 'fields', 'said'),
   [
@@ -257,6 +275,12 @@ def test_every_sampler_draws_the_data_or_is_refused(method):
     ('vp', {'training__time_law': 'likelihood', 'training__continuous': False}, 'likelihood needs'),
     ('vp', {'training__single_scale': True, 'sampling__method': 'langevin',
             'training__stratified': True}, 'stratified spreads times'),
+    ('vp', {'training__coupling': 'optimal_transport'}, 'is for config.training.sde = flow'),
+    ('vp', PAIRED | {'training__objective': 'ssm'}, 'needs config.training.objective = dsm'),
+    ('vp', PAIRED | {'model__num_classes': 3}, 'is not for config.model.num_classes = 3'),
+    ('vp', PAIRED | {'sampling__task': 'inpaint'}, r'which config\.sampling\.task = inpaint needs'),
+    ('vp', PAIRED | {'sampling__guide': 'weak'}, r'which config\.sampling\.guide = weak needs'),
+    ('vp', PAIRED | {'sampling__labels': (1,)}, r'which config\.sampling\.labels = .* needs'),
     ('vp', {'ema__sigma_rels': (0.1,), 'ema__use': 2}, 'use must be below 2'),
   ],
 )  # fmt: skip
