@@ -23,6 +23,13 @@ demo: $(VENV)/installed
 	$(BIN)/python main.py --config $(DEMO) --mode train
 	$(BIN)/python main.py --config $(DEMO) --mode stats
 	$(BIN)/python main.py --config $(DEMO) --mode eval
+	@echo
+	@echo "Samples:       $$(ls -t runs/vp/digits/eval/step_*/samples.png | head -n 1)"
+	@echo 'The whole run: runs/vp/digits/index.html'
+	@echo 'Next:'
+	@echo '  $(BIN)/python main.py --config $(DEMO) --mode sample --config.sampling.trajectory'
+	@echo '  $(BIN)/python main.py --config configs/vp/digits_conditional.py --mode train'
+	@echo '  $(BIN)/python main.py --config configs/vp/photos.py --mode train --config.data.path=PHOTOS'
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

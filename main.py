@@ -128,6 +128,11 @@ def parse(argv: Sequence[str]) -> tuple[str, str, ConfigDict]:
     if name.startswith('-'):
       given[name.lstrip('-')] = value if equals else following
   path, _, variant = given.get('config', '').partition(':')
+  if not path:
+    raise UserError(
+      '--config is missing, for example --config configs/vp/digits.py; without any flag, main.py '
+      'says how to begin'
+    )
   if not Path(path).is_file():
     here = sorted(str(p) for p in Path('configs').glob('*/*.py'))
     raise UserError(f'--config {path!r} is not a file; configs here: {", ".join(here) or "none"}')
@@ -298,7 +303,22 @@ def _told_in_one_line() -> Iterator[None]:
     raise
 
 
+BEGIN = """Begin with handwritten digits; each of these takes a few minutes on two CPU cores:
+
+  python main.py --config configs/vp/digits.py --mode train
+  python main.py --config configs/vp/digits.py --mode sample
+
+What else there is:
+
+  python main.py --help     modes and flags, with examples
+  python -m configs         configs, with their networks
+  docs/your_data.md         images of your own
+"""
+
 if __name__ == '__main__':
+  if not sys.argv[1:]:
+    print(BEGIN, end='')
+    sys.exit(2)
   if {'-h', '--help', '-help'} & set(sys.argv[1:]):
     print(__doc__)
     for flag in _FLAGS:

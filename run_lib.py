@@ -245,13 +245,15 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
 
 
 def stats(config: ConfigDict) -> NoiseScales | None:
-  """Prints the noise levels that the training data ask for, and writes the statistics of features.
+  """Writes the statistics of features, and prints the noise levels that the training data ask for.
 
-  The former are NCSNv2's, see `evaluation.stats`; the latter are what samples are compared with, of
-  the images of `eval.stats_split` by the network `eval.features`, if any.
+  The former are what samples are compared with, of the images of `eval.stats_split` by the network
+  `eval.features`, if any. The latter are NCSNv2's, see `evaluation.stats`; they are for the VE SDE,
+  whose models have such levels, and for whoever asks for nothing else, with no `eval.features`.
 
   Returns:
-    The noise levels, or None if the data are too few, or too much alike, to ask for any.
+    The noise levels, or None if they are not wanted, or the data are too few, or too much alike, to
+    ask for any.
 
   Raises:
     UserError: for a mistake in the config or the data.
@@ -262,14 +264,15 @@ def stats(config: ConfigDict) -> NoiseScales | None:
   compared = load_source(fields, fields.eval.stats_split) if file else None
   if file and compared:
     file.check(compared)
-  x = examples(train, setup.codec, batch_size=batch_size, seed=fields.seed)
   chosen = None
-  try:
-    chosen = noise_scales(x, fields.model.sigma_min, fields.sampling.n_steps_each)
-  except UserError as error:
-    if file is None:  # nothing else was wanted
-      raise
-    logger.warning('no noise levels are recommended: %s', error)
+  if file is None or fields.training.sde == 'vesde':
+    x = examples(train, setup.codec, batch_size=batch_size, seed=fields.seed)
+    try:
+      chosen = noise_scales(x, fields.model.sigma_min, fields.sampling.n_steps_each)
+    except UserError as error:
+      if file is None:  # nothing else was wanted
+        raise
+      logger.warning('no noise levels are recommended: %s', error)
   if file and compared:
     file.make(compared, batch_size, setup.devices.mesh)
     logger.info('statistics of the features are in %s', file.path)

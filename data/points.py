@@ -254,7 +254,7 @@ def _branches(dim: int) -> ClassMixture:
   )
 
 
-BRANCHINGS = 5  # rows of branches, of which each has twice as many as the one before
+BRANCHINGS = 4  # rows of branches, of which each has twice as many as the one before
 SHRINK = 0.72  # the length of a branch, in those of the branch that it grows from
 _NORMALS = 10  # along a branch
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.points import distribution, DISTRIBUTIONS, load, parzen
+from data.points import ClassMixture, distribution, DISTRIBUTIONS, load, parzen
 from runtime.errors import UserError
 from sde_lib import VPSDE
 
@@ -128,3 +128,20 @@ def test_the_checkerboard_leads_back_from_anywhere(x, std):
   edge = (4 - x) / std**2
   # Beyond the edge the density falls as the normal tail, whose slope is more by 1 / (x - 4).
   np.testing.assert_allclose(score[0, 0], edge - 1 / (x - 4), rtol=0.01)
+
+
+def test_points_of_classes_have_their_labels():
+  """The classes together are the distribution; the posterior of the own label is calibrated."""
+  data, source = distribution('branches', 2), load('branches', 'test', 2)
+  assert isinstance(data, ClassMixture) and source.class_names == data.class_names
+  batch = source.batch(np.arange(3000))
+  x, labels = jnp.asarray(batch['data']), batch['label']
+  assert labels.dtype == np.int32 and 0.45 < labels.mean() < 0.55
+  np.testing.assert_array_equal(data.sample(jax.random.key(1), len(source))[:3000], x)
+  of_class = np.stack([data.of_class(k).log_density(x) for k in (0, 1)])
+  np.testing.assert_allclose(np.logaddexp(*of_class) - np.log(2), data.log_density(x), atol=1e-4)
+  posterior = np.exp(of_class - np.logaddexp(*of_class))
+  own = posterior[labels, np.arange(3000)]
+  np.testing.assert_allclose(own.mean(), np.square(posterior).sum(0).mean(), atol=0.02)
+  assert own.mean() > 0.85
+  assert 'label' not in load('ring', 'test', 2).batch(np.arange(3))

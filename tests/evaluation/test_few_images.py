@@ -59,11 +59,14 @@ def test_statistics_of_one_image_are_refused(tmp_path, make):
 def test_where_no_noise_levels_are_recommended_statistics_are_made(tmp_path, caplog):
   """Of images that are all alike; alone, the levels are refused."""
   photos = folder_of(tmp_path, 6, alike=True)
-  assert run_lib.stats(config_of(photos)) is None
+  assert run_lib.stats(config_of(photos, ve_digits)) is None
   assert 'no noise levels are recommended: the largest distance' in caplog.text
   assert (tmp_path / 'stats.npz').exists()
   with pytest.raises(UserError, match='the largest distance between two of 6 examples is 0'):
     run_lib.stats(config_of(photos, eval__features=''))
+  caplog.clear()
+  assert run_lib.stats(config_of(photos)) is None  # of VP, where they are of no use
+  assert 'noise levels' not in caplog.text
 
 
 @pytest.mark.parametrize('n', [2, 3, 4])

@@ -17,12 +17,13 @@ from builders.evaluation import make_drawing
 from builders.guide import load_guide
 from builders.setup import build
 from builders.training import score_task
+from configs.toy import branches
 from controllable_generation import Autoguidance
 from evaluation import sample
 import run_lib
 from runtime.errors import UserError
 from training import loop
-from training.checkpoints import Checkpoints
+from training.checkpoints import Checkpoints, Notes
 from workdir import rounds
 
 FIELDS = {
@@ -33,7 +34,7 @@ FIELDS = {
 
 
 def config(**fields):
-  return tiny('edm', **FIELDS | fields)
+  return tiny('edm', branches, **FIELDS | fields)
 
 
 @pytest.fixture(scope='module')
@@ -47,10 +48,10 @@ def there(tmp_path_factory):
     yield root
 
 
-def save(workdir: str, **fields) -> None:
+def save(workdir: str, classes: tuple[str, ...] = ('left', 'right'), **fields) -> None:
   """A workdir with checkpoints 6 and 12 of parameters and averages that were never trained."""
   setup = build(config(**fields))
-  with Checkpoints(workdir) as checkpoints:
+  with Checkpoints(workdir, Notes(classes)) as checkpoints:
     root = epath.Path(workdir)
     state = loop.restore_or_init(score_task(setup), setup.devices, setup.keys, root, checkpoints)
     for step in (6, 12):
@@ -93,7 +94,9 @@ def test_samples_are_guided_where_the_scale_is_not_one(there):
   assert np.abs(drawn('guided') - drawn('plain')).max() > 1e-3
   setup, params = run_lib.load('strong')
   weak, weak_params = run_lib.load('weak')
-  score_fn = Autoguidance(setup.model.bind(params), weak.model.bind(weak_params), scale=2.0)
+  labels = jnp.arange(64) % 2  # all classes in turn
+  models = (setup.model.bind(params, labels=labels), weak.model.bind(weak_params, labels=labels))
+  score_fn = Autoguidance(*models, scale=2.0)
   key = jax.random.fold_in(setup.keys.key('draw'), 0)
   x, nfe = build(config()).sampler(key, score_fn, drawn('guided')[:64].shape)
   np.testing.assert_allclose(x, drawn('guided')[:64], atol=1e-5)
@@ -181,6 +184,9 @@ def test_drawing_that_is_stopped_goes_on_to_the_same_samples(there, monkeypatch)
     ('noise', {'training__sde': 'vpsde'}, {}, r'noise of VPSDE\(.*\), and this one with noise of'),
     ('levels', {'model__sigma_max': 40.0}, {}, r'EDMSDE\(sigma_max=40.0\), and this one'),
     ('shape', {'data__dataset': 'gaussian', 'data__dim': 3}, {}, r'shape \(3,\), and this one'),
+    ('classes', {'model__num_classes': 3}, {}, 'num_classes = 3, and this one with config.model'),
+    ('told', {'training__label_dropout': 0.0}, {'sampling__guidance_scale': 2.0},
+     'label_dropout = 0, so it does not know all classes together'),
     ('network', {'model__nf': 12}, {}, 'guide: none of the 2 checkpoints in'),
     ('size', {'model__nf': 'x'}, {}, 'config.sampling.guide: .*size/config.json does not fit'),
     ('one', {'training__single_scale': True, 'sampling__method': 'langevin',
@@ -194,3 +200,36 @@ def test_what_can_be_no_guide_is_refused(there, name, changed, fields, said):
     run_lib.sample(guided(guide=name, **fields), 'strong', 'refused')
   assert '\n' not in str(error.value)
   assert not (there / 'strong/refused').exists()
+
+
+def test_a_guide_of_other_classes_is_refused(there):
+  """Of as many, with other names; one of earlier code, which did not note them, may have any."""
+  save('swapped', ('right', 'left'))
+  save('earlier', ())
+  assert load_guide(build(guided(guide='earlier')), epath.Path('strong'))
+  with pytest.raises(
+    UserError, match=r'0 right, 1 left; .*0 left, 1 right.*Name a guide in config'
+  ):
+    load_guide(build(guided(guide='swapped')), epath.Path('strong'))
+
+
+def test_guidance_by_class_is_of_the_autoguided_scores(there):
+  """Each class, and all of them together: so that a scale of 0 still ignores the classes."""
+  setup, params = run_lib.load('strong')
+  setup = dataclasses.replace(setup, config=build(guided(sampling__guidance_scale=3.0)).config)
+  guide = load_guide(setup, epath.Path('strong'))
+  drawing = make_drawing(setup, guide)
+  x, t, labels = jnp.ones((4, 2)), jnp.full(4, 0.7), jnp.array([0, 1, 1, 0])
+
+  def led_away(labels: jax.Array | None) -> jax.Array:
+    own, weak = (
+      setup.model.bind(params, labels=labels),
+      guide.model.bind(guide.params, None, labels),
+    )
+    return 2 * own(x, t) - weak(x, t)
+
+  expected = led_away(None) + 3 * (led_away(labels) - led_away(None))
+  np.testing.assert_allclose(drawing.score_fn(params, labels)(x, t), expected, rtol=1e-4)
+  blind = dataclasses.replace(drawing, guidance_scale=0.0)
+  np.testing.assert_allclose(blind.score_fn(params, labels)(x, t), led_away(None), rtol=1e-5)
+  np.testing.assert_allclose(drawing.score_fn(params)(x, t), led_away(None), rtol=1e-5)

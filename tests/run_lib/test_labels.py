@@ -21,6 +21,7 @@ from data.codec import ImageCodec
 from data.sources import eval_batches, ImageSource, load, train_batches
 from losses import Objective, UniformTimes
 from models.ddpm import DDPM
+from models.mlp import MLP
 from models.ncsnpp import NCSNpp
 from models.preconditioning import PRECONDITIONINGS
 from models.score import ScoreModel
@@ -108,6 +109,16 @@ def test_secret_labels_are_no_labels(monkeypatch):
 def tiny_net(make: Callable[..., nn.Module], num_classes: int, **fields) -> nn.Module:
   shape = {'nf': 8, 'ch_mult': (1,), 'num_res_blocks': 1, 'attn_resolutions': ()}
   return make(**shape, num_classes=num_classes, **fields)
+
+
+def test_a_perceptron_is_told_labels_too():
+  x, nets = X.reshape(4, -1), [MLP(nf=8, num_classes=n) for n in (0, 3)]
+  plain, told = (net.init(KEY, x, COND, False)['params'] for net in nets)
+  assert (told.keys() - plain.keys()) == {'Embed_0'}
+  assert told['Embed_0']['embedding'].shape == (4, 8)
+  seen = lambda labels: nets[1].apply({'params': told}, x, COND, False, labels)  # noqa: E731
+  np.testing.assert_array_equal(seen(None), seen(jnp.full(4, 3)))
+  assert (np.abs(seen(jnp.zeros(4, int)) - seen(None)).max(1) > 1e-3).all()
 
 
 X, COND = jax.random.normal(KEY, (4, 4, 4, 1)), jnp.full(4, 0.7)

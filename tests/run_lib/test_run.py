@@ -7,9 +7,11 @@ process, which need not load the libraries again.
 
 import json
 from pathlib import Path
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import jax
@@ -22,6 +24,7 @@ from whole_runs import (
   losses_in,
   refusal,
   refused,
+  ROOT,
   run,
   state_of,
   succeed,
@@ -163,6 +166,17 @@ def test_a_misspelt_flag_or_field_is_refused(tmp_path, arguments, said):
     [*command('train', tmp_path), arguments], capture_output=True, text=True, check=False
   )
   assert said in refused(done)
+
+
+def test_without_a_flag_it_is_told_how_to_begin():
+  """By commands whose configs and pages are there."""
+  alone = [sys.executable, str(ROOT / 'main.py')]
+  done = subprocess.run(alone, capture_output=True, text=True, check=False)
+  assert done.returncode == 2 and not done.stderr
+  named = re.findall(r'[\w/]+\.(?:py|md)', done.stdout)
+  assert len(named) == 6 and all((ROOT / name).exists() for name in named)
+  done = subprocess.run([*alone, '--mode=train'], capture_output=True, text=True, check=False)
+  assert '--config is missing, for example --config configs/vp/digits.py' in refused(done)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from builders.data import load_source
 from builders.setup import build
 from builders.training import abstract_state
 from configs.points import VARIANTS
-from configs.toy import checkerboard, gaussian, ring, swiss_roll, two_gaussians, two_moons
+from configs.toy import branches, checkerboard, gaussian, ring, swiss_roll, two_gaussians, two_moons
 from configs.ve import digits
 from losses import OneTime
 from models.preconditioning import PRECONDITIONINGS
@@ -66,6 +67,19 @@ def test_every_variant_can_be_built(module, variant):
   assert setup.data_shape == ((10,) if module is gaussian else (2,))
   many_levels = ('ve', 'vp', 'subvp', 'edm', 'flow', 'energy', 'ncsn')
   assert isinstance(setup.objective.times, OneTime) == (variant not in many_levels)
+
+
+@pytest.mark.parametrize('variant', branches.VARIANTS)
+def test_points_of_classes_are_told_to_the_network(variant):
+  setup = build(branches.get_config(variant))
+  assert setup.model.num_classes == 2 and setup.true_score_fn is None
+  assert load_source(setup.config, 'train').num_classes == 2
+  with pytest.raises(
+    UserError, match=r'num_classes is 3, and dataset .branches., .* has 2 classes'
+  ):
+    load_source(build(tiny(variant, branches, model__num_classes=3)).config, 'train')
+  with pytest.raises(UserError, match='has no labels; choose another dataset'):
+    load_source(build(tiny('ve', model__num_classes=2)).config, 'train')
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
