@@ -62,7 +62,8 @@ def test_every_released_config_is_here_once_and_there_are_no_others():
   ours = {
     name
     for name, config in listing.all_configs()
-    if config.data.dataset not in ('digits', 'folder') and config.training.sde not in LATER
+    if config.data.dataset not in ('digits', 'folder', 'FashionMNIST')
+    and config.training.sde not in LATER
   }
   assert len(RELEASED) == 39
   assert ours == {'configs/{}/{}.py:{}'.format(*here(name)) for name in RELEASED}
