@@ -22,7 +22,7 @@ from workdir import artifacts
 
 PAGE = 'results.md'
 COLUMNS = 16  # of a grid of images
-TIMES = 3  # as wide and high as it was is a pixel there
+WIDTH = 768  # pixels of a grid, about
 SHOWN = 35  # evaluations of the samples in pictures
 _FRECHET = {'classifier': 'frechet_classifier', 'pixels': 'frechet_pixels'}
 
@@ -70,7 +70,7 @@ def caption(outcome: Outcome) -> str:
     f'images. Frechet distances of {drawn["samples"]} samples from all training images, by '
     f'features of the classifier ({accuracy:.1f} % right on held-out images) and by pixels. The '
     f'row "data" is the floor: {drawn["frechet_pixels_floor_images"]} training images from as many '
-    'others.'
+    'others, so a little above what as many images are from all.'
   )
 
 
@@ -124,12 +124,16 @@ def _plot_distances(ax: Axes, rows: Sequence[Row], colors: dict[str, str]) -> No
   ax.legend(fontsize=8)
 
 
-def grid(images: np.ndarray, columns: int = COLUMNS, times: int = TIMES) -> Image.Image:
-  """Grey images [N, H, W, 1], row by row, as many as fill rows; pixels are `times` as large."""
+def grid(images: np.ndarray, columns: int = COLUMNS, width: int = WIDTH) -> Image.Image:
+  """Grey images [N, H, W, 1] row by row, as many as fill rows, enlarged, with lines between."""
   n, h, w, _ = images.shape
-  tiles = images[: n // columns * columns].reshape(-1, columns, h, w).swapaxes(1, 2)
-  whole = Image.fromarray(tiles.reshape(-1, columns * w))
-  return whole.resize((times * whole.width, times * whole.height), Image.Resampling.BICUBIC)
+  times = max(1, width // (columns * w))
+  size, shown = (times * w, times * h), images[: n // columns * columns, ..., 0]
+  large = [Image.fromarray(image).resize(size, Image.Resampling.BICUBIC) for image in shown]
+  framed = np.pad(np.stack(large), ((0, 0), (0, 1), (0, 1)), constant_values=128)
+  _, high, wide = framed.shape
+  rows = framed.reshape(-1, columns, high, wide).swapaxes(1, 2)
+  return Image.fromarray(rows.reshape(-1, columns * wide)[:-1, :-1])
 
 
 def samples_of(row: Row, n: int) -> np.ndarray:
