@@ -1,6 +1,7 @@
 """Score-based generative modelling through SDEs: what --mode says, of a config, in a workdir.
 
   train             train, or go on with, a score model
+  distill           a score model becomes one that samples in a few steps
   eval              loss, bits/dim, samples and their FID, of checkpoints
   sample            draw samples: of a class, or of what an image leaves open
   check_data        what is in a folder of images, and which of them cannot be read
@@ -18,6 +19,7 @@
   python main.py --config configs/ve/cifar10.py --mode eval --config.eval.enable_sampling
   python main.py --config configs/ve/cifar10.py --mode import --checkpoint checkpoint_8
   python main.py --config configs/vp/photos.py --mode train --init_from runs/a --workdir runs/b
+  python main.py --config configs/distill/digits.py:progressive --mode distill --teacher runs/a
 
 Any field of a config can be set as --config.section.field=value. The index.html of a workdir shows
 what is in it. Ends with 0 when done, 1 if the machine failed (a full disk, a lost process), 2 for
@@ -49,7 +51,8 @@ from runtime.errors import Failure, unknown, UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, [:variant] of it.')
 _MODES = [
-  'train', 'train_classifier', 'eval', 'sample', 'check_data', 'stats', 'import', 'export', 'ema',
+  'train', 'distill', 'train_classifier', 'eval', 'sample', 'check_data', 'stats', 'import',
+  'export', 'ema',
 ]  # fmt: skip
 _MODE = flags.DEFINE_enum('mode', None, _MODES, 'What to do.')
 _WORKDIR = flags.DEFINE_string(
@@ -66,9 +69,10 @@ _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this one, from
 _DETERMINISTIC = flags.DEFINE_bool('deterministic', False, 'GPUs compute the same bits each time.')
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Released checkpoint, or exported folder.')
 _INIT_FROM = flags.DEFINE_string('init_from', None, 'Workdir whose parameters a new run takes.')
+_TEACHER = flags.DEFINE_string('teacher', None, 'Workdir of the model that a student learns from.')
 _FLAGS = (
   _CONFIG, _MODE, _WORKDIR, _EVAL_FOLDER, _SAMPLE_FOLDER, _EXPORT_FOLDER, _LICENCE, _CHECKPOINT,
-  _INIT_FROM, _DETERMINISTIC, _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID,
+  _INIT_FROM, _TEACHER, _DETERMINISTIC, _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID,
 )  # fmt: skip
 
 
@@ -160,6 +164,8 @@ def parse(argv: Sequence[str]) -> tuple[str, str, ConfigDict]:
     raise UserError('--mode import and --checkpoint PATH go together')
   if _INIT_FROM.value is not None and (_MODE.value != 'train' or not _INIT_FROM.value):
     raise UserError('--init_from WORKDIR goes with --mode train, for a new run')
+  if _TEACHER.value is not None and (_MODE.value != 'distill' or not _TEACHER.value):
+    raise UserError('--teacher WORKDIR goes with --mode distill')
   return path, variant, config
 
 
@@ -237,10 +243,12 @@ def main(argv: Sequence[str]) -> None:
 
     workdir = _WORKDIR.value
     if not workdir:
-      usual, begins = default_workdir(path, variant), _MODE.value in ('train', 'import')
+      usual, begins = default_workdir(path, variant), _MODE.value in ('train', 'distill', 'import')
       workdir = workdir_of(usual, as_in_file, _CONFIG.value, begins)
     if _MODE.value == 'train':
       run_lib.train(_CONFIG.value, workdir, _INIT_FROM.value or '')
+    elif _MODE.value == 'distill':
+      run_lib.distill(_CONFIG.value, workdir, _TEACHER.value or '')
     elif _MODE.value == 'train_classifier':
       run_lib.train_classifier(_CONFIG.value, workdir)
     elif _MODE.value == 'eval':
@@ -289,6 +297,7 @@ def _told_in_one_line() -> Iterator[None]:
     if devices.out_of_memory(error):
       batch = {
         'train': 'config.training.batch_size, more config.training.grad_accum',
+        'distill': 'config.training.batch_size, more config.training.grad_accum',
         'train_classifier': 'config.classifier.batch_size',
       }.get(_MODE.value or '', 'config.eval.batch_size')
       raise Failure(

@@ -1,4 +1,4 @@
-"""Training, evaluation, sampling and import of checkpoints, of a config in a workdir.
+"""Training, distillation, evaluation, sampling and import of checkpoints, of a config in a workdir.
 
 A workdir holds `config.json`, `machine.json`, `index.html` which shows the run, `checkpoints/` and
 `checkpoints-meta/`, `metrics.jsonl` and `tensorboard/`, `samples/iter_<step>/sample.png`, in
@@ -6,7 +6,7 @@ A workdir holds `config.json`, `machine.json`, `index.html` which shows the run,
 classifier. All of it can be stopped at any moment and started again, with the same final result.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 from functools import partial
@@ -29,6 +29,7 @@ from builders.continuity import (
 )
 from builders.data import check_data as check_images
 from builders.data import load_source
+from builders.distillation import check_distillation, stages
 from builders.evaluation import (
   checkpoint_range,
   make_drawing,
@@ -39,6 +40,7 @@ from builders.evaluation import (
 )
 from builders.guide import load_guide
 from builders.setup import build, check_shared, Setup
+from builders.teachers import load_teacher
 from builders.training import (
   abstract_state,
   average_in_use,
@@ -47,12 +49,14 @@ from builders.training import (
   make_classifier,
   make_schedule,
   score_task,
+  task_of,
 )
 from builders.weights import imported, read_weights, write_weights
 from configs.base import saved
 from data.check import SplitReport
 from data.classes import numbers_of
 from data.noise_scales import NoiseScales
+from data.sources import Source
 from evaluation.average import is_late, what_is_late
 from evaluation.evaluate import step_folder
 from evaluation.sample import draw_samples
@@ -64,7 +68,7 @@ from runtime.errors import cannot_write, UserError
 from training import checkpoints as checkpoints_lib
 from training import classifier, exported, loop
 from training.averages import combination, Power
-from training.checkpoints import Checkpoints
+from training.checkpoints import Checkpoints, Notes
 from training.step import TrainState
 from workdir import artifacts, page, reports, same_config, versions
 from workdir.origin import set_aside_former
@@ -91,22 +95,86 @@ def train(config: ConfigDict, workdir: str, init_from: str = '') -> None:
     SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written; the code is 128 + signal.
   """
   setup, root = build(config), artifacts.root_of(workdir)
-  check_shared(setup.config, 'training.snapshot_samples')
-  check_shared(setup.config, 'training.batch_size', 'training.grad_accum')
-  source, held_out = (load_source(setup.config, split) for split in ('train', 'test'))
+  if setup.config.distill.method:
+    raise UserError(
+      f'config.distill.method = {setup.config.distill.method} is for --mode distill, which --mode '
+      'train is not: give --mode distill, or a config without it'
+    )
+  source, held_out = _training_data(setup)
   check_goes_on(root, setup, LEARNED)
   notes, begin = note_data(root, setup, source, setup.model.num_classes), None
   if init_from:
     notes, begin = begin_from(init_from, root, setup, notes)
   elif notes.begun_from:
     logger.info('it began with the parameters of %(workdir)s, step %(step)d', notes.begun_from)
+  _train(setup, root, score_task(setup), source, held_out, notes, begin)
+
+
+def distill(config: ConfigDict, workdir: str, teacher: str = '') -> None:
+  """Trains a student that samples in a few steps, from the score model in another workdir.
+
+  It goes on from the newest checkpoint, as `train` does. Progressive distillation is a run for each
+  halving of the steps: the last one in `workdir`, those before it in `<workdir>/stages/<steps>`,
+  each the teacher of the next.
+
+  Raises:
+    UserError: for a mistake in the config, the data, the workdir or the teacher, or a loss that is
+      not finite.
+    SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written; the code is 128 + signal.
+  """
+  setup, root = build(config), artifacts.root_of(workdir)
+  check_distillation(setup.config, teacher)
+  check_goes_on(root, setup, LEARNED)
+  source, held_out = _training_data(setup)
+  *before, last = stages(config)
+  for stage in before:
+    steps = stage.distill.end_steps
+    folder = root / 'stages' / str(steps)
+    logger.info('from %d steps to %d, in %s', stage.distill.start_steps, steps, folder)
+    _distill_stage(build(stage), folder, teacher, source, held_out)
+    teacher = str(folder)
+  _distill_stage(build(last), root, teacher, source, held_out)
+
+
+def _distill_stage(
+  setup: Setup, root: epath.Path, teacher: str, source: Source, held_out: Source
+) -> None:
+  """Trains, or goes on with, the student of a stage."""
+  check_goes_on(root, setup, LEARNED)
+  notes = note_data(root, setup, source, setup.model.num_classes)
+  frozen, begin = None, None
+  if teacher:
+    taught_by = load_teacher(teacher, setup, notes)
+    notes = dataclasses.replace(notes, teacher=taught_by.source)
+    begin, frozen = taught_by.beginning.begin, taught_by.params
+  _train(setup, root, task_of(setup, frozen), source, held_out, notes, begin)
+
+
+def _training_data(setup: Setup) -> tuple[Source, Source]:
+  """The data to train with, and those held out; a config that cannot train with them is refused."""
+  check_shared(setup.config, 'training.snapshot_samples')
+  check_shared(setup.config, 'training.batch_size', 'training.grad_accum')
+  source, held_out = (load_source(setup.config, split) for split in ('train', 'test'))
   numbers_of(
     [label for label in setup.config.sampling.labels if isinstance(label, str)],
     source.class_names, source.num_classes,
   )  # fmt: skip
+  return source, held_out
+
+
+def _train(
+  setup: Setup,
+  root: epath.Path,
+  task: loop.Task,
+  source: Source,
+  held_out: Source,
+  notes: Notes,
+  begin: Callable[[TrainState], TrainState] | None,
+) -> None:
+  """Trains in a workdir to the end; see `loop.train`."""
   with open_workdir(root):
     loop.train(
-      score_task(setup), make_schedule(setup.config), setup.devices, setup.keys,
+      task, make_schedule(setup.config), setup.devices, setup.keys,
       root, source, held_out, partial(_at_start, setup, root), partial(_at_snapshot, setup, root),
       notes, begin,
     )  # fmt: skip

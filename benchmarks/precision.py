@@ -45,7 +45,7 @@ def curve(setup: Setup, source: sources.Source, held_out: sources.Source) -> dic
     losses.append(float(measured['loss']))
     times.append(time.perf_counter() - began)
     if step % every == 0:
-      evaluated = [evaluate(state.ema_params, *batch)['loss'] for batch in fixed]
+      evaluated = [evaluate(state.ema_params, task.frozen, *batch)['loss'] for batch in fixed]
       found['step'].append(step)
       found['training'].append(statistics.mean(losses))
       found['held out'].append(float(np.mean(evaluated)))

@@ -12,6 +12,7 @@ from ml_collections import FrozenConfigDict
 from builders.networks import AUGMENTED
 from models.preconditioning import ENERGY
 from runtime.errors import UserError
+from training import progressive
 
 # What is wrong with a config, in a line; empty if it is right.
 Rule = Callable[[FrozenConfigDict], str]
@@ -24,6 +25,7 @@ USUAL_OUTPUTS = {
   'edm': 'edm',
   'flow': 'flow',
 }
+DISTILLATIONS = ('progressive', 'cd', 'ct', 'ict', 'ect')  # of --mode distill
 ONE_LEVEL = ('langevin', 'mala')  # methods that ask for the score at sampling.eps alone
 
 
@@ -199,6 +201,67 @@ def _noise_is_paired_for_flow_matching(config: FrozenConfigDict) -> str:
   return ''
 
 
+# What is distilled.
+
+
+def _students_learn_at_all_times(config: FrozenConfigDict) -> str:
+  method, training = config.distill.method, config.training
+  if not method or (training.continuous and not training.single_scale):
+    return ''
+  return (
+    f'config.distill.method = {method} learns at all levels of noise: set '
+    'config.training.continuous = True and config.training.single_scale = False'
+  )
+
+
+def _students_have_losses_of_their_own(config: FrozenConfigDict) -> str:
+  method, objective = config.distill.method, config.training.objective
+  if not method or objective == 'dsm':
+    return ''
+  return (
+    f'config.training.objective = {objective} does not go with config.distill.method = {method}, '
+    'which has a loss of its own: leave it at dsm'
+  )
+
+
+def _steps_are_halved(config: FrozenConfigDict) -> str:
+  choice = config.distill
+  ratio, rest = divmod(choice.start_steps, choice.end_steps)
+  a_power_of_2 = rest == 0 and ratio.bit_count() == 1
+  if choice.method != 'progressive' or (a_power_of_2 and ratio > 1):
+    return ''
+  return (
+    f'config.distill.start_steps = {choice.start_steps} must be '
+    f'config.distill.end_steps = {choice.end_steps} times 2, 4, 8 or so on: each stage halves them'
+  )
+
+
+def _denoised_values_are_known_without_signal(config: FrozenConfigDict) -> str:
+  output = config.model.output or USUAL_OUTPUTS[config.training.sde]
+  if config.distill.method != 'progressive' or output in progressive.OUTPUTS:
+    return ''
+  return (
+    f'the output {output} of a network says nothing of the data where only noise is left, which '
+    'config.distill.method = progressive needs: train a teacher with config.model.output = v, '
+    f'or one of {", ".join(progressive.OUTPUTS)}'
+  )
+
+
+def _students_are_measured_by_their_samples(config: FrozenConfigDict) -> str:
+  method, wanted = config.distill.method, config.eval
+  if method and wanted.enable_bpd:
+    return (
+      f'config.eval.enable_bpd asks for a likelihood, which a model of config.distill.method = '
+      f'{method} does not have: set it to False'
+    )
+  if method == 'progressive' and wanted.enable_loss:
+    return (
+      'config.eval.enable_loss: the loss of config.distill.method = progressive needs the teacher; '
+      'set it to False, metrics.jsonl has the held-out loss of training'
+    )
+  return ''
+
+
 # What is drawn.
 
 
@@ -365,6 +428,11 @@ RULES: tuple[Rule, ...] = (
   _later_sdes_have_no_chain,
   _edm_is_for_data_around_zero,
   _noise_is_paired_for_flow_matching,
+  _students_learn_at_all_times,
+  _students_have_losses_of_their_own,
+  _steps_are_halved,
+  _denoised_values_are_known_without_signal,
+  _students_are_measured_by_their_samples,
   _what_is_used_is_kept,
   _metropolis_tests_need_energies,
   _metropolis_tests_need_densities,

@@ -14,6 +14,7 @@ from samplers.langevin import LangevinSampler
 from samplers.time_grids import SPACINGS, TimeGrid, uniform
 import sampling
 from sde_lib import Chain, SDE
+from training.progressive import Halving
 
 # Methods that take the steps of a time grid: what makes them, and the grid that they take unless
 # the config names one.
@@ -58,9 +59,25 @@ def make_sampler(config: FrozenConfigDict, chain: Chain) -> Sampler:
     return _langevin(config, sde, n)
   if choice.method == 'pc':
     return _pc_sampler(choice, sde, n, own_chain)
+  if choice.method == 'ddim' and config.distill.method == 'progressive' and not choice.num_steps:
+    return make_halving(config, sde).sampler(choice.eta)
   make, usual_spacing = _SOLVERS[choice.method]
   grid = _grid(choice, n, usual_spacing)
   return GridSampler(sde, make(choice), grid, choice.noise_removal)
+
+
+def make_halving(config: FrozenConfigDict, sde: SDE) -> Halving:
+  """The stage of progressive distillation whose student takes `distill.end_steps` steps.
+
+  Raises:
+    UserError: if the times are not on the SDE.
+  """
+  choice, training = config.distill, config.training
+  spacing = SPACINGS[choice.grid](choice.rho)
+  try:
+    return Halving(sde, choice.end_steps, training.eps, spacing, training.reduce_mean)
+  except ValueError as error:
+    raise UserError(f'config.training.eps = {training.eps}, the last time: {error}') from None
 
 
 def _grid(choice: FrozenConfigDict, n: int, usual_spacing: str) -> TimeGrid:

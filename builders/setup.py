@@ -171,6 +171,11 @@ _COUPLINGS: dict[str, Callable[[Any], Coupling]] = {
 
 _CHOICES: dict[str, Collection[str]] = {
   'data.fit': geometry.FITS,
+  'distill.method': ('', *agreement.DISTILLATIONS),
+  'distill.grid': SPACINGS,
+  'distill.solver': ('heun', 'euler'),
+  'distill.distance': ('', 'l1', 'l2', 'pseudo_huber'),
+  'distill.weight': ('', 'uniform', 'snr', 'snrp1', 'truncated_snr', 'inverse_gap'),
   'training.sde': _SDES,
   'model.name': NETWORKS,
   'model.nonlinearity': ACTIVATIONS,

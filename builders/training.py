@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ml_collections import FrozenConfigDict
 
 from builders.data import make_augmentation
+from builders.distillation import distillation_task
 from builders.setup import make_optimizer, Setup
 from losses import UniformTimes
 from models.classifier import Classifier
@@ -39,13 +40,21 @@ def make_schedule(config: FrozenConfigDict, section: str = 'training') -> Schedu
   )
 
 
+def task_of(setup: Setup, frozen: Params | None = None) -> Task:
+  """The training of a config's model: of its score, or by a teacher whose parameters are frozen."""
+  if setup.config.distill.method:
+    return distillation_task(setup, make_averages(setup.config), frozen)
+  return score_task(setup)
+
+
 def score_task(setup: Setup) -> Task:
   """The training of the score model of a config."""
   model, config = setup.model, setup.config
   shape = (1, *setup.data_shape)
   averages = make_averages(config)
 
-  def evaluate(params: Params, batch: Batch, rng: Array) -> Metrics:
+  def evaluate(params: Params, frozen: None, batch: Batch, rng: Array) -> Metrics:
+    del frozen
     each = eval_step(params, batch, rng, model=model, codec=setup.codec, objective=setup.objective)
     return {'loss': each.mean()}
 
@@ -84,12 +93,12 @@ def score_task(setup: Setup) -> Task:
 
 
 def abstract_state(setup: Setup) -> TrainState:
-  """The shapes, dtypes and shardings of the score model's state; nothing is computed.
+  """The shapes, dtypes and shardings of the state of a config's model; nothing is computed.
 
   Raises:
     UserError: if the config does not make a network.
   """
-  return loop.abstract_state(score_task(setup), setup.devices, setup.keys)
+  return loop.abstract_state(task_of(setup), setup.devices, setup.keys)
 
 
 def make_averages(config: FrozenConfigDict) -> tuple[Average, ...]:
@@ -148,7 +157,8 @@ def classifier_task(setup: Setup) -> Task:
   choice, model, times = setup.config.classifier, make_classifier(setup), classifier_times(setup)
   tx = make_optimizer(setup.config, LearningRate(choice.lr, choice.warmup), choice.weight_decay)
 
-  def evaluate(params: Params, batch: Batch, rng: Array) -> Metrics:
+  def evaluate(params: Params, frozen: None, batch: Batch, rng: Array) -> Metrics:
+    del frozen
     span = (times.eps, times.T)
     each = classifier.eval_step(params, batch, rng, span, classifier=model, codec=setup.codec)
     return dict(zip(('loss', 'accuracy'), (v.mean() for v in each), strict=True))

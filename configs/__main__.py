@@ -18,7 +18,7 @@ from configs import base
 def all_configs() -> Iterator[tuple[str, ConfigDict]]:
   """Each config of images, with its name as --config takes it: configs/ve/cifar10.py:ncsnpp."""
   here = Path(__file__).parent
-  for path in sorted(path for sde in base.SDES for path in here.glob(f'{sde}/*.py')):
+  for path in sorted(path for sde in (*base.SDES, 'distill') for path in here.glob(f'{sde}/*.py')):
     name = path.relative_to(here.parent)
     module = importlib.import_module('.'.join(name.with_suffix('').parts))
     if not inspect.signature(module.get_config).parameters:

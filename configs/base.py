@@ -167,6 +167,25 @@ def _default() -> ConfigDict:
   ebm.restart = 0.05  # share of them that begin anew from the prior
   ebm.regularization = 0.01  # of the squared energies
 
+  config.distill = distill = ConfigDict()  # --mode distill, which makes few steps of many
+  distill.method = ''  # progressive, or a consistency model by cd, ct, ict or ect; '': neither
+  # Steps of progressive, halved until end_steps are left; of the grids of ct and ict, which grow.
+  distill.start_steps = 1024
+  distill.end_steps = 4  # of progressive, those of its sampler; of ct and ict, at the end
+  distill.num_steps = 18  # times of the grid of cd
+  distill.grid = 'edm'  # of the times of progressive, as sampling.grid
+  distill.rho = 7.0  # of the edm grid, for all methods
+  distill.solver = 'heun'  # of cd, by which the teacher takes a step: heun or euler
+  distill.distance = ''  # l1, l2 or pseudo_huber; '' is l2 for cd and ct, else pseudo_huber
+  distill.huber_c = 0.0  # of pseudo_huber; 0 is 0.00054 sqrt(numbers of an image)
+  # How times are weighed: uniform, snr, snrp1, truncated_snr or inverse_gap; '' is the method's.
+  distill.weight = ''
+  distill.target_rate = 0.0  # of cd, ct: that of the average that is the target; 0: no average
+  distill.doublings = 8  # of ect: how often the gap between its two times shrinks
+  distill.gap_base = 2.0  # of ect: by how much it shrinks each time
+  distill.gap_k = 8.0  # of ect: how much shorter the gap is where t is small
+  distill.gap_b = 1.0  # of ect: up to which t that is small
+
   config.classifier = classifier = ConfigDict()  # a classifier of noisy images
   classifier.num_classes = 0  # those of the dataset
   classifier.blocks_per_group = 4  # this and the next make a WRN-28-10, the paper's (Appendix I.1)
@@ -185,9 +204,9 @@ def _default() -> ConfigDict:
   sampling.n_steps_each = 1  # steps of the corrector at each time
   sampling.noise_removal = True  # end in clean data, by Tweedie's formula
   sampling.probability_flow = False  # of pc: the predictor follows the ODE, not the SDE
-  sampling.num_steps = 0  # times in the grid; 0 for model.num_scales
+  sampling.num_steps = 0  # times in the grid; 0: model.num_scales, or the steps of progressive
   sampling.eps = 1e-5  # last time; the released code has it in run_lib.py
-  sampling.grid = ''  # of the times: uniform, quadratic, log_snr or edm; empty for the method's own
+  sampling.grid = ''  # uniform, quadratic, log_snr, edm or cosine; empty for the method's own
   sampling.rho = 7.0  # of the edm grid
   sampling.order = 2  # of dpm_solver++ (3 is UniP-3, not dpm_solver++_3m), unip, deis and unipc
   sampling.eta = 0.0  # of ddim, dpm_solver++ and dpm_solver++_3m: 0 for the ODE to 1 for the SDE

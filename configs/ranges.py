@@ -22,7 +22,8 @@ _POSITIVE = (
   'ebm.step_size', 'ebm.buffer_size', 'eval.batch_size', 'eval.num_samples', 'eval.bpd_repeats',
   'classifier.blocks_per_group', 'classifier.channel_multiplier', 'classifier.batch_size',
   'classifier.n_iters', 'classifier.lr', 'model.sigma_data', 'training.time_std',
-  'training.weight_gamma', 'ema.sigma_rel',
+  'training.weight_gamma', 'ema.sigma_rel', 'distill.start_steps', 'distill.end_steps',
+  'distill.rho', 'distill.doublings',
 )  # fmt: skip
 _NOT_NEGATIVE = (
   'seed', 'data.dim', 'training.keep_snapshots', 'training.coupling_batch', 'model.init_scale',
@@ -32,8 +33,9 @@ _NOT_NEGATIVE = (
   'ebm.regularization', 'classifier.num_classes', 'classifier.weight_decay', 'classifier.warmup',
   'sampling.num_steps', 'sampling.s_churn', 'sampling.s_tmin', 'sampling.s_tmax',
   'sampling.s_noise', 'sampling.noise_std', 'eval.begin_ckpt', 'eval.end_ckpt',
+  'distill.huber_c', 'distill.gap_k', 'distill.gap_b',
 )  # fmt: skip
-_BELOW_ONE = ('model.dropout', 'model.ema_rate', 'optim.beta1')
+_BELOW_ONE = ('model.dropout', 'model.ema_rate', 'optim.beta1', 'distill.target_rate')
 _SHARES = (
   'data.augment_probability', 'ema.ramp_up', 'training.label_dropout', 'ebm.restart',
   'sampling.eta',
@@ -46,7 +48,8 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
   (_BELOW_ONE, lambda value: 0 <= value < 1, 'at least 0 and below 1'),
   (_SHARES, lambda value: 0 <= value <= 1, 'from 0 to 1'),
   (('sampling.guide_ema',), lambda value: value >= -1, 'at least -1'),
-  (('model.num_scales',), lambda value: value >= 2, 'at least 2'),
+  (('model.num_scales', 'distill.num_steps'), lambda value: value >= 2, 'at least 2'),
+  (('distill.gap_base',), lambda value: value > 1, 'above 1'),
   (('seed',), lambda value: value < 2**32, 'below 2^32'),
 )
 _MAY_BE_INFINITE = ('sampling.s_tmax', 'sampling.guidance_high')

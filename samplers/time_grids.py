@@ -54,12 +54,23 @@ class Karras:
     return _between_ends(sde, -self.rho * np.log(np.linspace(first, last, n)), eps)
 
 
+def cosine(sde: SDE, n: int, eps: float) -> HostTimes:
+  """Equal steps of the angle arctan(sigma / alpha): in x they turn data into noise evenly.
+
+  Equal steps of t of the SDE whose alpha is a cosine and sigma a sine, on which progressive
+  distillation was trained (Salimans & Ho 2022, https://arxiv.org/abs/2202.00512, Sec. 2).
+  """
+  first, last = np.arctan(np.exp(-finite_log_snr(sde, np.array([sde.T, eps]))))
+  return _between_ends(sde, -np.log(np.tan(np.linspace(first, last, n))), eps)
+
+
 # By name, given rho.
 SPACINGS: dict[str, Callable[[float], Spacing]] = {
   'uniform': lambda rho: uniform,
   'quadratic': lambda rho: quadratic,
   'log_snr': lambda rho: log_snr,
   'edm': Karras,
+  'cosine': lambda rho: cosine,
 }
 
 

@@ -84,16 +84,18 @@ class Notes:
     images: the fingerprint of the training images.
     begun_from: the checkpoint whose parameters the run began with, if it did: its workdir, step
       and checksum, and the name that the user gave for it.
+    teacher: the checkpoint that it is taught by, if it is: its workdir, step and checksum.
   """
 
   classes: tuple[str, ...] = ()
   images: str = ''
   begun_from: dict[str, Any] = dataclasses.field(default_factory=dict)
+  teacher: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def notes(root: epath.Path, step: int | None = None) -> Notes:
   """What is written down with the checkpoint of a step in a workdir, or with the newest."""
-  steps = sorted(_steps(root), reverse=True) if step is None else [step]
+  steps = sorted(steps_in(root), reverse=True) if step is None else [step]
   for there in map(partial(_metadata, root), steps):
     if written := there.get('custom_metadata'):
       known = {field.name for field in dataclasses.fields(Notes)}
@@ -316,10 +318,11 @@ class Checkpoints:
 
 def exist(workdir: epath.PathLike) -> bool:
   """Whether a workdir holds a checkpoint of either kind."""
-  return bool(_steps(epath.Path(workdir)))
+  return bool(steps_in(epath.Path(workdir)))
 
 
-def _steps(root: epath.Path) -> set[int]:
+def steps_in(root: epath.Path) -> set[int]:
+  """The steps of a workdir's checkpoints, of either kind."""
   folders = (root / name for name in FOLDERS)
   return {int(p.name) for f in folders if f.exists() for p in f.iterdir() if p.name.isdigit()}
 

@@ -38,17 +38,17 @@ class Task:
     init: key -> the state before the first step.
     update: (state, frozen, batch, key) -> the state one step later, and metrics [] of that step.
       Small parameters of the state may be packed: `training.packing.unpacked` makes trees of them.
-    evaluate: (moving average of the parameters, held-out batch, key) -> metrics [].
+    evaluate: (moving average of the parameters, frozen, held-out batch, key) -> metrics [].
     purposes: of the keys that these three get.
     batch_size: of training and of evaluation.
-    frozen: parameters that `update` reads and never changes, a teacher's, on the devices. They are
-      an argument of the compiled step, neither donated nor part of a checkpoint.
+    frozen: parameters that `update` and `evaluate` read and never change, a teacher's, on the
+      devices. They are an argument of the compiled step, neither donated nor part of a checkpoint.
   """
 
   section: str
   init: Callable[[Array], TrainState]
   update: Update
-  evaluate: Callable[[Params, Batch, Array], Metrics]
+  evaluate: Callable[[Params, Any, Batch, Array], Metrics]
   purposes: tuple[str, str, str]
   batch_size: int
   frozen: Any = None
@@ -140,7 +140,7 @@ def train(
       for state, step, measured in updates(task, schedule, devices, keys, source, start):
         log.add(step, measured)
         if step % schedule.eval_freq == 0:
-          log.add_eval(step, evaluate(state.ema_params, *next(held_out_batches)))
+          log.add_eval(step, evaluate(state.ema_params, task.frozen, *next(held_out_batches)))
         snapshot = step % schedule.snapshot_freq == 0 or step == n_iters
         leave = step < n_iters and stop.agreed(step, schedule.log_freq)
         if snapshot or leave or step % schedule.snapshot_freq_for_preemption == 0:

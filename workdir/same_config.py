@@ -27,7 +27,7 @@ MODEL = (
   'model.sigma_data', 'model.scale_by_sigma', 'model.output', 'model.num_classes', 'training.sde',
   'training.continuous', 'training.objective', 'training.single_scale', 'training.coupling',
   'data.image_size', 'data.num_channels', 'data.centered', 'data.dim', 'data.augment_probability',
-  'ebm.buffer_size',
+  'ebm.buffer_size', 'distill.method',
 )  # fmt: skip
 # What is learned: the model, the data, the loss, and the optimiser whose state goes on. It must not
 # change while a run goes on.
@@ -38,7 +38,10 @@ LEARNED = (
   'training.time_law', 'training.time_mean', 'training.time_std', 'training.weight',
   'training.weight_gamma', 'training.weight_bias', 'training.coupling_batch',
   'training.label_dropout', 'ebm.regularization', 'optim.optimizer',
-  'ema.sigma_rels',
+  'ema.sigma_rels', 'distill.start_steps', 'distill.end_steps', 'distill.num_steps',
+  'distill.grid', 'distill.rho', 'distill.solver', 'distill.distance', 'distill.huber_c',
+  'distill.weight', 'distill.target_rate', 'distill.doublings', 'distill.gap_base',
+  'distill.gap_k', 'distill.gap_b',
 )  # fmt: skip
 # How it is learned, for how long, and what is made of it. Of `data.path` the images are compared,
 # which may have moved.
@@ -66,7 +69,7 @@ FIXED_IN_EVAL = (
   'data.held_out',
   'data.skip_damaged', 'data.uniform_dequantization', 'data.fit',
   'data.background', 'data.black', 'data.white', 'sampling', 'eval.batch_size', 'seed',
-  'ema.use',
+  'ema.use', 'distill',
 )  # fmt: skip
 # How images are perturbed; what a classifier of such images depends on; what it learns.
 FIXED_NOISE = (

@@ -312,7 +312,7 @@ def test_what_is_frozen_is_read_and_never_kept(tmp_path):
   traced, devices = [], all_devices()
   teacher = jax.device_put({'w': jnp.array([3.0, -1.0])}, devices.replicated)
   task = loop.Task(
-    section='model', init=init, update=update, evaluate=lambda params, batch, rng: {},
+    section='model', init=init, update=update, evaluate=lambda params, frozen, batch, rng: {},
     purposes=('init', 'train', 'eval'), batch_size=4, frozen=teacher,
   )  # fmt: skip
   schedule = loop.Schedule(20, 5, 10, 1000, 20, 20)

@@ -1,0 +1,27 @@
+"""Digits in a few steps, of a model that is there: `configs/distill/digits.py[:method]`.
+
+The teacher of progressive is `configs/vp/digits.py` with `model.output=v`, that of the others
+`configs/edm/digits.py`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base, distilled, own
+
+VARIANTS = distilled.METHODS
+_TEACHERS = {
+  'vp': lambda: own.digits(base.vp('ddpmpp')),
+  'edm': lambda: own.few_steps(own.digits(base.edm('ddpmpp')), 18),
+}
+_CHANGES: dict[str, base.Changes] = {
+  '': {'eval.begin_ckpt': 1, 'training.snapshot_freq': 500},
+  'progressive': {
+    'training.n_iters': 500,
+    'training.snapshot_freq_for_preemption': 250,
+    'optim.lr': 1e-3,
+  },
+}
+
+
+def get_config(method: str = 'progressive') -> ConfigDict:
+  return distilled.config_of(method, _TEACHERS, _CHANGES)

@@ -1,0 +1,52 @@
+"""What the configs of --mode distill, configs/distill/, have in common: the methods.
+
+A student has the network, the SDE and the data of its teacher, the config of which it is made from.
+What a method changes is the loss, the optimiser and the sampler.
+"""
+
+from collections.abc import Callable, Mapping
+
+from ml_collections import ConfigDict
+
+from configs.base import Changes
+from runtime.errors import unknown
+
+_ALL: Changes = {'eval.enable_loss': False, 'eval.enable_bpd': False, 'optim.grad_clip': 1.0}
+# The learning rate falls to 0 in every stage; then the average is the student itself.
+_PROGRESSIVE: Changes = {
+  'distill.method': 'progressive',
+  'sampling.method': 'ddim',
+  'sampling.num_steps': 0,
+  'optim.warmup': 0,
+  'optim.decay': 'linear',
+  'model.ema_rate': 0.0,
+  'model.ema_warmup': False,
+  'ema.half_life': 0.0,
+}
+# By name: which of the teacher's configs a method begins with, and what it changes.
+METHODS: dict[str, tuple[str, Changes]] = {
+  'progressive': ('vp', _PROGRESSIVE | {'model.output': 'v', 'distill.grid': 'cosine'}),
+  'progressive_edm': ('edm', _PROGRESSIVE),
+}
+
+
+def config_of(
+  method: str, teachers: Mapping[str, Callable[[], ConfigDict]], changes: dict[str, Changes]
+) -> ConfigDict:
+  """A config of a method, on the data of the configs that its teachers are trained by.
+
+  Args:
+    method: one of `METHODS`.
+    teachers: those configs, by their SDE.
+    changes: how long the methods train on these data, and the like; '' for all of them.
+
+  Raises:
+    UserError: if there is no such method.
+  """
+  if method not in METHODS:
+    raise unknown('variant (distill)', method, METHODS)
+  sde, of_method = METHODS[method]
+  config = teachers[sde]()
+  of_data = changes.get('', {}) | changes.get(of_method['distill.method'], {})
+  config.update_from_flattened_dict(_ALL | of_method | of_data)
+  return config
