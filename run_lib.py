@@ -467,7 +467,7 @@ def post_hoc_average(config: ConfigDict, workdir: str) -> epath.Path:
     state = checkpoints.restore(steps[-1], abstract)
     total = optax.tree.zeros_like(state.params)
     for step, of_step in zip(steps, coefficients.reshape(len(steps), -1), strict=True):
-      averages = checkpoints.restore_averages(step, abstract)[1:]
+      averages = checkpoints.restore_averages(step, abstract)[1 : 1 + len(ema.sigma_rels)]
       for coefficient, average in zip(of_step, averages, strict=True):
         total = optax.tree.add_scale(total, float(coefficient), average)
   folder = root / 'ema' / f'{ema.sigma_rel:g}'

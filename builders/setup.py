@@ -45,6 +45,7 @@ from samplers.base import Sampler
 from samplers.time_grids import SPACINGS
 import sampling
 from sde_lib import EDMSDE, RectifiedFlow, ScoreFn, SDE, subVPSDE, VESDE, VPSDE
+from training import consistency
 from training.optim import DECAYS, LearningRate, OPTIMIZERS
 
 FEWEST = 10  # samples that can be compared with data: an Inception score has ten parts
@@ -174,8 +175,8 @@ _CHOICES: dict[str, Collection[str]] = {
   'distill.method': ('', *agreement.DISTILLATIONS),
   'distill.grid': SPACINGS,
   'distill.solver': ('heun', 'euler'),
-  'distill.distance': ('', 'l1', 'l2', 'pseudo_huber'),
-  'distill.weight': ('', 'uniform', 'snr', 'snrp1', 'truncated_snr', 'inverse_gap'),
+  'distill.distance': ('', *consistency.DISTANCES),
+  'distill.weight': ('', *consistency.WEIGHTS),
   'training.sde': _SDES,
   'model.name': NETWORKS,
   'model.nonlinearity': ACTIVATIONS,

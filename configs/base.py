@@ -176,7 +176,7 @@ def _default() -> ConfigDict:
   distill.grid = 'edm'  # of the times of progressive, as sampling.grid
   distill.rho = 7.0  # of the edm grid, for all methods
   distill.solver = 'heun'  # of cd, by which the teacher takes a step: heun or euler
-  distill.distance = ''  # l1, l2 or pseudo_huber; '' is l2 for cd and ct, else pseudo_huber
+  distill.distance = ''  # l1, l2, linf or pseudo_huber; '': l2 for cd and ct, else the last
   distill.huber_c = 0.0  # of pseudo_huber; 0 is 0.00054 sqrt(numbers of an image)
   # How times are weighed: uniform, snr, snrp1, truncated_snr or inverse_gap; '' is the method's.
   distill.weight = ''

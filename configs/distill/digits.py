@@ -14,12 +14,17 @@ _TEACHERS = {
   'edm': lambda: own.few_steps(own.digits(base.edm('ddpmpp')), 18),
 }
 _CHANGES: dict[str, base.Changes] = {
-  '': {'eval.begin_ckpt': 1, 'training.snapshot_freq': 500},
-  'progressive': {
-    'training.n_iters': 500,
+  '': {
+    'eval.begin_ckpt': 1,
+    'training.snapshot_freq': 500,
     'training.snapshot_freq_for_preemption': 250,
     'optim.lr': 1e-3,
+    'model.ema_rate': 0.999,
   },
+  'progressive': {'training.n_iters': 500, 'model.ema_rate': 0.0},
+  'cd': {'training.n_iters': 4000},
+  'ict': {'training.n_iters': 4000, 'distill.end_steps': 160},
+  'ect': {'training.n_iters': 4000},
 }
 
 

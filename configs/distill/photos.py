@@ -17,7 +17,9 @@ VARIANTS = {
 }
 _CHANGES: dict[str, dict[str, base.Changes]] = {
   'cpu': {
-    'progressive': {'training.n_iters': 500, 'optim.lr': 5e-4},
+    'progressive': {'training.n_iters': 500, 'model.ema_rate': 0.0},
+    '': {'optim.lr': 5e-4, 'model.ema_rate': 0.999},
+    'ict': {'distill.end_steps': 160},
   },
   'gpu': {
     'progressive': {'training.n_iters': 20_000, 'optim.lr': 1e-4},
