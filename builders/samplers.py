@@ -72,10 +72,10 @@ def make_halving(config: FrozenConfigDict, sde: SDE) -> Halving:
   Raises:
     UserError: if the times are not on the SDE.
   """
-  choice, training = config.distill, config.training
-  spacing = SPACINGS[choice.grid](choice.rho)
+  distill, training = config.distill, config.training
+  spacing = SPACINGS[distill.grid](distill.rho)
   try:
-    return Halving(sde, choice.end_steps, training.eps, spacing, training.reduce_mean)
+    return Halving(sde, distill.end_steps, training.eps, spacing, training.reduce_mean)
   except ValueError as error:
     raise UserError(f'config.training.eps = {training.eps}, the last time: {error}') from None
 
