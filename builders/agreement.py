@@ -25,7 +25,8 @@ USUAL_OUTPUTS = {
   'edm': 'edm',
   'flow': 'flow',
 }
-DISTILLATIONS = ('progressive', 'cd', 'ct', 'ict', 'ect')  # of --mode distill
+CONSISTENCY = ('cd', 'ct', 'ict', 'ect')  # of them, what makes a consistency model
+DISTILLATIONS = ('progressive', *CONSISTENCY)  # of --mode distill
 ONE_LEVEL = ('langevin', 'mala')  # methods that ask for the score at sampling.eps alone
 
 
@@ -262,7 +263,61 @@ def _students_are_measured_by_their_samples(config: FrozenConfigDict) -> str:
   return ''
 
 
+def _jumps_are_learned(config: FrozenConfigDict) -> str:
+  if config.distill.method not in CONSISTENCY or config.model.output != ENERGY:
+    return ''
+  return (
+    f'config.model.output = {ENERGY} does not go with config.distill.method = '
+    f'{config.distill.method}: an energy has a gradient, not a jump; take edm, v, flow or noise'
+  )
+
+
 # What is drawn.
+
+
+def _consistency_models_jump(config: FrozenConfigDict) -> str:
+  wanted, method = config.sampling.method, config.distill.method
+  if wanted == 'consistency' and method not in CONSISTENCY:
+    return (
+      'config.sampling.method = consistency is for consistency models, which '
+      f'config.distill.method = {", ".join(CONSISTENCY)} make; got {method!r}'
+    )
+  if wanted != 'consistency' and method in CONSISTENCY:
+    return (
+      f'config.sampling.method = {wanted} asks for a score, and config.distill.method = {method} '
+      'makes a consistency model, which has none: choose consistency'
+    )
+  return ''
+
+
+def _jumps_are_not_guided(config: FrozenConfigDict) -> str:
+  choice, classes = config.sampling, config.model.num_classes
+  if choice.method != 'consistency':
+    return ''
+  if choice.conditioning == 'posterior' and choice.task:
+    return (
+      'config.sampling.conditioning = posterior guides a score, and a consistency model has none: '
+      'set it to constraint'
+    )
+  guided = (classes and choice.guidance_scale != 1) or (choice.labels and not classes)
+  if guided or choice.guide:
+    return (
+      'config.sampling.method = consistency cannot be guided, by classes, a classifier or '
+      'config.sampling.guide: a consistency model has no score; set guidance_scale to 1, and '
+      'labels only for a model that is told them'
+    )
+  return ''
+
+
+def _times_of_jumps_are_told_once(config: FrozenConfigDict) -> str:
+  choice, n = config.sampling, 1 + len(config.sampling.consistency_times)
+  if choice.method != 'consistency' or n == 1 or choice.num_steps in (0, n):
+    return ''
+  return (
+    f'config.sampling.num_steps = {choice.num_steps} and consistency_times = '
+    f'{tuple(choice.consistency_times)}, which make {n} steps with the first from T, are two '
+    'answers: set num_steps to 0'
+  )
 
 
 def _what_is_used_is_kept(config: FrozenConfigDict) -> str:
@@ -433,7 +488,11 @@ RULES: tuple[Rule, ...] = (
   _steps_are_halved,
   _denoised_values_are_known_without_signal,
   _students_are_measured_by_their_samples,
+  _jumps_are_learned,
   _what_is_used_is_kept,
+  _consistency_models_jump,
+  _jumps_are_not_guided,
+  _times_of_jumps_are_told_once,
   _metropolis_tests_need_energies,
   _metropolis_tests_need_densities,
   _one_level_is_sampled_at_one_level,

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+from functools import partial
 import logging
+from typing import Any
 
 from etils import epath
 from ml_collections import FrozenConfigDict
 import numpy as np
 
+from builders.agreement import CONSISTENCY
 from builders.data import load_source, make_decoder
+from builders.distillation import make_consistency
 from builders.setup import explicit_matching, Setup
 from builders.training import average_in_use
 from controllable_generation import NoiseInterval
@@ -18,7 +22,7 @@ from evaluation.average import LateAverage
 from evaluation.bits_per_dim import BitsPerDim
 from evaluation.draw import Drawing, Guide
 from evaluation.evaluate import CheckpointRange, Measurement
-from evaluation.held_out_loss import HeldOutLoss
+from evaluation.held_out_loss import HeldOutLoss, Loss
 from evaluation.labels import count_classes, in_turn, LabelLaw
 from evaluation.reference import Images, Reference, ReferenceFile
 from evaluation.sample import SampleRequest
@@ -36,6 +40,8 @@ from evaluation.tasks import (
 )
 from likelihood import Likelihood
 from runtime.errors import UserError
+from training import consistency
+from training.step import eval_step
 
 logger = logging.getLogger('score_sde')
 
@@ -80,15 +86,23 @@ def make_late_average(setup: Setup, measurements: list[Measurement]) -> LateAver
 
 
 def make_held_out_loss(setup: Setup) -> HeldOutLoss:
-  """The loss of training; where the true score is known, explicit score matching beside it."""
-  objectives = {'loss': setup.objective}
-  if setup.true_score_fn is not None:
-    matching = explicit_matching(setup.true_score_fn)
-    objectives['score_error'] = dataclasses.replace(setup.objective, matching=matching)
+  """The loss of training; where the true score is known, explicit score matching beside it.
+
+  Of a consistency model it is how far its jumps are from each other.
+  """
+  of_model: dict[str, Any] = {'model': setup.model, 'codec': setup.codec}
+  losses: dict[str, Loss]
+  if setup.config.distill.method in CONSISTENCY:
+    objective = make_consistency(setup.config, setup.model.sde)
+    losses = {'loss': partial(consistency.eval_step, objective=objective, **of_model)}
+  else:
+    objectives = {'loss': setup.objective}
+    if setup.true_score_fn is not None:
+      matching = explicit_matching(setup.true_score_fn)
+      objectives['score_error'] = dataclasses.replace(setup.objective, matching=matching)
+    losses = {name: partial(eval_step, objective=v, **of_model) for name, v in objectives.items()}
   return HeldOutLoss(
-    model=setup.model,
-    codec=setup.codec,
-    objectives=objectives,
+    losses=losses,
     held_out=load_source(setup.config, 'test'),
     batch_size=setup.config.eval.batch_size,
     devices=setup.devices,

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ml_collections import FrozenConfigDict
+from samplers.consistency import ConsistencySampler
 
+from builders.data import make_codec
 from runtime.errors import UserError
 from samplers import multistep as fast
 from samplers.adaptive_sde import AdaptiveSDESampler
@@ -32,7 +34,7 @@ _SOLVERS: dict[str, tuple[Callable[[Any], Solver], str]] = {
   'flow_heun': (lambda choice: FlowSolver(2), 'uniform'),
 }
 
-METHODS = ('pc', 'ode', 'adaptive_sde', 'langevin', 'mala', *_SOLVERS)
+METHODS = ('pc', 'consistency', 'ode', 'adaptive_sde', 'langevin', 'mala', *_SOLVERS)
 
 
 def make_sampler(config: FrozenConfigDict, chain: Chain) -> Sampler:
@@ -43,6 +45,8 @@ def make_sampler(config: FrozenConfigDict, chain: Chain) -> Sampler:
     ValueError: if the SDE does not suit it.
   """
   choice, sde = config.sampling, chain.sde
+  if choice.method == 'consistency':
+    return _consistency(config, sde)
   n = choice.num_steps or chain.N
   # Where the steps are those that published samples were drawn with, they are taken as they were.
   released = n == chain.N and chain.is_released and chain.can_be_taken
@@ -86,6 +90,19 @@ def _grid(choice: FrozenConfigDict, n: int, usual_spacing: str) -> TimeGrid:
       f'config.sampling.num_steps = {n} must be at least 2, or 0 for config.model.num_scales'
     )
   return TimeGrid(n, choice.eps, SPACINGS[choice.grid or usual_spacing](choice.rho))
+
+
+def _consistency(config: FrozenConfigDict, sde: SDE) -> ConsistencySampler:
+  """Jumps from T, and from the times that are chosen or from those of a grid that ends at eps."""
+  choice, eps, codec = config.sampling, config.training.eps, make_codec(config)
+  times = tuple(choice.consistency_times)
+  if not times and choice.num_steps > 1:
+    spacing = SPACINGS[choice.grid or 'edm'](choice.rho)
+    times = tuple(TimeGrid(choice.num_steps + 1, eps, spacing).times(sde)[1:-1].tolist())
+  try:
+    return ConsistencySampler(sde, eps, times, codec.low, codec.high)
+  except ValueError as error:
+    raise UserError(f'config.sampling.consistency_times: {error}') from None
 
 
 def _pc_sampler(

@@ -7,9 +7,10 @@ from etils import epath
 import jax
 import numpy as np
 
+from builders.agreement import CONSISTENCY
 from builders.networks import pytorch_release_has
 from builders.setup import build, Setup
-from builders.training import abstract_state, score_task, settled_rate
+from builders.training import abstract_state, settled_rate, task_of
 from configs.base import saved
 from models.score import Params
 from runtime.errors import UserError
@@ -90,8 +91,10 @@ def imported(setup: Setup, checkpoint: epath.PathLike) -> tuple[TrainState, Note
   else:
     notes = Notes()
     state = released_checkpoints.load(
-      path, setup.model, (1, *setup.data_shape), setup.tx, settled_rate(setup.config)
-    )
+      path, setup.model, (1, *setup.data_shape), setup.tx, settled_rate(setup.config),
+      consistency=setup.config.distill.method in CONSISTENCY,
+      has_target=len(abstract.averages) > 1,
+    )  # fmt: skip
   return jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract)), notes
 
 
@@ -103,7 +106,7 @@ def _of_weights(setup: Setup, folder: epath.Path) -> tuple[TrainState, Notes]:
     raise UserError(
       f'{folder} does not fit the config: {same_config.told(of_model)}. Give these the values there'
     )
-  state = score_task(setup).init(setup.keys.key('init'))
+  state = task_of(setup).init(setup.keys.key('init'))
   logger.info('the optimiser begins anew: exported weights have no moments')
   copies = tuple(jax.tree.map(np.copy, params) for _ in state.averages)
   state = dataclasses.replace(state, step=np.int32(step), params=params, averages=copies)

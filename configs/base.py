@@ -204,7 +204,10 @@ def _default() -> ConfigDict:
   sampling.n_steps_each = 1  # steps of the corrector at each time
   sampling.noise_removal = True  # end in clean data, by Tweedie's formula
   sampling.probability_flow = False  # of pc: the predictor follows the ODE, not the SDE
-  sampling.num_steps = 0  # times in the grid; 0: model.num_scales, or the steps of progressive
+  # Times in the grid; 0: model.num_scales, the steps of progressive, one of consistency.
+  sampling.num_steps = 0
+  # Of consistency: times after the first, T, such as (0.8,), falling; empty: num_steps of the grid.
+  sampling.consistency_times = ()
   sampling.eps = 1e-5  # last time; the released code has it in run_lib.py
   sampling.grid = ''  # uniform, quadratic, log_snr, edm or cosine; empty for the method's own
   sampling.rho = 7.0  # of the edm grid

@@ -49,12 +49,12 @@ class LateAverage:
   def is_wanted(self, report: Report) -> bool:
     """Whether a report of a late average lacks it."""
     late = is_late(self.average, report['step'])
-    return late and not all(self._name(name) in report for name in self.held_out_loss.objectives)
+    return late and not all(self._name(name) in report for name in self.held_out_loss.losses)
 
   def measure(self, params: Params, step: int, folder: epath.Path) -> Report:
     """Of the parameters of a step, not of their average."""
     of_params = self.held_out_loss.measure(params, step, folder)
-    return {self._name(name): of_params[name] for name in self.held_out_loss.objectives}
+    return {self._name(name): of_params[name] for name in self.held_out_loss.losses}
 
   def tell(self, report: Report) -> None:
     """Gives both losses, where the average is late and the worse."""

@@ -10,16 +10,17 @@ import jax
 from jax import Array
 
 from data import sources
-from data.codec import Codec
 from evaluation.evaluate import Measurement
-from losses import Objective
-from models.score import Params, ScoreModel
+from models.score import Params
 from runtime import processes
 from runtime.devices import Devices, Keys
 from runtime.precision import full_precision
-from training.step import Batch, eval_step
+from runtime.shapes import Key, PerRow
+from training.step import Batch
 from workdir.progress import Bar
 from workdir.reports import Report
+
+Loss = Callable[[Params, Batch, Key], PerRow]  # of each example of a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,18 +28,14 @@ class HeldOutLoss(Measurement):
   """The means of losses over held-out data, of which each example counts once.
 
   Attributes:
-    model: the score model.
-    codec: makes x_0 of the data.
-    objectives: by the names that a report gives their losses.
+    losses: by the names that a report gives them.
     held_out: the data.
     batch_size: of all devices together.
     devices: which share a batch.
     keys: of the run.
   """
 
-  model: ScoreModel
-  codec: Codec
-  objectives: dict[str, Objective]
+  losses: dict[str, Loss]
   held_out: sources.Source
   batch_size: int
   devices: Devices
@@ -50,13 +47,10 @@ class HeldOutLoss(Measurement):
 
     @full_precision
     def loss_sums(params: Params, batch: Batch, rng: Array) -> dict[str, Array]:
-      def total(objective: Objective) -> Array:
-        each = eval_step(
-          params, batch, rng, model=self.model, codec=self.codec, objective=objective
-        )
-        return (each * batch['mask']).sum()
+      def total(loss: Loss) -> Array:
+        return (loss(params, batch, rng) * batch['mask']).sum()
 
-      return {name: total(objective) for name, objective in self.objectives.items()}
+      return {name: total(loss) for name, loss in self.losses.items()}
 
     return jax.jit(loss_sums, out_shardings=self.devices.replicated)
 
@@ -65,7 +59,7 @@ class HeldOutLoss(Measurement):
     return self.held_out.class_names
 
   def is_in(self, report: Report) -> bool:
-    return all(name in report for name in self.objectives)
+    return all(name in report for name in self.losses)
 
   def measure(self, params: Params, step: int, folder: epath.Path) -> Report:
     sums, size, n, began = [], self.batch_size, len(self.held_out), time.monotonic()
