@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 from ml_collections import FrozenConfigDict
-from samplers.consistency import ConsistencySampler
 
 from builders.data import make_codec
 from runtime.errors import UserError
 from samplers import multistep as fast
 from samplers.adaptive_sde import AdaptiveSDESampler
 from samplers.base import GridSampler, Sampler, Solver
+from samplers.consistency import ConsistencySampler
 from samplers.edm import EDM, FlowSolver
 from samplers.langevin import LangevinSampler
 from samplers.time_grids import SPACINGS, TimeGrid, uniform

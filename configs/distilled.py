@@ -43,6 +43,9 @@ _ICT: Changes = {'distill.method': 'ict', 'distill.start_steps': 10, 'distill.en
 METHODS: dict[str, tuple[str, Changes]] = {
   'progressive': ('vp', _PROGRESSIVE | {'model.output': 'v', 'distill.grid': 'cosine'}),
   'progressive_edm': ('edm', _PROGRESSIVE),
+  'cd': ('edm', _CONSISTENCY | _CD),
+  'ict': ('edm', _CONSISTENCY | _LATER_LAW | _ICT | {'optim.lr': 1e-4}),
+  'ect': ('edm', _CONSISTENCY | _LATER_LAW | {'distill.method': 'ect', 'optim.lr': 1e-4}),
 }
 
 

@@ -36,8 +36,8 @@ from sde_lib import check_eps, ScoreFn, SDE
 class ConsistencySampler:
   """Jumps from time T, and then from each of `times`.
 
-  What it is given for a score must know `consistency(x, t, eps)`, as `models.score.ModelScore`
-  does, and be a pytree of its arrays.
+  What it is given for a score must know `consistency(x, t, eps)` and be a pytree of its arrays, as
+  `models.score.ModelScore` is.
 
   Attributes:
     sde: the SDE.
