@@ -199,6 +199,11 @@ def _noise_is_paired_for_flow_matching(config: FrozenConfigDict) -> str:
       f'{what} is not for config.model.num_classes = {config.model.num_classes}: the noise of a '
       'class would no longer be normal, and samples of it begin with noise that is'
     )
+  if config.data.augment_probability:
+    return (
+      f'{what} is not for config.data.augment_probability = {config.data.augment_probability}: the '
+      'noise of images as they are would no longer be normal, and samples begin with noise that is'
+    )
   return ''
 
 

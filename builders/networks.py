@@ -90,17 +90,17 @@ def halvings(model: FrozenConfigDict) -> int:
   )
 
 
-def pytorch_release_has(model: FrozenConfigDict) -> bool:
-  """Whether the PyTorch release has this very network: NCSN++ and DDPM without classes.
+def pytorch_release_has(config: FrozenConfigDict) -> bool:
+  """Whether the PyTorch release has this very network: NCSN++ and DDPM, told of nothing but time.
 
   Without a map of its embedding, or where it changes size without parameters, its modules are
   numbered otherwise than ours.
   """
-  fields = model.to_dict()
+  model = config.model
   return (
     model.name in ('ncsnpp', 'ddpm')
     and model.conditional
     and model.resamp_with_conv
     and not model.num_classes
-    and not fields.get('augment_labels', 0)
+    and not config.data.augment_probability
   )

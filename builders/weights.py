@@ -37,7 +37,7 @@ def write_weights(
     UserError: if other weights are there.
   """
   config, names = setup.config, _parameters(setup)
-  model, in_pytorch = config.model, pytorch_release_has(config.model)
+  model, in_pytorch = config.model, pytorch_release_has(config)
   card = {
     'config': config.to_dict(),
     'network': model.name,

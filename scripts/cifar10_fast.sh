@@ -26,7 +26,7 @@ name=cifar10-fast changes=()
 if [ $# -eq 2 ]; then
   name=cifar10-quick
   changes=(
-    --config.model.nf=8 '--config.model.ch_mult=(1,1)' --config.model.num_res_blocks=1
+    --config.model.nf=8 '--config.model.ch_mult=(1,)' --config.model.num_res_blocks=1
     --config.model.dtype=float32 --config.training.batch_size=8 --config.training.n_iters=40
     --config.training.snapshot_freq=40 --config.training.snapshot_freq_for_preemption=10
     --config.training.log_freq=10 --config.training.eval_freq=20 --config.optim.warmup=80

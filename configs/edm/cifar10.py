@@ -6,7 +6,7 @@ from configs import published
 
 _UNCONDITIONAL = published.both_networks(published.CIFAR10)
 _PLAIN = _UNCONDITIONAL | published.conditional(_UNCONDITIONAL, num_classes=10)
-# Ten minutes of an H100, as planned in docs/fast.md: nobody has measured it yet.
+# Ten minutes of one H100, as docs/fast.md plans it: no time of it has been measured.
 _FAST = {
   'model.ch_mult': (1, 2, 2),
   'model.num_res_blocks': 2,

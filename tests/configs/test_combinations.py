@@ -278,6 +278,7 @@ def test_paired_noise_is_sampled_by_the_probability_flow_alone(method):
     ('vp', {'training__coupling': 'optimal_transport'}, 'is for config.training.sde = flow'),
     ('vp', PAIRED | {'training__objective': 'ssm'}, 'needs config.training.objective = dsm'),
     ('vp', PAIRED | {'model__num_classes': 3}, 'is not for config.model.num_classes = 3'),
+    ('vp', PAIRED | {'data__augment_probability': 0.1}, 'is not for config.data.augment_prob'),
     ('vp', PAIRED | {'sampling__task': 'inpaint'}, r'which config\.sampling\.task = inpaint needs'),
     ('vp', PAIRED | {'sampling__guide': 'weak'}, r'which config\.sampling\.guide = weak needs'),
     ('vp', PAIRED | {'sampling__labels': (1,)}, r'which config\.sampling\.labels = .* needs'),

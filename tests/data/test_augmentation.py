@@ -11,6 +11,7 @@ from PIL import Image
 import pytest
 from scipy import ndimage
 
+from builders.networks import pytorch_release_has
 from builders.setup import build, Setup
 from configs import base, own
 from configs.edm import cifar10
@@ -288,6 +289,13 @@ def test_points_and_networks_without_labels_are_refused():
   for config, said in ((points, 'is for images'), (ncsn, 'needs a network that can be told')):
     with pytest.raises(UserError, match=said):
       build(config)
+
+
+def test_a_network_that_is_told_is_none_of_the_pytorch_release():
+  config = base.ve('ncsnpp')
+  assert pytorch_release_has(config)
+  config.data.augment_probability = 0.1
+  assert not pytorch_release_has(config)
 
 
 def test_the_published_settings_are_a_variant():
