@@ -261,6 +261,8 @@ def main(argv: Sequence[str]) -> None:
       run_lib.stats(_CONFIG.value)
     elif _MODE.value == 'export':
       run_lib.export(_CONFIG.value, workdir, _EXPORT_FOLDER.value, _LICENCE.value)
+    elif _MODE.value == 'ema' and _CONFIG.value.ema.sweep:
+      run_lib.sweep_averages(_CONFIG.value, workdir, _EVAL_FOLDER.value)
     elif _MODE.value == 'ema':
       run_lib.post_hoc_average(_CONFIG.value, workdir)
     else:

@@ -15,7 +15,6 @@ import logging
 from etils import epath
 import jax
 from ml_collections import ConfigDict
-import optax
 
 from builders.continuity import (
   begin_from,
@@ -58,7 +57,7 @@ from data.classes import numbers_of
 from data.noise_scales import NoiseScales
 from data.sources import Source
 from evaluation.average import is_late, what_is_late
-from evaluation.evaluate import step_folder
+from evaluation.evaluate import Measurement, step_folder
 from evaluation.sample import draw_samples
 from evaluation.stats import examples, noise_scales
 from models.score import Params
@@ -67,8 +66,9 @@ from runtime.devices import out_of_memory
 from runtime.errors import cannot_write, UserError
 from training import checkpoints as checkpoints_lib
 from training import classifier, exported, loop
-from training.averages import combination, Power
+from training.averages import Power
 from training.checkpoints import Checkpoints, Notes
+from training.post_hoc import averages_of_snapshots
 from training.step import TrainState
 from workdir import artifacts, page, reports, same_config, versions
 from workdir.origin import set_aside_former
@@ -245,17 +245,14 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   check_results(out, setup)
   with open_workdir(out), Checkpoints(root) as checkpoints:
     for step in checkpoint_range(setup.config).steps(checkpoints):
-      averages = checkpoints.restore_averages(step, abstract_state(setup))
-      params = averages[setup.config.ema.use]
+      used = [setup.config.ema.use]
+      (params,) = checkpoints.restore_averages(step, abstract_state(setup), used)
       check_classes(setup, root, step, measurements)
       origin = checkpoints_lib.origin(root, step, params)
       folder, report = step_folder(out, step), origin.claim_report(out)
       origin.claim(folder)
       write_config(out, setup, step)
-      for measurement in measurements:
-        if not measurement.is_in(report):
-          report |= measurement.measure(params, step, folder)
-          reports.write(out, report)
+      report = _measured(report, measurements, params, out)
       if late_average and late_average.is_wanted(report):
         not_averaged = checkpoints.restore_params(step, abstract_state(setup))
         report |= late_average.measure(not_averaged, step, folder)
@@ -274,6 +271,18 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
     logger.info('%s', reports.table(all_reports).splitlines()[-1])
     logger.info('the table of all is in %s', out / 'table.md')
   return all_reports
+
+
+def _measured(
+  report: Report, measurements: list[Measurement], params: Params, out: epath.Path
+) -> Report:
+  """A report with all that is measured of parameters; written with each that it did not have."""
+  step = report['step']
+  for measurement in measurements:
+    if not measurement.is_in(report):
+      report |= measurement.measure(params, step, step_folder(out, step))
+      reports.write(out, report)
+  return report
 
 
 def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> Report:
@@ -381,11 +390,11 @@ def _newest(setup: Setup, root: epath.Path) -> tuple[int, Params]:
     raise UserError(f'{root} holds no checkpoints; train first (--mode train)')
   check_model(root, setup)
   with Checkpoints(root) as checkpoints:
-    newest = checkpoints.restore_latest_averages(abstract_state(setup))
+    newest = checkpoints.restore_latest_averages(abstract_state(setup), [setup.config.ema.use])
   if newest is None:  # an object store shows those that broke off
     raise UserError(f'{root} holds no whole checkpoint; train first (--mode train)')
-  step, averages = newest
-  return step, averages[setup.config.ema.use]
+  step, (params,) = newest
+  return step, params
 
 
 def export(
@@ -446,42 +455,105 @@ def post_hoc_average(config: ConfigDict, workdir: str) -> epath.Path:
     UserError: for a mistake in the config, or if the snapshots do not hold what it takes.
   """
   setup, root = build(config), artifacts.root_of(workdir)
+  ema, abstract = setup.config.ema, abstract_state(setup)
+  _check_widths(setup, root, 'sigma_rel')
+  with Checkpoints(root, create=False) as checkpoints:
+    step = _newest_snapshot(root, checkpoints)
+    state = checkpoints.restore(step, abstract)
+    ((average, left),) = averages_of_snapshots(
+      checkpoints, abstract, ema.sigma_rels, [ema.sigma_rel]
+    )
+  folder = root / 'ema' / f'{ema.sigma_rel:g}'
+  if checkpoints_lib.exist(folder):
+    raise UserError(f'{folder} holds an average already; move it away to make it anew')
+  state = dataclasses.replace(state, averages=(average, *state.averages[1:]))
+  with open_workdir(folder), Checkpoints(folder, checkpoints_lib.notes(root)) as checkpoints:
+    write_config(folder, setup, step)
+    checkpoints.save(state, keep=True)
+  logger.info(
+    'the average of sigma_rel = %g is the checkpoint of --workdir %s; what the snapshots cannot '
+    'tell of it is %.1f %%', ema.sigma_rel, folder, 100 * left,
+  )  # fmt: skip
+  return folder
+
+
+def sweep_averages(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> list[Report]:
+  """Measures averages of all widths `ema.sweep`, of those in the snapshots, and names the best.
+
+  What is measured is what `evaluate` measures of a checkpoint; which is the best, `reports.RANKING`
+  says. Samples and reports of each lie in `<workdir>/ema/<eval_folder>/<sigma_rel>/`, the
+  comparison beside these, in `sweep.json` and `table.md`. What is there already, of the same
+  snapshots, is not made again. No checkpoint is written: `post_hoc_average` makes that of the best.
+
+  Returns:
+    For each width its report, with `sigma_rel` and, from 0 to 1, `unknown_share`: how much of the
+    average the snapshots cannot tell.
+
+  Raises:
+    UserError: for a mistake in the config, the data or the workdir, or if the snapshots do not hold
+      what it takes.
+  """
+  setup, root = build(config), artifacts.root_of(workdir)
+  out, widths = root / 'ema' / eval_folder, list(dict.fromkeys(setup.config.ema.sweep))
+  _check_widths(setup, root, 'sweep')
+  wanted = setup.config.eval
+  if not (wanted.enable_loss or wanted.enable_bpd or (wanted.enable_sampling and wanted.features)):
+    raise UserError(
+      'config.ema.sweep compares averages by what is measured of them, and nothing is: set '
+      'config.eval.enable_loss or enable_bpd, or enable_sampling with features'
+    )
+  if setup.model.num_classes:
+    class_names(setup, root)  # which says so if they are others
+  for width in widths:
+    check_results(out / str(width), setup)
+  guide = load_guide(setup, root) if wanted.enable_sampling else None
+  measurements, all_reports = make_measurements(setup, guide), list[Report]()
+  with open_workdir(out), Checkpoints(root, create=False) as checkpoints:
+    step = _newest_snapshot(root, checkpoints)
+    check_classes(setup, root, step, measurements)
+    made = averages_of_snapshots(
+      checkpoints, abstract_state(setup), setup.config.ema.sigma_rels, widths
+    )
+    for width, (params, left) in zip(widths, made, strict=True):
+      folder, origin = out / str(width), checkpoints_lib.origin(root, step, params)
+      report = origin.claim_report(folder) | {'sigma_rel': width, 'unknown_share': left}
+      origin.claim(step_folder(folder, step))
+      write_config(folder, setup, step)
+      all_reports.append(_measured(report, measurements, params, folder))
+      reports.publish_sweep(out, all_reports)
+      page.write(root)
+      logger.info('sigma_rel = %s: %s', width, reports.summary(report))
+  logger.info('%s', reports.table(all_reports, 'sigma_rel'))
+  logger.info(
+    'the table is in %s; --mode ema without config.ema.sweep makes a checkpoint of the width '
+    'config.ema.sigma_rel', out / 'table.md',
+  )  # fmt: skip
+  return all_reports
+
+
+def _check_widths(setup: Setup, root: epath.Path, field: str) -> None:
+  """Raises UserError unless averages of the widths of a field can be made in a workdir."""
   ema = setup.config.ema
   if not ema.sigma_rels:
     raise UserError(
       '--mode ema makes an average of those that training keeps with config.ema.sigma_rels, for '
       'example (0.05, 0.1), and it is empty'
     )
+  value = ema[field]
   try:
-    Power(ema.sigma_rel)
+    for width in value if isinstance(value, tuple) else [value]:
+      Power(width)
   except ValueError as wrong:
-    raise UserError(f'config.ema.sigma_rel: {wrong}') from None
+    raise UserError(f'config.ema.{field}: {wrong}') from None
   check_goes_on(root, setup, LEARNED)
-  abstract = abstract_state(setup)
-  with Checkpoints(root, create=False) as checkpoints:
-    steps = checkpoints.steps()
-    if not steps:
-      raise UserError(f'{root} holds no snapshots in checkpoints/: train first, or fix --workdir')
-    kept = [(step, sigma_rel) for step in steps for sigma_rel in ema.sigma_rels]
-    coefficients, left = combination(kept, ema.sigma_rel, steps[-1])
-    state = checkpoints.restore(steps[-1], abstract)
-    total = optax.tree.zeros_like(state.params)
-    for step, of_step in zip(steps, coefficients.reshape(len(steps), -1), strict=True):
-      averages = checkpoints.restore_averages(step, abstract)[1 : 1 + len(ema.sigma_rels)]
-      for coefficient, average in zip(of_step, averages, strict=True):
-        total = optax.tree.add_scale(total, float(coefficient), average)
-  folder = root / 'ema' / f'{ema.sigma_rel:g}'
-  if checkpoints_lib.exist(folder):
-    raise UserError(f'{folder} holds an average already; move it away to make it anew')
-  state = dataclasses.replace(state, averages=(total, *state.averages[1:]))
-  with open_workdir(folder), Checkpoints(folder, checkpoints_lib.notes(root)) as checkpoints:
-    write_config(folder, setup, steps[-1])
-    checkpoints.save(state, keep=True)
-  logger.info(
-    'the average of sigma_rel = %g, of %d snapshots, is the checkpoint of --workdir %s; what they '
-    'cannot tell of it is %.1f %%', ema.sigma_rel, len(steps), folder, 100 * left,
-  )  # fmt: skip
-  return folder
+
+
+def _newest_snapshot(root: epath.Path, checkpoints: Checkpoints) -> int:
+  """The step of it."""
+  steps = checkpoints.steps()
+  if not steps:
+    raise UserError(f'{root} holds no snapshots in checkpoints/: train first, or fix --workdir')
+  return steps[-1]
 
 
 @contextlib.contextmanager

@@ -158,6 +158,7 @@ def _default() -> ConfigDict:
   ema.ramp_up = 0.05  # the half-life is at most this share of the images seen; 0: no such bound
   ema.sigma_rels = ()  # of further averages, by power functions: their widths, such as (0.05, 0.1)
   ema.sigma_rel = 0.075  # of the average that --mode ema makes of the snapshots of those
+  ema.sweep = ()  # widths that --mode ema compares instead, by what config.eval measures
   ema.use = 0  # which one evaluation and sampling read: 0 the first, 1 the first of ema.sigma_rels
 
   config.ebm = ebm = ConfigDict()  # the objective cd, contrastive divergence

@@ -59,6 +59,7 @@ _SEQUENCES: tuple[tuple[str, type | tuple[type, ...], int, float, str], ...] = (
   ('model.attn_resolutions', int, 0, 1, 'positive whole numbers, or none'),
   ('model.fir_kernel', (int, float), 2, 0, 'two numbers or more, at least 0'),
   ('ema.sigma_rels', float, 0, 0, 'numbers such as 0.05, or none'),
+  ('ema.sweep', float, 0, 0, 'numbers such as 0.05, or none'),
   ('sampling.consistency_times', (int, float), 0, 0, 'times such as (0.8,), or none'),
   ('sampling.labels', (int, str), 0, 0, 'numbers of classes, from 0 on, or their names'),
 )

@@ -6,7 +6,7 @@ taken for a good one: Orbax renames a directory once it is whole, and every stat
 a checksum.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 from functools import partial
@@ -253,9 +253,14 @@ class Checkpoints:
     """
     return _restore(self._kept, step, like)
 
-  def restore_averages(self, step: int, like: TrainState) -> tuple[Params, ...]:
-    """The averages of the snapshot of a step alone; nothing else is read. Raises as `restore`."""
-    return _restore_averages(self._kept, step, like)
+  def restore_averages(
+    self, step: int, like: TrainState, which: Sequence[int] | None = None
+  ) -> tuple[Params, ...]:
+    """The averages of the snapshot of a step, all or those of these numbers; raises as `restore`.
+
+    Nothing else is read.
+    """
+    return _restore_averages(self._kept, step, like, which)
 
   def restore_params(self, step: int, like: TrainState) -> Params:
     """The parameters of the snapshot of a step, not their averages. Raises as `restore`."""
@@ -271,9 +276,11 @@ class Checkpoints:
     newest = self._newest(lambda manager, step: _restore(manager, step, like))
     return newest[1] if newest else None
 
-  def restore_latest_averages(self, like: TrainState) -> tuple[int, tuple[Params, ...]] | None:
+  def restore_latest_averages(
+    self, like: TrainState, which: Sequence[int] | None = None
+  ) -> tuple[int, tuple[Params, ...]] | None:
     """Step and averages of the newest good one, or None; reads and raises as the two above."""
-    return self._newest(lambda manager, step: _restore_averages(manager, step, like))
+    return self._newest(lambda manager, step: _restore_averages(manager, step, like, which))
 
   def restore_parameters(
     self, like: TrainState, step: int | None = None
@@ -345,9 +352,9 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: AnyState) -> AnySt
 
 
 def _restore_averages(
-  manager: ocp.CheckpointManager, step: int, like: TrainState
+  manager: ocp.CheckpointManager, step: int, like: TrainState, which: Sequence[int] | None
 ) -> tuple[Params, ...]:
-  names = [_average_name(i) for i in range(len(like.averages))]
+  names = [_average_name(i) for i in (range(len(like.averages)) if which is None else which)]
   parts = _restore_parts(manager, step, like, names)
   return tuple(parts[name] for name in names)
 

@@ -110,7 +110,7 @@ def set_aside_former(root: epath.Path) -> None:
 
 def _results(folder: epath.Path) -> Iterable[epath.Path]:
   """What in a folder was made of checkpoints: reports, samples, pictures."""
-  patterns = ('report_*.json', 'step_*', 'iter_*')
+  patterns = ('report_*.json', 'step_*', 'iter_*', '*/sweep.json')
   return itertools.chain.from_iterable(folder.glob(pattern) for pattern in patterns)
 
 

@@ -32,6 +32,7 @@ MOST_BYTES = 4_000_000  # of a film; a longer one is only linked to
 
 # Of the tables of an evaluation: their titles, and how the names that they hold look.
 _TABLES = (
+  ('Made of snapshots', re.compile('unknown_share')),
   ('Likelihood', re.compile(r'(bpd|bound|nll)_?\w*(?<!_seconds)')),
   ('Loss', re.compile(r'\w*(loss|score_error)\w*(?<!_seconds)')),
   ('Distance from the data', re.compile(r'\w+(?<!_seconds)')),
@@ -127,7 +128,10 @@ def write(root: epath.Path) -> None:
     what=_what(config),
     kept=', '.join(map(str, kept)),
     snapshots=_snapshots(root),
-    evaluations=[_evaluation(root, folder) for folder in _folders(root, 'report_*.json')],
+    evaluations=[
+      *(_evaluation(root, folder) for folder in _folders(root, 'report_*.json')),
+      *(_sweep(root, path) for path in sorted(root.glob('ema/*/sweep.json'))),
+    ],
     drawn=[_drawn(root, folder) for folder in _folders(root, 'step_*/samples.npz')],
     curves=_curves(lines),
     classifier=_classifier(_json(root / 'classifier' / 'report.json')),
@@ -239,23 +243,38 @@ def _evaluation(root: epath.Path, folder: epath.Path) -> Part:
   """The reports of an evaluation, and samples of its last steps."""
   read = (_json(path) for path in sorted(folder.glob('report_*.json'), key=_number))
   found = [report for report in read if report]
-  notes = list(dict.fromkeys(note for report in found for note in reports.notes(report)))
-  if chosen := reports.best(found):
-    notes.insert(0, f'Best by {chosen[1]}: the checkpoint of step {chosen[0]:,}')
   grids = sorted(folder.glob('step_*/samples.png'), key=lambda path: _number(path.parent))
   pictures = [_picture(root, path, f'step {_number(path.parent):,}') for path in grids[-3:]]
-  return Part(folder.name, pictures, _tables(found), notes)
+  return Part(folder.name, pictures, _tables(found), _notes(found))
 
 
-def _tables(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Row]]]:
-  """The numbers of reports, a row for each checkpoint, in tables by what they are of."""
+def _sweep(root: epath.Path, path: epath.Path) -> Part:
+  """A comparison of averages of several widths, and samples of each."""
+  found, pictures = _json(path).get('reports', []), list[Picture]()
+  for report in found:
+    grid = path.parent / str(report['sigma_rel']) / f'step_{report["step"]}' / 'samples.png'
+    if grid.exists():
+      pictures.append(_picture(root, grid, f'sigma_rel = {report["sigma_rel"]}'))
+  name, key = path.parent.relative_to(root).as_posix(), 'sigma_rel'
+  return Part(name, pictures, _tables(found, key), _notes(found, key))
+
+
+def _notes(found: list[reports.Report], key: str = 'step') -> list[str]:
+  """Which is the best, and what the distances are worth."""
+  best = reports.what_is_best(found, key)
+  notes = dict.fromkeys(note for report in found for note in reports.notes(report))
+  return [best, *notes] if best else list(notes)
+
+
+def _tables(found: Sequence[Mapping[str, Any]], key: str = 'step') -> list[tuple[str, list[Row]]]:
+  """The numbers of reports, a row for each checkpoint or other key, in tables by what they are."""
   numbers = [reports.scalars(dict(report)) for report in found]
   names, tables = list(dict.fromkeys(name for row in numbers for name in row)), []
   for title, pattern in _TABLES:
     here = [name for name in names if pattern.fullmatch(name)]
     names = [name for name in names if name not in here]
     rows = [
-      {'step': report.get('step'), **{name: row.get(name) for name in here}}
+      {key: report.get(key), **{name: row.get(name) for name in here}}
       for report, row in zip(found, numbers, strict=True)
     ]
     if here:

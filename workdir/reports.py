@@ -11,6 +11,7 @@ from workdir import artifacts, versions
 Report = dict[str, Any]
 
 FEW = 10_000  # samples, below which a distance is not one to publish
+KEYS = ('step', 'sigma_rel')  # what a report is of, which is no measure
 _FLOOR = '_floor'  # what the floor of a distance is called, after its name
 # What checkpoints are compared by, the first that they all have: less is better.
 RANKING = ('fid', 'frechet_pixels', 'bpd_test', 'bpd_train', 'score_error', 'loss')
@@ -33,13 +34,13 @@ def write(out: epath.Path, report: Report) -> None:
 
 
 def scalars(report: Report) -> dict[str, float]:
-  """The numbers of a report that are known, without its step."""
+  """The numbers of a report that are known, without those that say what it is of."""
   numbers = {
     name: value
     for name, value in report.items()
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
   }
-  return {name: value for name, value in numbers.items() if name != 'step'}
+  return {name: value for name, value in numbers.items() if name not in KEYS}
 
 
 def summary(report: Report) -> str:
@@ -74,27 +75,35 @@ def notes(report: Report) -> list[str]:
   return told
 
 
-def best(reports: list[Report]) -> tuple[int, str] | None:
-  """The step of the best checkpoint, and what it is best in, if they have a measure in common."""
+def best(reports: list[Report], key: str = 'step') -> tuple[Any, str] | None:
+  """The step, or another key, of the best, and what it is best in, if all have a measure of it."""
   for name in RANKING:
     if reports and all(name in scalars(report) for report in reports):
-      return min(reports, key=lambda report: report[name])['step'], name
+      return min(reports, key=lambda report: report[name])[key], name
   return None
 
 
-def table(reports: list[Report]) -> str:
-  """Markdown: a row for each checkpoint, a column for each number, and which is the best."""
+def what_is_best(reports: list[Report], key: str = 'step') -> str:
+  """A sentence, without its full stop; empty if they have no measure in common."""
+  if not (chosen := best(reports, key)):
+    return ''
+  what = 'the checkpoint of step {:,}' if key == 'step' else 'the average of sigma_rel = {}'
+  return f'Best by {chosen[1]}: {what.format(chosen[0])}'
+
+
+def table(reports: list[Report], key: str = 'step') -> str:
+  """Markdown: a row for each checkpoint, or for each of another key; numbers; which is the best."""
   names = list(dict.fromkeys(name for report in reports for name in scalars(report)))
-  rows = [['step', *names], ['---'] * (1 + len(names))]
+  rows = [[key, *names], ['---'] * (1 + len(names))]
   for report in reports:
     numbers = scalars(report)
     values = (f'{numbers[name]:.6g}' if name in numbers else '' for name in names)
-    rows.append([str(report['step']), *values])
+    rows.append([str(report[key]), *values])
   lines = [f'| {" | ".join(row)} |' for row in rows]
   for note in dict.fromkeys(note for report in reports for note in notes(report)):
     lines += ['', f'{note}.']
-  if chosen := best(reports):
-    lines += ['', f'Best by {chosen[1]}: the checkpoint of step {chosen[0]}.']
+  if told := what_is_best(reports, key):
+    lines += ['', f'{told}.']
   return '\n'.join(lines) + '\n'
 
 
@@ -107,3 +116,11 @@ def publish(out: epath.Path, reports: list[Report]) -> None:
     for report in reports:
       for name, value in scalars(report).items():
         events.add_scalar(f'eval/{name}', value, report['step'])
+
+
+def publish_sweep(out: epath.Path, reports: list[Report]) -> None:
+  """Writes `sweep.json` and `table.md`, of averages of several widths."""
+  chosen = best(reports, 'sigma_rel')
+  named = {'best': chosen[0], 'by': chosen[1]} if chosen else {}
+  artifacts.write_json(out / 'sweep.json', {**named, 'reports': reports})
+  artifacts.write(out / 'table.md', table(reports, 'sigma_rel').encode())

@@ -56,8 +56,8 @@ MAY_CHANGE = (
   'training.snapshot_sampling',
   'training.snapshot_samples', 'optim.lr', 'optim.beta1', 'optim.eps', 'optim.weight_decay',
   'optim.warmup', 'optim.decay', 'optim.decay_until', 'optim.unit',
-  'optim.grad_clip', 'ema.half_life', 'ema.ramp_up', 'ema.sigma_rel', 'ema.use', 'ebm.n_steps',
-  'ebm.step_size', 'ebm.restart', 'classifier', 'sampling', 'eval',
+  'optim.grad_clip', 'ema.half_life', 'ema.ramp_up', 'ema.sigma_rel', 'ema.sweep', 'ema.use',
+  'ebm.n_steps', 'ebm.step_size', 'ebm.restart', 'classifier', 'sampling', 'eval',
 )  # fmt: skip
 # What samples and numbers depend on beside the checkpoint: it must not change within a folder of
 # them.

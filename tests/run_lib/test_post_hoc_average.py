@@ -8,11 +8,14 @@ import pytest
 from builders.setup import build
 from builders.training import score_task
 from configs.toy import two_moons
+from evaluation.held_out_loss import HeldOutLoss
 import run_lib
 from runtime.errors import UserError
+from training import checkpoints as checkpoints_lib
 from training import loop
 from training.checkpoints import Checkpoints
 from training.step import TrainState
+from workdir import artifacts
 
 STEPS = 40
 
@@ -95,3 +98,58 @@ def test_what_cannot_be_made_is_refused(workdir, kept, wanted, message):
 def test_a_workdir_without_snapshots_is_refused(tmp_path):
   with pytest.raises(UserError, match='holds no snapshots'):
     run_lib.post_hoc_average(config_of(0.05), str(tmp_path))
+
+
+def sweep_of(*widths: float):
+  config = config_of(0.05, 0.10, 0.15)
+  config.ema.sweep = widths
+  config.eval.update(batch_size=1000, num_samples=20)
+  return config
+
+
+def test_widths_are_compared_and_none_is_measured_twice(workdir, monkeypatch, caplog):
+  """Stopped at the second of two, repeated with a third: each is measured once."""
+  caplog.set_level('INFO', 'score_sde')
+  measured, read = [], []
+  measure, restore = HeldOutLoss.measure, checkpoints_lib._restore_parts
+
+  def counted(self, params, step, folder):
+    if len(measured) == stop_at:
+      raise KeyboardInterrupt
+    measured.append(folder.parent.name)
+    return measure(self, params, step, folder)
+
+  def noted(manager, step, like, names):
+    read.append((step, *names))
+    return restore(manager, step, like, names)
+
+  monkeypatch.setattr(HeldOutLoss, 'measure', counted)
+  monkeypatch.setattr(checkpoints_lib, '_restore_parts', noted)
+  stop_at = 1
+  with pytest.raises(KeyboardInterrupt):
+    run_lib.sweep_averages(sweep_of(0.12, 0.05), str(workdir))
+  # Each snapshot is read once, and of it the averages of power functions alone.
+  names = 'ema_params_1', 'ema_params_2', 'ema_params_3'
+  assert read == [(step, *names) for step in range(10, 41, 10)]
+  stop_at = 9
+  found = run_lib.sweep_averages(sweep_of(0.12, 0.05, 0.15, 0.05), str(workdir))
+  assert measured == ['0.12', '0.05', '0.15']
+  assert [report['sigma_rel'] for report in found] == [0.12, 0.05, 0.15]
+  assert all(0 <= report['unknown_share'] < 0.01 for report in found)
+  best = min(found, key=lambda report: report['score_error'])['sigma_rel']
+  written = artifacts.read_json(workdir / 'ema' / 'eval' / 'sweep.json')
+  assert (written['best'], written['by']) == (best, 'score_error')
+  told = f'Best by score_error: the average of sigma_rel = {best}'
+  assert told in (workdir / 'index.html').read_text() and told in caplog.text
+  assert told in (workdir / 'ema' / 'eval' / 'table.md').read_text()
+  assert (workdir / 'ema' / 'eval' / '0.12' / f'step_{STEPS}' / 'samples.png').exists()
+  assert not checkpoints_lib.exist(workdir / 'ema' / 'eval' / '0.12')
+
+
+def test_a_sweep_is_of_widths_that_there_are_and_of_something_to_compare(workdir):
+  with pytest.raises(UserError, match=r'config\.ema\.sweep: .* below 0\.2887; got 0\.4'):
+    run_lib.sweep_averages(sweep_of(0.1, 0.4), str(workdir))
+  config = sweep_of(0.1)
+  config.eval.enable_loss = False  # samples of points are compared with nothing
+  with pytest.raises(UserError, match=r'config\.ema\.sweep compares .* enable_loss'):
+    run_lib.sweep_averages(config, str(workdir))
