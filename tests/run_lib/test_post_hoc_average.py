@@ -151,5 +151,5 @@ def test_a_sweep_is_of_widths_that_there_are_and_of_something_to_compare(workdir
     run_lib.sweep_averages(sweep_of(0.1, 0.4), str(workdir))
   config = sweep_of(0.1)
   config.eval.enable_loss = False  # samples of points are compared with nothing
-  with pytest.raises(UserError, match=r'config\.ema\.sweep compares .* enable_loss'):
+  with pytest.raises(UserError, match=r'config\.ema\.sweep compares .*enable_loss'):
     run_lib.sweep_averages(config, str(workdir))
