@@ -83,7 +83,25 @@ def _augmentation_is_told(config: FrozenConfigDict) -> str:
     return ''
   return (
     f'{field} needs a network that can be told what was done to an image: config.model.name = '
-    'ncsnpp or ddpm, with config.model.conditional'
+    'ncsnpp, ddpm or dit, with config.model.conditional'
+  )
+
+
+def _flash_attention_has_backward_derivatives_alone(config: FrozenConfigDict) -> str:
+  model, objective = config.model, config.training.objective
+  if not model.get('flash_attention'):
+    return ''
+  if model.dtype != 'bfloat16':
+    return (
+      'config.model.flash_attention is for config.model.dtype = bfloat16, and that is '
+      f'{model.dtype}'
+    )
+  forward = objective in ('ism', 'ssm', 'ssm_vr') or model.output == 'energy'
+  if not forward and objective != 'cd':
+    return ''
+  return (
+    'config.model.flash_attention has no second or forward derivatives, which '
+    f'config.training.objective = {objective} with config.model.output = {model.output!r} takes'
   )
 
 
@@ -477,6 +495,7 @@ RULES: tuple[Rule, ...] = (
   _exact_traces_are_for_points,
   _some_labels_are_told,
   _augmentation_is_told,
+  _flash_attention_has_backward_derivatives_alone,
   _unets_have_features_enough,
   _perceptrons_take_fourier_features,
   _a_filter_has_a_sum,

@@ -8,6 +8,7 @@ from ml_collections import FrozenConfigDict
 
 from models import ncsn, ncsnpp
 from models.ddpm import DDPM
+from models.dit import DiT
 from models.mlp import MLP
 from models.normalization import NORMALIZATIONS
 
@@ -55,6 +56,23 @@ def _mlp(model: FrozenConfigDict) -> nn.Module:
   )
 
 
+def _dit(model: FrozenConfigDict) -> nn.Module:
+  return DiT(
+    patch_size=model.patch_size,
+    nf=model.nf,
+    num_layers=model.num_layers,
+    num_heads=model.num_heads,
+    conditional=model.conditional,
+    embedding_type=model.embedding_type,
+    fourier_scale=model.fourier_scale,
+    dropout=model.dropout,
+    dtype=model.dtype,
+    num_classes=model.num_classes,
+    remat=model.remat,
+    flash_attention=model.flash_attention,
+  )
+
+
 def _refinenet(model: FrozenConfigDict) -> nn.Module:
   return ncsn.RefineNet(
     nf=model.nf,
@@ -75,19 +93,23 @@ NETWORKS: dict[str, tuple[Callable[[FrozenConfigDict], nn.Module], Iterable[str]
   'ncsnv2_64': (_refinenet, NORMALIZATIONS),
   'ncsnv2_128': (_refinenet, NORMALIZATIONS),
   'ncsnv2_256': (_refinenet, NORMALIZATIONS),
+  'dit': (_dit, ()),
   'mlp': (_mlp, ()),
 }
 
 
-LABELLED = ('ncsnpp', 'ddpm', 'mlp')  # can be told the class
-AUGMENTED = ('ncsnpp', 'ddpm')  # can be told how an image was augmented
+LABELLED = ('ncsnpp', 'ddpm', 'dit', 'mlp')  # can be told the class
+AUGMENTED = ('ncsnpp', 'ddpm', 'dit')  # can be told how an image was augmented
 
 
-def halvings(model: FrozenConfigDict) -> int:
-  """How often the network of a config halves the size of an image."""
-  return (
-    ncsn.halvings(model.name) if model.name in ncsn.STAGES else len(model.get('ch_mult', [1])) - 1
-  )
+def divisor(model: FrozenConfigDict) -> tuple[int, str]:
+  """What the size of images must be a multiple of for the network of a config, and why."""
+  if model.name == 'dit':
+    return model.patch_size, 'cuts them into patches of that size'
+  times = len(model.get('ch_mult', [1])) - 1
+  if model.name in ncsn.STAGES:
+    times = ncsn.halvings(model.name)
+  return 2**times, f'halves it {times} times'
 
 
 def pytorch_release_has(config: FrozenConfigDict) -> bool:

@@ -10,7 +10,7 @@ import optax
 
 from builders import agreement
 from builders.data import make_codec
-from builders.networks import halvings, LABELLED, NETWORKS
+from builders.networks import divisor, LABELLED, NETWORKS
 from builders.samplers import make_sampler, METHODS
 from configs import ranges
 from configs.ranges import field
@@ -224,11 +224,11 @@ def _check(config: FrozenConfigDict) -> None:
       f'config.eval.num_samples = {config.eval.num_samples}, where less than a batch, must be a '
       f'multiple of the number of devices, {devices}'
     )
-  times = halvings(config.model)
-  if config.data.image_size % 2**times:
+  multiple, why = divisor(config.model)
+  if config.data.image_size % multiple:
     raise UserError(
-      f'config.data.image_size = {config.data.image_size} must be a multiple of {2**times}: '
-      f'the network ({config.model.name}) halves it {times} times'
+      f'config.data.image_size = {config.data.image_size} must be a multiple of {multiple}: '
+      f'the network ({config.model.name}) {why}'
     )
   _, normalizations = NETWORKS[config.model.name]
   if config.data.dim and config.model.name != 'mlp':
@@ -243,7 +243,7 @@ def _check(config: FrozenConfigDict) -> None:
   if config.model.num_classes and not takes_labels:
     raise UserError(
       f'config.model.num_classes = {config.model.num_classes} needs a network with an embedding of '
-      'the time: config.model.name = ncsnpp, ddpm or mlp, with config.model.conditional'
+      'the time: config.model.name = ncsnpp, ddpm, dit or mlp, with config.model.conditional'
     )
   for name in ('eval.enable_bpd', 'eval.features', 'sampling.task'):
     if config.data.dim and field(config, name):

@@ -37,6 +37,9 @@ _REFINENET = {'nf': 128, 'nonlinearity': 'elu', 'normalization': 'InstanceNorm++
 _REFINENET |= {'interpolation': 'bilinear'}
 _MLP = {'name': 'mlp', 'nf': 64, 'num_layers': 3, 'nonlinearity': 'swish', 'conditional': True}
 _MLP |= {'embedding_type': 'fourier', 'fourier_scale': 0.2}
+_DIT = {'name': 'dit', 'patch_size': 2, 'conditional': True, 'embedding_type': 'positional'}
+_DIT |= {'fourier_scale': 16.0, 'dropout': 0.0, 'remat': False}
+_DIT |= {'flash_attention': False}  # by cuDNN while training, on NVIDIA GPUs, in bfloat16
 NETWORKS = {
   'ddpm': _DDPM,
   'ddpm_256': _DDPM | {'ch_mult': (1, 1, 2, 2, 4, 4), 'dropout': 0.0},
@@ -51,6 +54,11 @@ NETWORKS = {
   'ncsnv2_128': _REFINENET | {'name': 'ncsnv2_128'},
   'ncsnv2_256': _REFINENET | {'name': 'ncsnv2_256'},
   'mlp': _MLP,
+  # The sizes of Peebles & Xie 2022 (https://arxiv.org/abs/2212.09748), Table 1.
+  'dit_s': _DIT | {'nf': 384, 'num_layers': 12, 'num_heads': 6},
+  'dit_b': _DIT | {'nf': 768, 'num_layers': 12, 'num_heads': 12},
+  'dit_l': _DIT | {'nf': 1024, 'num_layers': 24, 'num_heads': 16},
+  'dit_xl': _DIT | {'nf': 1152, 'num_layers': 28, 'num_heads': 16},
 }
 
 _ANNEALED = ('ncsn', 'ncsnv2_64', 'ncsnv2_128', 'ncsnv2_256')

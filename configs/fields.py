@@ -20,7 +20,13 @@ of [configs/base.py](../configs/base.py); a config file changes some of them.
 `python -m configs.fields > docs/fields.md` makes this page of the comments there.
 """
 _TABLE = ('| field | default | meaning |', '|---|---|---|')
-_SHOWN_NETWORKS = ('ddpm', 'ncsnpp', 'ncsnv2_64', 'mlp')  # those of other sizes have no others
+_SHOWN_NETWORKS = (
+  'ddpm',
+  'ncsnpp',
+  'ncsnv2_64',
+  'dit_b',
+  'mlp',
+)  # those of other sizes have no others
 
 
 def meanings() -> dict[str, str]:

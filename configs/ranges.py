@@ -11,7 +11,7 @@ from workdir import same_config
 
 _POSITIVE = (
   'data.image_size', 'data.num_channels', 'data.max_pixels', 'model.nf', 'model.num_res_blocks',
-  'model.num_layers',
+  'model.num_layers', 'model.num_heads', 'model.patch_size',
   'model.fourier_scale', 'training.batch_size', 'training.n_iters', 'training.n_jitted_steps',
   'training.grad_accum', 'training.fsdp', 'training.log_freq', 'training.eval_freq',
   'training.snapshot_freq',

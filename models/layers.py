@@ -47,7 +47,7 @@ def conv(
   )(x)
 
 
-def dense(x: Features, features: int) -> Float[Array, 'b _']:
+def dense(x: Float[Array, '*b f'], features: int) -> Float[Array, '*b _']:
   """A fully connected layer with DDPM's initialisation."""
   return nn.Dense(features, kernel_init=default_init(), dtype=x.dtype)(x)
 

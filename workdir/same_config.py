@@ -23,6 +23,7 @@ MODEL = (
   'model.resblock_type', 'model.embedding_type', 'model.fourier_scale', 'model.fir',
   'model.fir_kernel', 'model.progressive', 'model.progressive_input', 'model.progressive_combine',
   'model.skip_rescale', 'model.init_scale', 'model.interpolation', 'model.num_layers',
+  'model.num_heads', 'model.patch_size',
   'model.num_scales', 'model.sigma_min', 'model.sigma_max', 'model.beta_min', 'model.beta_max',
   'model.sigma_data', 'model.scale_by_sigma', 'model.output', 'model.num_classes', 'training.sde',
   'training.continuous', 'training.objective', 'training.single_scale', 'training.coupling',
@@ -48,7 +49,8 @@ LEARNED = (
 MAY_CHANGE = (
   'data.path', 'data.tfds_dir', 'data.max_pixels', 'data.held_out',
   'data.skip_damaged', 'model.ema_rate', 'model.ema_warmup',
-  'model.dropout', 'model.dtype', 'model.precision', 'model.remat', 'training.batch_size',
+  'model.dropout', 'model.dtype', 'model.precision', 'model.remat', 'model.flash_attention',
+  'training.batch_size',
   'training.n_iters', 'training.n_jitted_steps', 'training.grad_accum', 'training.fsdp',
   'training.skip_nonfinite', 'training.stratified',
   'training.log_freq', 'training.eval_freq', 'training.snapshot_freq',

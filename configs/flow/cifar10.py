@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from configs import released
 
-VARIANTS: released.Variants = {'ddpmpp': ('ddpmpp', {}), 'ncsnpp': ('ncsnpp', {})}
+VARIANTS: released.Variants = {name: (name, {}) for name in ('ddpmpp', 'ncsnpp', 'dit_s', 'dit_b')}
 
 
 def get_config(variant: str = 'ddpmpp') -> ConfigDict:
