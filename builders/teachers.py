@@ -62,7 +62,8 @@ def load_teacher(name: str, setup: Setup, notes: Notes) -> Teacher:
     checkpoints_lib.notes(place.root).classes if setup.model.num_classes else (), notes.classes,
     place.root, 'Choose a teacher of these classes',
   )  # fmt: skip
-  teacher = _load(place, others)
+  # Where the student's parameters lie.
+  teacher = _load(place, dataclasses.replace(others, devices=setup.devices))
   if not noted:
     logger.info('the teacher is %s', teacher.beginning.where)
     return teacher

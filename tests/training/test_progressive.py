@@ -1,5 +1,6 @@
 """Progressive distillation: what a student is asked for, on normal data, whose flow is known."""
 
+import dataclasses
 from functools import partial
 import itertools
 
@@ -42,11 +43,10 @@ def ddim(sde, times, denoise, x):
 
 
 def started(stage):
-  """Noisy data where each of the student's steps begins, eight of each; and the steps."""
-  i = jnp.repeat(jnp.arange(stage.num_steps), 8)
-  keys = jax.random.split(KEY)
-  x0 = MEAN + STD * jax.random.normal(keys[0], (len(i), 2))
-  z = jax.random.normal(keys[1], x0.shape)
+  """Noisy data where steps of the student begin, the first and the last among them; which ones."""
+  i = jnp.asarray(np.linspace(0, stage.num_steps - 1, 16).astype(np.int32))
+  rng = np.random.default_rng(0)
+  x0, z = jnp.float32(MEAN + STD * rng.standard_normal((2, 16, 3)))
   return i, x0, z, stage.noised(x0, i, z)
 
 
@@ -91,7 +91,7 @@ def test_the_perfect_student_has_no_loss_and_others_have(name):
   np.testing.assert_allclose(off, np.maximum(snr, 1) * 0.01, rtol=1e-3)
 
 
-@pytest.mark.parametrize('name', ['vp', 'edm', 'flow', 've'])
+@pytest.mark.parametrize('name', ['vp', 'edm'])
 def test_a_perfect_student_draws_what_its_teacher_draws_in_half_the_steps(name):
   """From the same noise to the same samples, through the samplers that a config makes."""
   stage, data = STAGES[name], gaussian(jnp.full(2, MEAN), STD)
@@ -114,12 +114,14 @@ def test_a_perfect_student_draws_what_its_teacher_draws_in_half_the_steps(name):
   assert abs(float(of_teacher.mean()) - MEAN) < 0.3 and float(of_teacher.std()) > 0.1
 
 
-@pytest.mark.parametrize('reduce_mean', [True, False])
-def test_the_loss_is_the_mean_over_dimensions_or_half_the_sum(reduce_mean):
-  stage = Halving(VPSDE(), 2, 1e-5, cosine, reduce_mean)
-  i, x = jnp.zeros(1, jnp.int32), jnp.zeros((1, 3))  # at time T, of weight 1
-  loss = stage.loss(lambda x, t: x + 1, lambda x, t: x, x, i, x)
-  np.testing.assert_allclose(loss, [1.0 if reduce_mean else 1.5], rtol=1e-6)
+def test_the_loss_is_the_mean_over_dimensions_or_half_the_sum():
+  stage = STAGES['vp']
+  i, x = jnp.zeros(16, jnp.int32), jnp.ones((16, 3))  # at time T, of weight 1
+  mean = stage.loss(lambda x, t: 0 * x + 1, lambda x, t: 0 * x, x, i, x)
+  half = dataclasses.replace(stage, reduce_mean=False)
+  of_sum = half.loss(lambda x, t: 0 * x + 1, lambda x, t: 0 * x, x, i, x)
+  np.testing.assert_allclose(mean, np.ones(16), rtol=1e-6)
+  np.testing.assert_allclose(of_sum, np.full(16, 1.5), rtol=1e-6)
 
 
 def test_equal_angles():
