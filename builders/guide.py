@@ -65,8 +65,7 @@ def load_guide(setup: Setup, root: epath.Path) -> Guide | None:
   params = averages[_average(choice, its.config, len(averages))]
   identity = checkpoints_lib.identity(params)
   logger.info(
-    'guided by %s, step %d: each evaluation of the score is one of the model and one of the guide',
-    place.root, step,
+    'guided by %s, step %d: an evaluation of the score takes both networks', place.root, step
   )  # fmt: skip
   return Guide(its.model, params, choice.guide_scale, step, identity)
 
@@ -94,6 +93,7 @@ def _check_same_kind(setup: Setup, its: Setup, where: epath.Path) -> None:
     'config.data.centered =': (own.data.centered, other.data.centered),
     'noise of': (setup.model.trained_with, its.model.trained_with),
     'config.model.num_classes =': (setup.model.num_classes, its.model.num_classes),
+    'config.training.coupling =': (own.training.coupling, other.training.coupling),  # or no score
   }
   for what, (here, there) in compared.items():
     if here != there:

@@ -19,7 +19,7 @@ matplotlib.use('agg')
 
 CHAPTERS = (
   'score_matching', 'denoising', 'langevin_dynamics', 'energies', 'noise_levels', 'sdes',
-  'likelihoods',
+  'likelihoods', 'after_2021',
 )  # fmt: skip
 DOCS = Path(__file__).parent.parent / 'docs'
 

@@ -19,7 +19,6 @@ from builders.setup import build
 from builders.training import score_task
 from configs.toy import branches
 from controllable_generation import Autoguidance
-from evaluation import sample
 import run_lib
 from runtime.errors import UserError
 from training import loop
@@ -27,9 +26,9 @@ from training.checkpoints import Checkpoints, Notes
 from workdir import rounds
 
 FIELDS = {
-  **UNSEEN, 'eval__features': '', 'eval__enable_loss': False, 'eval__enable_sampling': True,
-  'eval__begin_ckpt': 2,
-  'sampling__method': 'heun', 'sampling__num_samples': 100,
+  **UNSEEN, 'ema__sigma_rels': (), 'eval__features': '', 'eval__enable_loss': False,
+  'eval__enable_sampling': True, 'eval__begin_ckpt': 2,
+  'sampling__method': 'euler', 'sampling__num_samples': 100,
 }  # fmt: skip
 
 
@@ -44,7 +43,7 @@ def there(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.chdir(root)
     save('strong')
-    save('weak', model__nf=8, seed=1)
+    save('weak', seed=1)  # of the same size, so that no other program is compiled
     yield root
 
 
@@ -122,53 +121,47 @@ def test_a_guide_is_one_of_the_checkpoints_of_a_run(there):
   assert identities['averages', -1] == identities['averages', 1] != identities['averages', 0]
 
 
-def test_another_guide_makes_other_samples(there, monkeypatch, caplog):
-  """Of the same name and step too: those of the former are set aside; losses are not made again."""
-  caplog.set_level('INFO')
+def test_another_guide_makes_other_samples(there):
+  """Of the same name and step, too; a loss stays, as no guide is in it."""
   copy(there, 'changing')
-  wanted = guided(guide='changing', eval__enable_loss=True)
+  wanted = guided(guide='changing')
   (before,) = run_lib.evaluate(wanted, 'strong', 'eval')
   run_lib.sample(wanted, 'strong', 'sample')
   first = drawn('sample')
   assert run_lib.evaluate(wanted, 'strong', 'eval') == [before]
   assert before['guide'] | {'checkpoint': ''} == {'checkpoint': '', 'step': 12, 'scale': 2.0}
 
+  save('other', seed=2)
   for name in ('checkpoints', 'checkpoints-meta'):
     shutil.rmtree(there / 'changing' / name)
-  save('other', model__nf=8, seed=2)
-  for name in ('checkpoints', 'checkpoints-meta'):
     shutil.copytree(there / 'other' / name, there / 'changing' / name)
-  measured = []
-  monkeypatch.setattr(
-    'evaluation.held_out_loss.HeldOutLoss.measure', lambda *_: measured.append('loss')
-  )
-  (after,) = run_lib.evaluate(wanted, 'strong', 'eval')
+  (there / 'strong/eval/report_12.json').write_text(json.dumps(before | {'loss': 7.0}))
+  (after,) = run_lib.evaluate(guided(guide='changing', eval__enable_loss=True), 'strong', 'eval')
   run_lib.sample(wanted, 'strong', 'sample')
-  assert not measured and after['loss'] == before['loss']
+  assert after['loss'] == 7.0
   assert after['guide']['checkpoint'] != before['guide']['checkpoint']
   assert np.abs(drawn('sample') - first).max() > 1e-4
   with np.load('strong/eval/step_12/samples_0.npz') as arrays:
-    mark = str(arrays['version'])
-  assert mark == f'guide {after["guide"]["checkpoint"]}'
+    assert str(arrays['version']) == f'guide {after["guide"]["checkpoint"]}'
   aside = there / 'strong/sample/former'
   assert [p.name.split('-')[1] for p in aside.iterdir()] == [before['guide']['checkpoint']]
 
 
 def test_drawing_that_is_stopped_goes_on_to_the_same_samples(there, monkeypatch):
   run_lib.sample(guided(), 'strong', 'whole')
-  made, keep = [], rounds.kept_or_made
+  keep, made = rounds.kept_or_made, list[str]()
 
   def stopped(path, name, n, make, version=''):
-    if len(made) == 1 and path.name != 'samples.npz':
+    if made:
       raise KeyboardInterrupt
-    made.append(path)
+    if path.name == '0.npz':
+      made.append(path.name)
     return keep(path, name, n, make, version)
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    made.append(None)
-    patch.setattr(sample.rounds, 'kept_or_made', stopped)
-    made.clear()
+    patch.setattr(rounds, 'kept_or_made', stopped)
     run_lib.sample(guided(), 'strong', 'parts')
+  assert made and not Path('strong/parts/step_12/samples.npz').exists()
   run_lib.sample(guided(), 'strong', 'parts')
   np.testing.assert_array_equal(drawn('parts'), drawn('whole'))
 
@@ -185,6 +178,8 @@ def test_drawing_that_is_stopped_goes_on_to_the_same_samples(there, monkeypatch)
     ('levels', {'model__sigma_max': 40.0}, {}, r'EDMSDE\(sigma_max=40.0\), and this one'),
     ('shape', {'data__dataset': 'gaussian', 'data__dim': 3}, {}, r'shape \(3,\), and this one'),
     ('classes', {'model__num_classes': 3}, {}, 'num_classes = 3, and this one with config.model'),
+    ('paired', {'training__sde': 'flow', 'training__coupling': 'optimal_transport',
+                'model__num_classes': 0, 'sampling__method': 'flow_heun'}, {}, 'noise of Rect'),
     ('told', {'training__label_dropout': 0.0}, {'sampling__guidance_scale': 2.0},
      'label_dropout = 0, so it does not know all classes together'),
     ('network', {'model__nf': 12}, {}, 'guide: none of the 2 checkpoints in'),
@@ -216,20 +211,21 @@ def test_a_guide_of_other_classes_is_refused(there):
 def test_guidance_by_class_is_of_the_autoguided_scores(there):
   """Each class, and all of them together: so that a scale of 0 still ignores the classes."""
   setup, params = run_lib.load('strong')
-  setup = dataclasses.replace(setup, config=build(guided(sampling__guidance_scale=3.0)).config)
+  save('small', model__nf=8)
+  own = build(guided(guide='small', sampling__guidance_scale=3.0)).config
+  setup = dataclasses.replace(setup, config=own)
   guide = load_guide(setup, epath.Path('strong'))
   drawing = make_drawing(setup, guide)
   x, t, labels = jnp.ones((4, 2)), jnp.full(4, 0.7), jnp.array([0, 1, 1, 0])
+  at = jax.jit(lambda score_fn: score_fn(x, t))
 
-  def led_away(labels: jax.Array | None) -> jax.Array:
-    own, weak = (
-      setup.model.bind(params, labels=labels),
-      guide.model.bind(guide.params, None, labels),
-    )
-    return 2 * own(x, t) - weak(x, t)
+  def led_away(labels: jax.Array | None) -> np.ndarray:
+    own, weak = setup.model.bind(params, None, labels), guide.model.bind(guide.params, None, labels)
+    return np.asarray(2 * at(own) - at(weak))
 
-  expected = led_away(None) + 3 * (led_away(labels) - led_away(None))
-  np.testing.assert_allclose(drawing.score_fn(params, labels)(x, t), expected, rtol=1e-4)
+  of_all, of_class = led_away(None), led_away(labels)
+  expected = of_all + 3 * (of_class - of_all)
+  np.testing.assert_allclose(at(drawing.score_fn(params, labels)), expected, rtol=1e-4)
   blind = dataclasses.replace(drawing, guidance_scale=0.0)
-  np.testing.assert_allclose(blind.score_fn(params, labels)(x, t), led_away(None), rtol=1e-5)
-  np.testing.assert_allclose(drawing.score_fn(params)(x, t), led_away(None), rtol=1e-5)
+  np.testing.assert_allclose(at(blind.score_fn(params, labels)), of_all, rtol=1e-5)
+  np.testing.assert_allclose(at(drawing.score_fn(params)), of_all, rtol=1e-5)
