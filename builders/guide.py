@@ -5,6 +5,7 @@ import logging
 from etils import epath
 from ml_collections import FrozenConfigDict
 
+from builders.agreement import CONSISTENCY
 from builders.setup import build, Setup
 from builders.training import abstract_state
 from configs.base import saved
@@ -101,6 +102,10 @@ def _check_same_kind(setup: Setup, its: Setup, where: epath.Path) -> None:
         f'{_FIELD}: {where} is a model with {what} {there}, and this one with {what} {here}: a '
         'guide is a weaker model of the same data, noise and classes; name another'
       )
+  if other.distill.method in CONSISTENCY:
+    raise UserError(
+      f'{_FIELD}: {where} is a consistency model, which has no score: name a score model'
+    )
   level = other.training.eps
   same_level = own.training.single_scale and own.training.eps == level
   if other.training.single_scale and not same_level:

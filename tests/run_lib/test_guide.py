@@ -180,6 +180,8 @@ def test_drawing_that_is_stopped_goes_on_to_the_same_samples(there, monkeypatch)
     ('classes', {'model__num_classes': 3}, {}, 'num_classes = 3, and this one with config.model'),
     ('paired', {'training__sde': 'flow', 'training__coupling': 'optimal_transport',
                 'model__num_classes': 0, 'sampling__method': 'flow_heun'}, {}, 'noise of Rect'),
+    ('jumps', {'distill__method': 'ct', 'sampling__method': 'consistency'}, {},
+     'is a consistency model, which has no score'),
     ('told', {'training__label_dropout': 0.0}, {'sampling__guidance_scale': 2.0},
      'label_dropout = 0, so it does not know all classes together'),
     ('network', {'model__nf': 12}, {}, 'guide: none of the 2 checkpoints in'),
