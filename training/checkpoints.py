@@ -426,6 +426,8 @@ def _without_noise() -> Iterator[None]:
   hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
   try:
     yield
+  except UserError:
+    gc.collect()  # it ends the readers; where all went well there are none
+    raise
   finally:
-    gc.collect()
     sys.unraisablehook = hook

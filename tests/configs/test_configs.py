@@ -7,6 +7,7 @@ from pathlib import Path
 import re
 
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -126,7 +127,11 @@ def test_there_is_no_field_that_nothing_reads():
 
 @pytest.fixture(scope='module')
 def table() -> str:
-  return listing.table()
+  jaxtyping.config.update('jaxtyping_disable', True)  # other tests run these networks, checked
+  try:
+    return listing.table()
+  finally:
+    jaxtyping.config.update('jaxtyping_disable', False)
 
 
 def test_networks_have_the_released_number_of_parameters(table):

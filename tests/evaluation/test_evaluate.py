@@ -179,6 +179,7 @@ def in_two_processes(mode: str, workdir: Path, **fields) -> None:
 def test_two_processes_are_one_with_two_devices(tmp_path, photos):
   """Training, loss, bits per dimension, samples and their distances, bit for bit."""
   fields = photos | {'training__n_iters': 6, 'training__batch_size': 8} | UNSEEN
+  fields |= {'training__snapshot_freq_for_preemption': 6}
   fields |= {'eval__num_samples': 10, 'eval__features': 'pixels', 'eval__bpd_repeats': 1}
   fields |= {'eval__stats_path': tmp_path / 'stats.npz'}
   one, two = tmp_path / 'one', tmp_path / 'two'

@@ -37,6 +37,7 @@ from training.checkpoints import Checkpoints
 from workdir import progress
 
 OFTEN = UNSEEN | {'training__snapshot_freq_for_preemption': 1, 'training__eval_freq': 12}
+LAST_ALONE = {'training__snapshot_freq_for_preemption': 1000}
 PATIENCE = 400.0  # seconds
 
 
@@ -239,7 +240,7 @@ def test_a_lost_image_is_named_and_once_it_is_back_the_run_goes_on(tmp_path):
   for i in range(40):
     Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(folder / f'{i}.png')
   fields = OFTEN | {'data__dataset': 'folder', 'data__path': str(folder)}
-  succeed('train', tmp_path / 'whole', **fields)
+  succeed('train', tmp_path / 'whole', **fields | LAST_ALONE)
   lost, aside = folder / '7.png', tmp_path / '7.png'
   process = subprocess.Popen(
     command('train', tmp_path / 'run', **fields), stderr=subprocess.PIPE, text=True
@@ -259,6 +260,7 @@ def test_a_lost_image_is_named_and_once_it_is_back_the_run_goes_on(tmp_path):
 @pytest.mark.parametrize('which', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_when_one_of_two_processes_dies_the_other_ends_and_both_go_on(tmp_path, which):
   fields = OFTEN | {'training__n_iters': 24, 'training__snapshot_freq': 24}
+  fields |= {'training__snapshot_freq_for_preemption': 3}
   pair = two_processes('train', tmp_path / 'pair', **fields)
   while not checkpoints_lib.exist(tmp_path / 'pair'):
     assert [process.poll() for process in pair] == [None, None]
@@ -275,7 +277,7 @@ def test_when_one_of_two_processes_dies_the_other_ends_and_both_go_on(tmp_path, 
   pair = two_processes('train', tmp_path / 'pair', **fields)
   said = [process.communicate(timeout=PATIENCE)[1] for process in pair]
   assert [process.returncode for process in pair] == [0, 0] and 'resuming' in said[0], said
-  succeed('train', tmp_path / 'whole', devices=2, **fields)
+  succeed('train', tmp_path / 'whole', devices=2, **fields | LAST_ALONE)
   assert_same_bits(state_of(tmp_path / 'pair', 24), state_of(tmp_path / 'whole', 24))
 
 

@@ -1,6 +1,7 @@
 """A new run that begins with the parameters of another."""
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 
 from etils import epath
@@ -23,6 +24,7 @@ from training.step import TrainState
 PETS = 'hamster', 'hen', 'horse'
 
 
+@cache
 def initial(**fields) -> TrainState:
   setup = build(config('photos', **fields))
   with Checkpoints('none', create=False) as checkpoints:
@@ -58,6 +60,7 @@ def there(tmp_path_factory):
     yield root
 
 
+@cache
 def state_of(workdir: str, step: int) -> TrainState:
   setup, _ = run_lib.load(workdir)
   with Checkpoints(workdir) as checkpoints:
