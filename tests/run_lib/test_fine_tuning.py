@@ -17,7 +17,7 @@ from builders.training import abstract_state, score_task
 import run_lib
 from runtime.errors import UserError
 from training import checkpoints as checkpoints_lib
-from training import fine_tuning, loop
+from training import fine_tuning, loop, released_checkpoints
 from training.checkpoints import Checkpoints, Notes
 from training.step import TrainState
 
@@ -177,7 +177,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(there, workdir, init_from,
 def test_a_released_checkpoint_that_was_imported_is_a_beginning(there, monkeypatch):
   """The workdir that --mode import makes; of earlier code, whose classes are not known."""
   state = dataclasses.replace(initial(seed=5), step=jnp.int32(9))
-  monkeypatch.setattr(run_lib.released_checkpoints, 'load', lambda *_: state)
+  monkeypatch.setattr(released_checkpoints, 'load', lambda *_, **__: state)
   run_lib.import_released(config('photos'), 'imported', 'checkpoint_8')
   assert_of(begun('imported'), state)
   assert Path('imported/config.json').exists()
