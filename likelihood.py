@@ -3,11 +3,15 @@
 The ODE carries data at time eps to the prior at time T, one to one; how it changes volume on its
 way gives the density of the data. Drift and divergence share one evaluation of the network and
 its pullback.
+
+The reverse SDE has a likelihood of its own, of which a bound is known that asks for the score at
+random times alone, without an ODE and, in one of its forms, without derivatives.
 """
 
 import dataclasses
 from functools import partial
 import math
+from typing import Protocol
 
 import flax
 import jax
@@ -16,7 +20,9 @@ import jax.numpy as jnp
 from jaxtyping import Float, Shaped
 import numpy as np
 
+from losses import hutchinson_score_matching, LikelihoodTimes
 from runtime.errors import unknown
+from runtime.precision import full_precision
 from runtime.shapes import Data, Key, PerRow, Time
 from samplers import ode
 from samplers.base import as_pytree
@@ -26,10 +32,20 @@ from sde_lib import check_eps, expand, ScoreFn, SDE
 
 KeyOrKeys = Key | Shaped[Array, ' b']
 Probes = Float[Array, 'n b *d']
-Logp = Float[Array | np.ndarray, ' b']  # also after it was fetched, in float64
+Logp = Float[Array | np.ndarray, '*n b']  # also after it was fetched, in float64
 
 _DRAW = {'rademacher': jax.random.rademacher, 'gaussian': jax.random.normal}
 PROBES = (*_DRAW, 'exact')
+FORMS = ('dsm', 'ssm')  # of the bound
+
+
+class LogDensity(Protocol):
+  """What estimates log p(x_0), or a bound on it, several times over."""
+
+  def estimates(
+    self, rng: KeyOrKeys, score_fn: ScoreFn, x0: Data
+  ) -> tuple[Float[Array, 'n b'], int]:
+    """n estimates for each x0, whose mean is that of all; and the evaluations of the score."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,33 +101,52 @@ class Likelihood:
     Returns:
       log p(x0) in nats, the latent x(T), and the number of evaluations of score and pullback.
     """
+    each, z, nfe = self._of_probes(rng, score_fn, x0, observe)
+    return each.mean(0), z, nfe
+
+  def estimates(
+    self, rng: KeyOrKeys, score_fn: ScoreFn, x0: Data
+  ) -> tuple[Float[Array, 'n b'], int]:
+    """log p(x0) by each probe: they share the flow, which does not depend on them."""
+    each, _, nfe = self._of_probes(rng, score_fn, x0)
+    return each, nfe
+
+  def _of_probes(
+    self, rng: KeyOrKeys, score_fn: ScoreFn, x0: Data, observe: Observer | None = None
+  ) -> tuple[Float[Array, 'n b'], Data, int]:
     flow = ProbabilityFlow(as_pytree(score_fn), self.sde)
     state, probes = _begin(rng, x0, self.probe, self.n_probes)
-    (z, change), nfe = ode.integrate(
+    (z, changes), nfe = ode.integrate(
       VolumeChange(flow, probes), state, self.eps, self.sde.T,
       rtol=self.rtol, atol=self.atol, observe=observe,
     )  # fmt: skip
-    return self.sde.prior_logp(z) + change, z, nfe
+    return self.sde.prior_logp(z) + changes, z, nfe
 
 
 @flax.struct.dataclass
 class VolumeChange:
-  """The drift of (x, int div f dt), as a pytree of its arrays."""
+  """The drift of x and of int div f dt, as a pytree of its arrays.
+
+  Of the latter there is one for each probe; or one in all, the trace, where the state has one.
+  """
 
   flow: ProbabilityFlow
   probes: Probes
 
-  def __call__(self, state: tuple[Data, PerRow], t: Time) -> tuple[Data, PerRow]:
+  def __call__(
+    self, state: tuple[Data, Float[Array, 'n b']], t: Time
+  ) -> tuple[Data, Float[Array, 'n b']]:
     drift, pullback = jax.vjp(lambda x: self.flow(x, t), state[0])
     (products,) = jax.vmap(pullback)(self.probes)
     traces = (products * self.probes).reshape(*self.probes.shape[:2], -1).sum(-1)
-    return drift, traces.mean(0)
+    return drift, traces if len(traces) == len(state[1]) else traces.mean(0, keepdims=True)
 
 
 @partial(jax.jit, static_argnums=(2, 3))  # makes arrays that reach all processes
 def _begin(rng, x0, probe, n):
-  change = 0 * x0.reshape(len(x0), -1)[:, 0]  # on the devices that x0 is on
-  return (x0, change), draw_probes(rng, x0, probe, n)
+  changes = 0 * x0.reshape(len(x0), -1)[:, 0]  # on the devices that x0 is on
+  changes = jnp.broadcast_to(changes, (1 if probe == 'exact' else n, len(x0)))
+  return (x0, changes), draw_probes(rng, x0, probe, n)
 
 
 def draw_probes(rng: KeyOrKeys, x: Data, probe: str, n: int) -> Probes:
@@ -123,8 +158,157 @@ def draw_probes(rng: KeyOrKeys, x: Data, probe: str, n: int) -> Probes:
     dim = math.prod(x.shape[1:])
     axes = math.sqrt(dim) * jnp.eye(dim, dtype=x.dtype).reshape(dim, 1, *x.shape[1:])
     return jnp.broadcast_to(axes, (dim, *x.shape))
-  rngs = rng if rng.ndim else jax.random.split(rng, len(x))
+  rngs = _keys(rng, x)
   return jax.vmap(lambda rng: _DRAW[probe](rng, (n, *x.shape[1:]), x.dtype), out_axes=1)(rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class LikelihoodBound:
+  """A lower bound on log p(x_0) of the reverse SDE, so an upper one on bits/dim, without an ODE.
+
+  Song, Durkan, Murray & Ermon 2021, https://arxiv.org/abs/2101.09258, Theorem 3:
+
+    -log p(x_0) <= E[-log pi(x_T)] - D log alpha(T)
+                   + 1/2 int_eps^T (g / sigma)^2 E[||sigma s + z||^2 - ||z||^2] dt
+                   + 1/2 E[||sigma s + z||^2 - ||z||^2] at t = eps
+
+  with x_t = alpha x_0 + sigma z. The terms are the prior, whose expectation is known; the drift,
+  whose divergence D f integrates to D log alpha; denoising; and the reconstruction of x_0 from
+  x_eps by Tweedie's mean, with standard deviation sigma / alpha (their offset). If the score is
+  exact, what is missing to log p(x_0) is only what x_T is not quite the prior, and what the last
+  step is not quite Gaussian.
+
+  In the form 'ssm' the expectation under the integral is E[2 sigma^2 v^T (ds/dx) v + ||sigma s||^2]
+  for probes v of signs: the same by parts, with a derivative and without a regression on z.
+
+  Times are drawn in proportion to (g / sigma)^2 (`LikelihoodTimes`), so that what is averaged is Z
+  times a half of the bracket. To that, ||z||^2 - D is added as often as takes away most of the
+  variance for data of standard deviation `sigma_data` around 0; its expectation is 0.
+
+  Attributes:
+    sde: the forward SDE.
+    eps: the smallest time that the score is asked for.
+    form: one of `FORMS`.
+    n_times: for each x_0.
+    n_groups: these are drawn in so many independent groups, each stratified; what differs between
+      groups gives the standard error.
+    sigma_data: of the control variate.
+
+  Raises:
+    UserError: for a form that there is not.
+    ValueError: unless 0 < eps < T, and n_times is a multiple of n_groups, at least 2.
+  """
+
+  sde: SDE
+  eps: float = 1e-5
+  form: str = 'dsm'
+  n_times: int = 100
+  n_groups: int = 10
+  sigma_data: float = 0.5
+
+  def __post_init__(self) -> None:
+    if self.form not in FORMS:
+      raise unknown('form of the bound', self.form, FORMS)
+    if self.n_groups < 2 or self.n_times < 1 or self.n_times % self.n_groups:
+      raise ValueError(
+        f'the times of a bound need at least 2 groups of one size; got {self.n_times} times in '
+        f'{self.n_groups} groups'
+      )
+    LikelihoodTimes(self.sde, self.eps)
+
+  def __call__(
+    self, rng: KeyOrKeys, score_fn: ScoreFn, x0: Data, observe: Observer | None = None
+  ) -> tuple[PerRow, PerRow, int]:
+    """The bound on log p(x0) in nats, its standard error, and the evaluations of the score.
+
+    Args:
+      rng: a key; or keys, one for each of x0, whose bound is then the same in any batch.
+      score_fn: the score; compiled code is reused if it is a pytree, as `ScoreModel.bind` gives.
+      x0: the data, scaled as the network sees them.
+      observe: told the fraction that is done, and (x0, the bounds of groups so far).
+    """
+    each, nfe = self._of_groups(rng, score_fn, x0, observe)
+    return each.mean(0), each.std(0, ddof=1) / math.sqrt(self.n_groups), nfe
+
+  def estimates(
+    self, rng: KeyOrKeys, score_fn: ScoreFn, x0: Data
+  ) -> tuple[Float[Array, 'n b'], int]:
+    """The bound by each group of times, with noise of its own."""
+    return self._of_groups(rng, score_fn, x0)
+
+  def _of_groups(
+    self, rng: KeyOrKeys, score_fn: ScoreFn, x0: Data, observe: Observer | None = None
+  ) -> tuple[Float[Array, 'n b'], int]:
+    score_fn, strata = as_pytree(score_fn), self.n_times // self.n_groups
+    rngs, groups = _keys(rng, x0), []
+    for group in range(self.n_groups):
+      lost = _ends(self, score_fn, x0, rngs, group)
+      for i in range(strata):
+        lost = lost + _of_stratum(self, score_fn, x0, rngs, group, i)
+      groups.append(-lost)
+      if observe:
+        observe((group + 1) / self.n_groups, (x0, groups))
+    return jnp.stack(groups), self.n_times + self.n_groups
+
+  def bracket(self, score_fn: ScoreFn, x0: Data, t: PerRow, z: Data, v: Data) -> PerRow:
+    """||sigma s + z||^2 - ||z||^2, or what stands for it, at given times and noise.
+
+    `v` are the probes of the form 'ssm'.
+    """
+    alpha, sigma = self.sde.kernel(t)
+    x = expand(alpha, x0) * x0 + expand(sigma, x0) * z
+    # sigma s + z is about kept z, and sigma s about (kept - 1) z, where data are of sigma_data.
+    kept = 1 / (1 + jnp.square(sigma / alpha / self.sigma_data))
+    surplus = _squares(z) - math.prod(x0.shape[1:])  # 0 on average
+    if self.form == 'ssm':
+      trace = 2 * sigma**2 * hutchinson_score_matching(score_fn, x, t, v)
+      return trace - (1 - kept) ** 2 * surplus
+    error = _squares(expand(sigma, x0) * score_fn(x, t) + z)
+    return error - _squares(z) + (1 - kept**2) * surplus
+
+
+def _squares(x: Data) -> PerRow:
+  return jnp.square(x).reshape(len(x), -1).sum(-1)
+
+
+def _keys(rng: KeyOrKeys, x: Data) -> Shaped[Array, ' b']:
+  return rng if rng.ndim else jax.random.split(rng, len(x))
+
+
+@partial(jax.jit, static_argnums=0)
+@full_precision
+def _ends(bound, score_fn, x0, rngs, group):
+  """What the prior, the drift and the reconstruction from x_eps take from log p(x0)."""
+  sde, ones = bound.sde, jnp.ones(len(x0), x0.dtype)
+  alpha, sigma = sde.kernel(sde.T * ones)
+  prior = sde.prior_cross_entropy(expand(alpha, x0) * x0, sigma)
+  z, v, _ = _noise(rngs, group, -1, x0)
+  denoising = dataclasses.replace(bound, form='dsm')  # whatever the form of what is between
+  last = denoising.bracket(score_fn, x0, bound.eps * ones, z, v)
+  return prior - math.prod(x0.shape[1:]) * jnp.log(alpha) + 0.5 * last
+
+
+@partial(jax.jit, static_argnums=0)
+@full_precision
+def _of_stratum(bound, score_fn, x0, rngs, group, i):
+  """The share of the i-th time of a group in what the way from eps to T takes."""
+  law, strata = LikelihoodTimes(bound.sde, bound.eps), bound.n_times // bound.n_groups
+  z, v, u = _noise(rngs, group, i, x0)
+  t = law.quantile((u + i / strata) % 1)
+  return 0.5 * law.total / strata * bound.bracket(score_fn, x0, t, z, v)
+
+
+def _noise(rngs, group, i, x0):
+  """Of each row: normal noise, signs, and what is added to the strata of its group."""
+
+  def of_row(rng):
+    rng_group = jax.random.fold_in(rng, group)
+    rng_z, rng_v = jax.random.split(jax.random.fold_in(rng_group, 1 + i))
+    shape = x0.shape[1:]
+    z, v = jax.random.normal(rng_z, shape), jax.random.rademacher(rng_v, shape, x0.dtype)
+    return z, v, jax.random.uniform(rng_group)
+
+  return jax.vmap(of_row)(rngs)
 
 
 def bits_per_dim(logp: Logp, dim: int, level_width: float) -> Logp:

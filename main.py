@@ -4,6 +4,7 @@
   distill           a score model becomes one that samples in a few steps
   eval              loss, bits/dim, samples and their FID, of checkpoints
   sample            draw samples: of a class, or of what an image leaves open
+  likelihood        bits/dim of your own images, --images FOLDER, and the least likely of them
   check_data        what is in a folder of images, and which of them cannot be read
   stats             what samples are compared with, and the noise levels that the data ask for
   train_classifier  a classifier of noisy images, for sampling by class
@@ -51,8 +52,8 @@ from runtime.errors import Failure, unknown, UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, [:variant] of it.')
 _MODES = [
-  'train', 'distill', 'train_classifier', 'eval', 'sample', 'check_data', 'stats', 'import',
-  'export', 'ema',
+  'train', 'distill', 'train_classifier', 'eval', 'sample', 'likelihood', 'check_data', 'stats',
+  'import', 'export', 'ema',
 ]  # fmt: skip
 _MODE = flags.DEFINE_enum('mode', None, _MODES, 'What to do.')
 _WORKDIR = flags.DEFINE_string(
@@ -62,6 +63,7 @@ _EVAL_FOLDER = flags.DEFINE_string('eval_folder', 'eval', 'Folder of an evaluati
 _SAMPLE_FOLDER = flags.DEFINE_string('sample_folder', 'sample', 'Folder of samples in workdir.')
 _EXPORT_FOLDER = flags.DEFINE_string('export_folder', 'export', 'Folder of weights in workdir.')
 _LICENCE = flags.DEFINE_string('licence', '', 'Under which others may use exported weights.')
+_IMAGES = flags.DEFINE_string('images', None, 'Image, or folder of them, for --mode likelihood.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'One of the processes of a pod or job.')
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0; pods know it.')
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many there are; likewise.')
@@ -71,8 +73,9 @@ _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Released checkpoint, or e
 _INIT_FROM = flags.DEFINE_string('init_from', None, 'Workdir whose parameters a new run takes.')
 _TEACHER = flags.DEFINE_string('teacher', None, 'Workdir of the model that a student learns from.')
 _FLAGS = (
-  _CONFIG, _MODE, _WORKDIR, _EVAL_FOLDER, _SAMPLE_FOLDER, _EXPORT_FOLDER, _LICENCE, _CHECKPOINT,
-  _INIT_FROM, _TEACHER, _DETERMINISTIC, _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID,
+  _CONFIG, _MODE, _WORKDIR, _EVAL_FOLDER, _SAMPLE_FOLDER, _IMAGES, _EXPORT_FOLDER, _LICENCE,
+  _CHECKPOINT, _INIT_FROM, _TEACHER, _DETERMINISTIC, _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES,
+  _PROCESS_ID,
 )  # fmt: skip
 
 
@@ -162,6 +165,8 @@ def parse(argv: Sequence[str]) -> tuple[str, str, ConfigDict]:
     raise UserError(f'--mode is missing; allowed: {", ".join(_MODES)}')
   if (_MODE.value == 'import') != bool(_CHECKPOINT.value):
     raise UserError('--mode import and --checkpoint PATH go together')
+  if (_MODE.value == 'likelihood') != bool(_IMAGES.value):
+    raise UserError('--mode likelihood and --images FOLDER go together')
   if _INIT_FROM.value is not None and (_MODE.value != 'train' or not _INIT_FROM.value):
     raise UserError('--init_from WORKDIR goes with --mode train, for a new run')
   if _TEACHER.value is not None and (_MODE.value != 'distill' or not _TEACHER.value):
@@ -255,6 +260,8 @@ def main(argv: Sequence[str]) -> None:
       run_lib.evaluate(_CONFIG.value, workdir, _EVAL_FOLDER.value)
     elif _MODE.value == 'sample':
       run_lib.sample(_CONFIG.value, workdir, _SAMPLE_FOLDER.value)
+    elif _MODE.value == 'likelihood':
+      run_lib.likelihood(_CONFIG.value, workdir, _IMAGES.value or '')
     elif _MODE.value == 'check_data':
       run_lib.check_data(_CONFIG.value)
     elif _MODE.value == 'stats':

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 from functools import partial
 import logging
+from pathlib import Path
 
 from etils import epath
 import jax
@@ -31,6 +32,7 @@ from builders.data import load_source
 from builders.distillation import check_distillation, stages
 from builders.evaluation import (
   checkpoint_range,
+  make_bits_of_files,
   make_drawing,
   make_late_average,
   make_measurements,
@@ -54,10 +56,12 @@ from builders.weights import imported, read_weights, write_weights
 from configs.base import saved
 from data.check import SplitReport
 from data.classes import numbers_of
+from data.folder import fingerprint, shown
 from data.noise_scales import NoiseScales
 from data.sources import Source
 from evaluation.average import is_late, what_is_late
 from evaluation.evaluate import Measurement, step_folder
+from evaluation.likelihoods import measure as measure_images
 from evaluation.sample import draw_samples
 from evaluation.stats import examples, noise_scales
 from models.score import Params
@@ -318,6 +322,37 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
   logger.info('%(samples)d samples, %(nfe)d evaluations each', report)
   logger.info('samples are in %s', folder / 'samples.png')
   _hint_of_average(setup, step)
+  return report
+
+
+def likelihood(config: ConfigDict, workdir: str, images: str) -> Report:
+  """Measures the bits/dim of a user's images by the newest checkpoint, one by one.
+
+  In `likelihood/<folder>-<fingerprint of the files>/step_<step>/`; see `evaluation.likelihoods`.
+
+  Returns:
+    Their mean, and that of as many held-out images of the config's own data.
+
+  Raises:
+    UserError: for a mistake in the config, the workdir or the images.
+  """
+  setup, root = build(config), artifacts.root_of(workdir)
+  bits, files = make_bits_of_files(setup, images)
+  step, params = _newest(setup, root)
+  name = Path(images).expanduser().resolve().name
+  out = root / 'likelihood' / f'{name}-{fingerprint(images, files)[:8]}'
+  check_results(out, setup)
+  with open_workdir(out):
+    folder = step_folder(out, step)
+    checkpoints_lib.origin(root, step, params).claim(folder)
+    write_config(out, setup, step)
+    within = Path(images).expanduser()
+    names = [shown(file.relative_to(within) if within.is_dir() else file.name) for file in files]
+    held_out = load_source(setup.config, setup.config.eval.bpd_dataset)
+    report = measure_images(bits, names, held_out, params, folder)
+    artifacts.write_json(folder / 'report.json', report)
+  logger.info('%s', ', '.join(f'{name} {value:.5g}' for name, value in report.items()))
+  logger.info('table, pictures of the least likely and histogram are in %s', folder)
   return report
 
 

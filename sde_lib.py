@@ -131,6 +131,12 @@ class SDE(abc.ABC):
     logp = jax.scipy.stats.norm.logpdf(z, scale=self.prior_std)
     return logp.reshape(z.shape[0], -1).sum(-1)
 
+  def prior_cross_entropy(self, mean: Data, std: PerRow) -> PerRow:
+    """E[-log p_T(x)] for x ~ N(mean, std^2 I), in nats."""
+    dim, variance = math.prod(mean.shape[1:]), self.prior_std**2
+    squares = jnp.square(mean).reshape(len(mean), -1).sum(-1) + dim * std**2
+    return 0.5 * (dim * math.log(2 * math.pi * variance) + squares / variance)
+
   def reverse(self, score_fn: ScoreFn, probability_flow: bool = False) -> 'ReverseSDE':
     """The time reversal of this SDE, or its probability flow ODE."""
     return ReverseSDE(self, score_fn, probability_flow)

@@ -419,12 +419,18 @@ def _follows_the_flow(choice: FrozenConfigDict) -> bool:
 
 
 def _likelihoods_need_all_levels(config: FrozenConfigDict) -> str:
-  if not (config.eval.enable_bpd and config.training.single_scale):
+  asked = [name for name in ('enable_bpd', 'enable_bound') if config.eval[name]]
+  if not (asked and config.training.single_scale):
     return ''
   return (
-    'config.eval.enable_bpd asks for all levels of noise, and config.training.single_scale trains '
+    f'config.eval.{asked[0]} asks for all levels of noise, and config.training.single_scale trains '
     'one: set one of them to False'
   )
+
+
+def _times_of_a_bound_are_in_ten_draws(config: FrozenConfigDict) -> str:
+  times = config.eval.bound_times
+  return f'config.eval.bound_times = {times} must be a multiple of 10' if times % 10 else ''
 
 
 def _guidance_needs_both_scores(config: FrozenConfigDict) -> str:
@@ -522,6 +528,7 @@ RULES: tuple[Rule, ...] = (
   _one_level_is_sampled_at_one_level,
   _paired_noise_leaves_no_score,
   _likelihoods_need_all_levels,
+  _times_of_a_bound_are_in_ten_draws,
   _guidance_needs_both_scores,
   _a_scale_has_its_guide,
   _something_moves,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 from functools import partial
 import logging
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -17,13 +18,15 @@ from builders.setup import explicit_matching, Setup
 from builders.training import average_in_use
 from controllable_generation import NoiseInterval
 from data.classes import numbers_of
+from data.sources import ImageSource
 from evaluation import features
 from evaluation.average import LateAverage
-from evaluation.bits_per_dim import BitsPerDim
+from evaluation.bits_per_dim import BitsPerDim, Estimator
 from evaluation.draw import Drawing, Guide
 from evaluation.evaluate import CheckpointRange, Measurement
 from evaluation.held_out_loss import HeldOutLoss, Loss
 from evaluation.labels import count_classes, in_turn, LabelLaw
+from evaluation.likelihoods import batch_size
 from evaluation.reference import Images, Reference, ReferenceFile
 from evaluation.sample import SampleRequest
 from evaluation.sample_quality import Comparison, SampleQuality
@@ -34,11 +37,13 @@ from evaluation.tasks import (
   Conditioning,
   Deblur,
   Inpaint,
+  input_files,
   InverseProblem,
+  read_image,
   SuperResolve,
   Task,
 )
-from likelihood import Likelihood
+from likelihood import Likelihood, LikelihoodBound
 from runtime.errors import UserError
 from training import consistency
 from training.step import eval_step
@@ -73,6 +78,8 @@ def make_measurements(setup: Setup, guide: Guide | None = None) -> list[Measurem
     made.append(make_held_out_loss(setup))
   if wanted.enable_bpd:
     made.append(make_bits_per_dim(setup))
+  if wanted.enable_bound:
+    made.append(make_bound(setup))
   if wanted.enable_sampling:
     made.append(make_sample_quality(setup, guide))
   return made
@@ -112,10 +119,68 @@ def make_held_out_loss(setup: Setup) -> HeldOutLoss:
 
 def make_bits_per_dim(setup: Setup) -> BitsPerDim:
   """Bits per dimension, of the images of `eval.bpd_dataset`."""
+  likelihood = Likelihood(
+    setup.model.sde, setup.config.training.eps, n_probes=setup.config.eval.num_probes
+  )
+  choices = {'eps': likelihood.eps, 'rtol': likelihood.rtol, 'atol': likelihood.atol}
+  return _of_images(setup, Estimator('bpd', likelihood, 'probes', likelihood.n_probes, choices))
+
+
+def make_bound(setup: Setup) -> BitsPerDim:
+  """The bound on them, without an ODE.
+
+  Raises:
+    UserError: if the SDE has no noise at the smallest time.
+  """
+  wanted = setup.config.eval
+  try:
+    bound = LikelihoodBound(
+      setup.model.sde, setup.config.training.eps, wanted.bound_form, wanted.bound_times
+    )
+  except ValueError as error:
+    raise UserError(f'config.eval.enable_bound: {error}') from None
+  choices = {'eps': bound.eps, 'form': bound.form, 'times': bound.n_times}
+  return _of_images(setup, Estimator('bound', bound, 'draws', bound.n_groups, choices))
+
+
+def make_bits_of_files(setup: Setup, path: str) -> tuple[BitsPerDim, list[Path]]:
+  """Bits per dimension of a user's images, or their bound where `eval` wants that one alone.
+
+  Returns:
+    What measures them, and their files, in the order of their numbers.
+
+  Raises:
+    UserError: if there are no images, or one cannot be read, or the config has none.
+  """
+  config, wanted = setup.config, setup.config.eval
+  if config.data.dim:
+    raise UserError(f'--mode likelihood is for images, and config.data.dim = {config.data.dim}')
+  if config.training.single_scale:
+    raise UserError('--mode likelihood asks for all levels of noise, single_scale trains one')
+  if config.model.num_classes and not config.training.label_dropout:
+    raise UserError(
+      '--mode likelihood has images without classes, and config.training.label_dropout = 0 trained '
+      'no score of all classes together'
+    )
+  files = input_files(path, '--images')
+  decoder, size = make_decoder(config), config.data.image_size
+
+  def read(i: int) -> tuple[np.ndarray, int]:
+    return read_image(files[i], lambda image: decoder.pixels(image, size)), 0
+
+  bits = (
+    make_bound(setup) if wanted.enable_bound and not wanted.enable_bpd else make_bits_per_dim(setup)
+  )
+  source = ImageSource((size, size, config.data.num_channels), len(files), read)
+  bits = dataclasses.replace(bits, source=source, split='images')
+  return dataclasses.replace(bits, batch_size=batch_size(bits, len(files))), files
+
+
+def _of_images(setup: Setup, estimator: Estimator) -> BitsPerDim:
   wanted = setup.config.eval
   return BitsPerDim(
     model=setup.model,
-    likelihood=Likelihood(setup.model.sde, setup.config.training.eps),
+    estimator=estimator,
     codec=setup.codec,
     source=load_source(setup.config, wanted.bpd_dataset),
     split=wanted.bpd_dataset,

@@ -18,6 +18,7 @@ from data import augmentation, geometry, points
 from data.codec import Codec
 from data.points import Diffused
 from evaluation import features
+from likelihood import FORMS
 import losses
 from losses import (
   ChainTimes,
@@ -205,6 +206,7 @@ _CHOICES: dict[str, Collection[str]] = {
   'sampling.task': ('', 'inpaint', 'colorize', 'superres', 'deblur'),
   'sampling.conditioning': ('constraint', 'posterior'),
   'eval.bpd_dataset': ('train', 'test'),
+  'eval.bound_form': FORMS,
   'eval.features': ('', *features.NETWORKS),
   'eval.stats_split': ('train', 'test'),
 }
@@ -245,7 +247,7 @@ def _check(config: FrozenConfigDict) -> None:
       f'config.model.num_classes = {config.model.num_classes} needs a network with an embedding of '
       'the time: config.model.name = ncsnpp, ddpm, dit or mlp, with config.model.conditional'
     )
-  for name in ('eval.enable_bpd', 'eval.features', 'sampling.task'):
+  for name in ('eval.enable_bpd', 'eval.enable_bound', 'eval.features', 'sampling.task'):
     if config.data.dim and field(config, name):
       raise UserError(f'config.{name} is for images, and config.data.dim = {config.data.dim}')
   wanted = config.eval

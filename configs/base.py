@@ -262,6 +262,10 @@ def _default() -> ConfigDict:
   evaluation.batch_size = 1024  # images in a round of evaluation or sampling, of all devices
   evaluation.enable_loss = True  # the held-out loss
   evaluation.enable_bpd = False  # bits/dim by the probability flow
+  evaluation.num_probes = 1  # of its divergence, for each image and repeat
+  evaluation.enable_bound = False  # an upper bound on bits/dim, without an ODE
+  evaluation.bound_times = 100  # that it asks the score for, in ten independent draws
+  evaluation.bound_form = 'dsm'  # dsm, or ssm with a derivative along a probe
   evaluation.bpd_dataset = 'test'  # split of those images: test or train
   evaluation.bpd_repeats = 5  # of the dequantisation; the released code has it in run_lib.py
   evaluation.enable_sampling = False  # samples, and their distance from the data

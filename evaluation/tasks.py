@@ -93,7 +93,7 @@ class Inpaint(Task):
     size, _, _ = codec.pixel_shape
     images, of_each = [], []
     for file in files:
-      whole = _read(file, lambda image: decoder.colours(image, size))
+      whole = read_image(file, lambda image: decoder.colours(image, size))
       pixels, known = masks.known_pixels(whole, mask, decoder, size)
       images.append(pixels)
       of_each.append(known)
@@ -233,7 +233,7 @@ class InverseProblem:
     Raises:
       UserError: if there are none, or one cannot be read, or the task does not go with them.
     """
-    files = _input_files(self.path)
+    files = input_files(self.path, 'config.sampling.input')
     y, operator = self.task.measure(files, codec, self.decoder)
     stems = [file.stem for file in files]
     names = stems if len(set(stems)) == len(stems) else [f'{i}_{s}' for i, s in enumerate(stems)]
@@ -252,13 +252,18 @@ class InverseProblem:
     return self.task.keep_known(stored, levels, known, operator)
 
 
-def _input_files(path: str) -> list[Path]:
+def input_files(path: str, field: str) -> list[Path]:
+  """The image that a path names, or those in a folder; `field` is where the user named it.
+
+  Raises:
+    UserError: if there are none.
+  """
   where = Path(path).expanduser()
   if path and where.is_file():
     return [where]
   files = image_files(where) if path and where.is_dir() else []
   if not files:
-    raise UserError(f'config.sampling.input={path!r} is neither an image nor a folder of images')
+    raise UserError(f'{field}={path!r} is neither an image nor a folder of images')
   return files
 
 
@@ -268,11 +273,11 @@ def _read_all(
   """Files as a network sees them, float32 [K, size, size, C], by default of its own size."""
   size = size or codec.pixel_shape[0]
   return codec.scaled(
-    np.stack([_read(file, lambda image: decoder.pixels(image, size)) for file in files])
+    np.stack([read_image(file, lambda image: decoder.pixels(image, size)) for file in files])
   )
 
 
-def _read(file: Path, decode: Callable[[Image.Image], Decoded]) -> Decoded:
+def read_image(file: Path, decode: Callable[[Image.Image], Decoded]) -> Decoded:
   """What is made of an image file.
 
   Raises:

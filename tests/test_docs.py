@@ -118,7 +118,7 @@ def test_the_new_objective_is_least_at_the_true_score(shown):
   """Of multiples c of the true score, in which the loss is a parabola, at c = 1."""
   objective, n = shown['objective'], 20_000
   t = objective.times(KEY, n)
-  parts = np.floor((np.asarray(t) - 0.01) / 0.99 * 50 + 1e-4 / 50).clip(max=49)
+  parts = np.floor(((np.asarray(t) - 0.01) / 0.99) ** 2 * 50 + 1e-4 / 50).clip(0, 49)
   assert np.ptp(np.bincount(parts.astype(int))) <= 4
   true, rng = DATA.score_fn(objective.kernels), jax.random.key(1)
   x0, z = DATA.sample(rng, n), jax.random.normal(KEY, (n, 2))

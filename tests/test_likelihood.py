@@ -180,7 +180,7 @@ def test_golden(name, key, monkeypatch):
   file, sde = golden(name), {'ve': VESDE, 'vp': VPSDE}[name.split('_')[1]]()
   given = jnp.asarray(file[probe.lower()], jnp.float32)[None]
   x0 = jnp.asarray(file['data'], jnp.float32)
-  monkeypatch.setattr(likelihood, '_begin', lambda *_: ((x0, jnp.zeros(len(x0))), given))
+  monkeypatch.setattr(likelihood, '_begin', lambda *_: ((x0, jnp.zeros((1, len(x0)))), given))
   logp, z, nfe = Likelihood(sde, EPS, tolerance, tolerance)(KEY, DATA.score_fn(sde), x0)
   if what == 'nfe':
     assert abs(nfe - file[key]) <= 6  # a step, where rounding decides

@@ -1,13 +1,15 @@
 """How samples are shown: images side by side, points by their density."""
 
 import abc
+from collections.abc import Mapping
 import math
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 MIN_TILE = 64  # pixels
 POINT_BINS = 100  # of a picture of points, along each side
+COLOURS = ('#d1495b', '#00798c', '#edae49')  # of a histogram
 STRIP = 10  # times, at most, in a strip
 
 
@@ -88,6 +90,30 @@ def density(points: np.ndarray, extent: float) -> Image.Image:
   counts, _, _ = np.histogram2d(-y, x, bins=POINT_BINS, range=[[-extent, extent]] * 2)
   shade = 255 * (1 - np.sqrt(counts / max(1, counts.max())))
   return Image.fromarray(shade.astype(np.uint8)).resize([4 * POINT_BINS] * 2, 0)
+
+
+def histogram(values: Mapping[str, np.ndarray], what: str) -> Image.Image:
+  """Shares of values [n] of several kinds, one curve each in steps, over a common axis."""
+  width, height, left, top, bins = 480, 240, 10, 20, 40
+  every = np.concatenate(list(values.values()))
+  low, high = float(every.min()), float(every.max())
+  high = high if high > low else low + 1e-3
+  shares = {name: np.histogram(v, bins, (low, high))[0] / len(v) for name, v in values.items()}
+  tallest = max(share.max() for share in shares.values())
+  canvas = Image.new('RGB', (width + 2 * left, height + 3 * top), 'white')
+  draw = ImageDraw.Draw(canvas)
+  for i, (name, share) in enumerate(shares.items()):
+    colour = COLOURS[i % len(COLOURS)]
+    points = [(float(left), float(top + height))]
+    for k, part in enumerate(share):
+      y = top + height * (1 - part / tallest)
+      points += [(left + width * k / bins, y), (left + width * (k + 1) / bins, y)]
+    draw.line([*points, (left + width, top + height)], fill=colour, width=2)
+    draw.text((left + width - 160, top + 14 * i), f'{name} ({len(values[name])})', fill=colour)
+  draw.text((left, top + height + 6), f'{low:.3f}', fill='black')
+  draw.text((left + width - 40, top + height + 6), f'{high:.3f}', fill='black')
+  draw.text((left + width / 2 - 30, top + height + 6), what, fill='black')
+  return canvas
 
 
 def grid(images: np.ndarray, columns: int | None = None) -> Image.Image:

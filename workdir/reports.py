@@ -14,7 +14,10 @@ FEW = 10_000  # samples, below which a distance is not one to publish
 KEYS = ('step', 'sigma_rel')  # what a report is of, which is no measure
 _FLOOR = '_floor'  # what the floor of a distance is called, after its name
 # What checkpoints are compared by, the first that they all have: less is better.
-RANKING = ('fid', 'frechet_pixels', 'bpd_test', 'bpd_train', 'score_error', 'loss')
+RANKING = (
+  'fid', 'frechet_pixels', 'bpd_test', 'bpd_train', 'bound_test', 'bound_train', 'score_error',
+  'loss',
+)  # fmt: skip
 
 
 def path_of(out: epath.Path, step: int) -> epath.Path:
@@ -45,7 +48,10 @@ def scalars(report: Report) -> dict[str, float]:
 
 def summary(report: Report) -> str:
   """The measures of a report in a line, without what they cost and how many images they are of."""
-  details = ('_seconds', '_images', '_repeats', '_std', '_std_error', _FLOOR)
+  details = (
+    '_seconds', '_images', '_repeats', '_std', '_std_error', '_dequantization', '_probes', '_draws',
+    '_times', '_eps', '_rtol', '_atol', _FLOOR,
+  )  # fmt: skip
   numbers, told = scalars(report), []
   for name, value in numbers.items():
     if not name.endswith(details):

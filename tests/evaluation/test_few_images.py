@@ -119,10 +119,14 @@ def test_a_split_without_images_is_refused(tmp_path, split):
 @pytest.mark.parametrize('n', [1, 2])
 def test_bits_of_one_image_have_no_standard_error(tmp_path, n):
   setup = build(config_of(folder_of(tmp_path, n), eval__bpd_repeats=2, eval__batch_size=4))
+  bits = make_bits_per_dim(setup)
+  density = SimpleNamespace(
+    estimates=lambda rngs, score_fn, x0: (-(x0**2).sum((1, 2, 3))[None], jnp.int32(7))
+  )
   bits = dataclasses.replace(
-    make_bits_per_dim(setup),
+    bits,
     model=SimpleNamespace(num_classes=0, bind=lambda params, labels: None),
-    likelihood=lambda rngs, score_fn, x0: (-(x0**2).sum((1, 2, 3)), None, jnp.int32(7)),
+    estimator=dataclasses.replace(bits.estimator, density=density),
   )
   report = {'step': 6} | bits.measure({}, 6, epath.Path(tmp_path / 'step_6'))
   error = report['bpd_test_std_error']
