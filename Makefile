@@ -45,7 +45,8 @@ test-some: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(SOME)
 
 test-faults: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/run_lib/test_faults.py -m "slow or not slow" --kills 50 -rP
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/run_lib/test_faults.py tests/run_lib/test_cifar10_fast.py \
+	  -m "slow or not slow" --kills 50 -rP
 
 tutorial: $(VENV)/installed-dev
 	$(BIN)/python -m tutorial
