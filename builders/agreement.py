@@ -248,6 +248,16 @@ def _students_have_losses_of_their_own(config: FrozenConfigDict) -> str:
   )
 
 
+def _students_see_images_as_they_are(config: FrozenConfigDict) -> str:
+  method, probability = config.distill.method, config.data.augment_probability
+  if not method or not probability:
+    return ''
+  return (
+    f'config.data.augment_probability = {probability} does not go with config.distill.method = '
+    f'{method}, which learns from images as they are; set it to 0, whatever it was for the teacher'
+  )
+
+
 def _steps_are_halved(config: FrozenConfigDict) -> str:
   choice = config.distill
   ratio, rest = divmod(choice.start_steps, choice.end_steps)
@@ -515,6 +525,7 @@ RULES: tuple[Rule, ...] = (
   _noise_is_paired_for_flow_matching,
   _students_learn_at_all_times,
   _students_have_losses_of_their_own,
+  _students_see_images_as_they_are,
   _steps_are_halved,
   _denoised_values_are_known_without_signal,
   _students_are_measured_by_their_samples,

@@ -25,7 +25,9 @@ from workdir.same_config import LEARNED, MODEL
 logger = logging.getLogger('score_sde')
 
 # Of how a network is read, what a teacher was trained with, not what it became.
-_OF_TRAINING = ('training.objective', 'ebm.buffer_size', 'distill.method')
+_OF_TRAINING = (
+  'training.objective', 'ebm.buffer_size', 'distill.method', 'data.augment_probability',
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+from etils import epath
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from PIL import Image
 import pytest
 from scipy import ndimage
 
+from builders import teachers
 from builders.networks import pytorch_release_has
 from builders.setup import build, Setup
 from configs import base, own
@@ -23,6 +25,7 @@ from models.score import Params, ScoreModel
 from runtime.errors import UserError
 from sde_lib import EDMSDE
 from training.averages import ConstantRate
+from training.fine_tuning import Place
 from training.optim import adam, LearningRate
 from training.step import Metrics, train_step, TrainState
 from workdir.same_config import LEARNED, MODEL
@@ -211,6 +214,8 @@ def test_zero_labels_change_nothing():
   told = score(augmented.bind(params, augment_labels=zeros.at[1, 4].set(1.0)))
   differs = np.abs(told - expected).max((1, 2, 3))
   assert differs[1] > 1e-3 and differs[0] == differs[2] == 0
+  # A student does without what its teacher was told, and still reads the teacher.
+  np.testing.assert_array_equal(score(plain.bind(params)), expected)
   with pytest.raises(ValueError, match='not told of augmentation'):
     plain.bind(others, augment_labels=zeros)
 
@@ -278,6 +283,14 @@ def test_training_is_on_augmented_images_that_are_told():
 def test_where_it_makes_no_sense_it_is_refused(fields, said):
   with pytest.raises(UserError, match=said):
     tiny(**{'data__augment_probability': 0.1} | fields)
+
+
+def test_students_see_images_as_they_are_whatever_their_teacher_saw():
+  of_students = {'distill__method': 'ct', 'sampling__method': 'consistency'}
+  with pytest.raises(UserError, match='set it to 0, whatever it was for the teacher'):
+    tiny(**of_students, data__augment_probability=0.1)
+  teacher, student = tiny(data__augment_probability=0.1), tiny(**of_students)
+  teachers._check_fits(Place(epath.Path('teacher'), None), teacher, student)
 
 
 def test_points_and_networks_without_labels_are_refused():
