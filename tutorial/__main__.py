@@ -19,7 +19,7 @@ matplotlib.use('agg')
 
 CHAPTERS = (
   'score_matching', 'denoising', 'langevin_dynamics', 'energies', 'noise_levels', 'sdes',
-  'likelihoods', 'after_2021',
+  'likelihoods', 'after_2021', 'consistency',
 )  # fmt: skip
 DOCS = Path(__file__).parent.parent / 'docs'
 
