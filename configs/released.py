@@ -43,6 +43,27 @@ DATASETS: dict[str, Changes] = {
 _RUN_256 = {'training.batch_size': 64, 'sampling.snr': 0.075}
 
 
+def for_likelihood(variants: Variants, eps: float, sampling_eps: float) -> Variants:
+  """The DDPM++ of a table, trained for likelihood: `_likelihood`.
+
+  As published by score_flow, the code of https://arxiv.org/abs/2101.09258, with its flags
+  likelihood_weighting and importance_weighting, without its flips. Uniform dequantisation in
+  training is ours: bits/dim are of dequantised images.
+  """
+  changes = {
+    'training.time_law': 'likelihood',  # with the weight variance, and so without Z, as there
+    'training.eps': eps,
+    'sampling.eps': sampling_eps,
+    'data.random_flip': False,
+    'data.uniform_dequantization': True,
+    'eval.enable_bpd': True,
+    'eval.enable_bound': True,
+    'eval.bound_times': 1000,
+  }
+  names = ('ddpmpp_continuous', 'ddpmpp_deep_continuous')
+  return {f'{name}_likelihood': (variants[name][0], variants[name][1] | changes) for name in names}
+
+
 def config_of(sde: str, dataset: str, variant: str, variants: Variants) -> ConfigDict:
   """The config of the entry `variant` of a table, on a dataset from `DATASETS`.
 

@@ -17,6 +17,7 @@ VARIANTS: released.Variants = {
   'ddpm': ('ddpm', _ANCESTRAL),
   'ddpm_unconditional': ('ddpm', _ANCESTRAL | {'model.conditional': False}),
 }
+VARIANTS |= released.for_likelihood(VARIANTS, eps=1e-5, sampling_eps=1e-3)
 
 
 def get_config(variant: str = 'ddpmpp_continuous') -> ConfigDict:

@@ -14,7 +14,7 @@ import pytest
 from builders import samplers
 from builders.setup import build
 from configs import __main__ as listing
-from losses import UniformTimes
+from losses import by_variance, LikelihoodTimes, UniformTimes
 from runtime.errors import UserError
 from samplers.time_grids import TimeGrid
 
@@ -63,7 +63,8 @@ def test_every_released_config_is_here_once_and_there_are_no_others():
   ours = {
     name
     for name, config in listing.all_configs()
-    if config.data.dataset not in ('digits', 'folder', 'FashionMNIST')
+    if not name.endswith('_likelihood')
+    and config.data.dataset not in ('digits', 'folder', 'FashionMNIST')
     and config.training.sde not in LATER
     and not config.distill.method
   }
@@ -84,6 +85,22 @@ def test_fields_are_the_released_ones(name):
     - mended.keys()
   )
   assert {field: ours.get(field) for field in left} == {field: theirs[field] for field in left}
+
+
+@pytest.mark.parametrize(
+  ('sde', 'eps', 'sampling_eps'), [('vp', 1e-5, 1e-3), ('subvp', 1e-2, 1e-2)]
+)
+def test_configs_for_likelihood_are_those_of_score_flow(sde, eps, sampling_eps):
+  """DDPM++ at times of its law, with the mean over pixels and without Z; the rest as released."""
+  for name in ('ddpmpp_continuous', 'ddpmpp_deep_continuous'):
+    config = config_of(sde, 'cifar10', f'{name}_likelihood')
+    setup = build(config)
+    assert setup.objective.times == LikelihoodTimes(setup.model.sde, eps)
+    assert setup.objective.weight is by_variance and setup.objective.reduce_mean
+    assert (config.sampling.eps, config.data.random_flip) == (sampling_eps, False)
+    usual = flatten(config_of(sde, 'cifar10', name).to_dict())
+    network = {k: v for k, v in flatten(config.to_dict()).items() if k[:5] in ('model', 'optim')}
+    assert network.items() <= usual.items()
 
 
 def test_mended_configs_are_what_they_were_meant_to_be():
