@@ -165,7 +165,7 @@ class TrainLog:
     self._batch_size, self._log_freq = batch_size, log_freq
     self._bar, self._note = Bar('train', n_iters, step), ''
     self._window: list[dict[str, Array]] = []
-    self._running: deque[dict[str, Array]] = deque()
+    self._running: deque[tuple[int, dict[str, Array]]] = deque()
     self._due: list[tuple[int, list[dict[str, Array]]]] = []
     self._since, self._since_step = working_time(), step
 
@@ -176,16 +176,20 @@ class TrainLog:
     self._bar.__exit__()
 
   def add(self, step: int, measured: dict[str, Array]) -> None:
-    """Takes the metrics, [] or [n], of the one or n steps that ended at `step`."""
+    """Takes the metrics, [] or [n], of the one or n steps that end at `step`.
+
+    The bar counts those that the device is done with, or the time that is left would be too short.
+    """
     self.flush()
-    self._running.append(measured)
+    self._running.append((step, measured))
     if len(self._running) > AHEAD:
-      jax.block_until_ready(self._running.popleft())
+      done, oldest = self._running.popleft()
+      jax.block_until_ready(oldest)
+      self._bar.update(done, self._note)
     self._window.append(measured)
     if step % self._log_freq == 0 or step == self._n_iters:
       self._due.append((step, self._window))
       self._window = []
-    self._bar.update(step, self._note)
 
   def add_eval(self, step: int, measured: dict[str, Array]) -> None:
     """Takes the metrics [] of an evaluation, to be written with `eval_` before their names."""
@@ -218,6 +222,9 @@ class TrainLog:
     self.flush()
     if self._window and 'skipped' not in self._window[0]:
       self._finite_means(step, self._window)
+    jax.block_until_ready([measured for _, measured in self._running])
+    self._running.clear()
+    self._bar.update(step, self._note)
 
   def _finite_means(self, step: int, window: list[dict[str, Array]]) -> dict[str, float]:
     """Means over the steps of a window that ends at `step`, and how many of them were skipped."""

@@ -19,6 +19,7 @@ from builders.setup import build
 from builders.training import score_task
 from configs.toy import branches
 from controllable_generation import Autoguidance
+from evaluation.draw import Guide
 import run_lib
 from runtime.errors import UserError
 from training import loop
@@ -105,20 +106,17 @@ def test_samples_are_guided_where_the_scale_is_not_one(there):
 def test_a_guide_is_one_of_the_checkpoints_of_a_run(there):
   """The newest, or the one that is named; the average is the one that its config says, or ours."""
   save('averages', ema__sigma_rels=(0.1,), ema__use=1)
-  setup = build(guided(guide='averages'))
-  identities = {
-    (guide, average): load_guide(
-      build(guided(guide=guide, sampling__guide_ema=average)), epath.Path('strong')
-    ).identity
-    for guide in ('averages', 'averages/checkpoints', 'averages/checkpoints/6')
-    for average in (-1, 0, 1)
-  }
-  newest = load_guide(setup, epath.Path('strong'))
-  assert newest.step == 12 and make_drawing(setup, newest).mark == f'guide {newest.identity}'
-  for average in (-1, 0, 1):
-    same = {identities[guide, average] for guide in ('averages', 'averages/checkpoints')}
-    assert len(same) == 1 and identities['averages/checkpoints/6', average] not in same
-  assert identities['averages', -1] == identities['averages', 1] != identities['averages', 0]
+
+  def chosen(guide: str, average: int = -1) -> Guide:
+    wanted = build(guided(guide=guide, sampling__guide_ema=average))
+    return load_guide(wanted, epath.Path('strong'))
+
+  newest = chosen('averages')
+  assert newest.step == 12 and make_drawing(build(config()), newest).mark.endswith(newest.identity)
+  assert chosen('averages/checkpoints').identity == newest.identity
+  assert chosen('averages', 1).identity == newest.identity != chosen('averages', 0).identity
+  earlier = chosen('averages/checkpoints/6')
+  assert earlier.step == 6 and earlier.identity != newest.identity
 
 
 def test_another_guide_makes_other_samples(there):

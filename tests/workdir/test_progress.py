@@ -159,6 +159,27 @@ def test_the_time_that_is_left_does_not_count_what_is_compiled_later(monkeypatch
     assert line(caplog, bar, 21) == 'train 21/100 steps, 02:38 left'  # 20 of 120 s for ten steps
 
 
+def test_the_first_time_that_is_left_is_right(monkeypatch, caplog):
+  """Calls of the device that wait their turn are not done, though Python is past them."""
+  clock, measured = Clock(monkeypatch), [{'loss': jnp.float32(i)} for i in range(101)]
+  ends = {id(of_call['loss']): 10.0 * i for i, of_call in enumerate(measured)}  # 10 s each
+
+  def block_until_ready(tree) -> None:
+    clock.now = max([clock.now, *(began + ends[id(x)] for x in jax.tree.leaves(tree))])
+
+  monkeypatch.setattr(progress.jax, 'block_until_ready', block_until_ready)
+  caplog.set_level('INFO', logger='score_sde')
+  began = clock.now
+  choices = {'n_iters': 100, 'step': 0, 'batch_size': 1, 'log_freq': 1000}
+  with progress.TrainLog(None, **choices) as log:  # there is nothing to write
+    for step in range(1, 10):
+      log.add(step, measured[step])
+    log.settle(9)
+  told = [text.partition(', ')[0::2] for text in caplog.messages]
+  assert told[:2] == [('train 2/100 steps', '16:20 left'), ('train 4/100 steps', '16:00 left')]
+  assert clock.now == began + 90
+
+
 def test_what_jax_compiles_stops_the_clock():
   wall, work = time.monotonic(), compilation.working_time()
   jax.jit(lambda x: jnp.linalg.svd(x) + jnp.linalg.svd(2 * x))(jnp.ones((7, 5)))
