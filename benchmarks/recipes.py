@@ -181,7 +181,7 @@ TRIALS = (
     samples=256,
     likelihoods=96,
     batch_size=256,
-    classifier=small_classifier.Training(images=180_000),
+    classifier=small_classifier.Training(images=120_000),
     needs_path=True,
   ),
 )
