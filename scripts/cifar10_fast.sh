@@ -3,7 +3,7 @@
 # of one GPU of the H100's class:
 #
 #   scripts/cifar10_fast.sh FOLDER
-#   scripts/cifar10_fast.sh FOLDER --quick    all of it with a tiny network, in a minute on a CPU
+#   scripts/cifar10_fast.sh FOLDER --quick    all of it with a tiny network, on a CPU
 #
 # FOLDER holds train/<class>/ and test/<class>/, or tar files of them, which are unpacked. It trains,
 # and measures the bits/dim of the test images, and how far 10,000 samples are from the training

@@ -19,11 +19,11 @@ from configs.edm import cifar10
 SCRIPT = ROOT / 'scripts' / 'cifar10_fast.sh'
 
 
-def start(*args: str | Path, workdir: Path) -> subprocess.Popen:
+def start(*args: str | Path, workdir: Path, python: str = sys.executable) -> subprocess.Popen:
   """The script, in a process group of its own."""
   return subprocess.Popen(
     [SCRIPT, *args],
-    env=os.environ | {'PYTHON': sys.executable, 'WORKDIR': str(workdir)},
+    env=os.environ | {'PYTHON': python, 'WORKDIR': str(workdir)},
     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
   )  # fmt: skip
 
@@ -61,6 +61,28 @@ def test_it_goes_from_packed_images_to_numbers_and_goes_on_after_a_kill(tmp_path
   assert report['samples'] == 32 and report['frechet_pixels'] > 0
   assert Image.open(run / 'eval' / 'step_40' / 'samples.png').size[0] > 100
   assert not (run / 'images.part').exists()
+
+
+def test_it_stops_where_a_command_fails_and_repeats_all_that_go_on_by_themselves(tmp_path):
+  """With an interpreter that notes the modes, and fails in one of them once."""
+  pack(tmp_path / 'packed', train=4, test=2)
+  noted, python, run = tmp_path / 'noted', tmp_path / 'python', tmp_path / 'run'
+  python.write_text(
+    f'#!/usr/bin/env bash\necho "$@" >> {noted}\n'
+    f'case "$*" in *"--mode stats") ! mkdir {tmp_path}/failed 2>/dev/null || exit 3 ;; esac\n'
+  )
+  python.chmod(0o755)
+  (run / 'images.part' / 'train' / 'fish').mkdir(parents=True)  # unpacking was stopped
+  for expected in (3, 0):
+    process = start(tmp_path / 'packed', '--quick', workdir=run, python=str(python))
+    process.communicate(timeout=60)
+    assert process.returncode == expected
+  calls = noted.read_text().splitlines()
+  modes = [call.partition('--mode ')[2].split()[0] for call in calls]
+  assert modes == ['train', 'stats', 'train', 'stats', 'eval']
+  assert all(f'--workdir {run} ' in call and '--config.model.nf=8' in call for call in calls)
+  assert sorted(p.name for p in (run / 'images' / 'train').iterdir()) == ['cat', 'dog']
+  assert len(list((run / 'images').glob('*/*/*.webp'))) == 6
 
 
 @pytest.mark.parametrize(
