@@ -26,7 +26,6 @@ from evaluation.draw import Drawing, Guide
 from evaluation.evaluate import CheckpointRange, Measurement
 from evaluation.held_out_loss import HeldOutLoss, Loss
 from evaluation.labels import count_classes, in_turn, LabelLaw
-from evaluation.likelihoods import batch_size
 from evaluation.reference import Images, Reference, ReferenceFile
 from evaluation.sample import SampleRequest
 from evaluation.sample_quality import Comparison, SampleQuality
@@ -172,8 +171,7 @@ def make_bits_of_files(setup: Setup, path: str) -> tuple[BitsPerDim, list[Path]]
     make_bound(setup) if wanted.enable_bound and not wanted.enable_bpd else make_bits_per_dim(setup)
   )
   source = ImageSource((size, size, config.data.num_channels), len(files), read)
-  bits = dataclasses.replace(bits, source=source, split='images')
-  return dataclasses.replace(bits, batch_size=batch_size(bits, len(files))), files
+  return dataclasses.replace(bits, source=source, split='images'), files
 
 
 def _of_images(setup: Setup, estimator: Estimator) -> BitsPerDim:

@@ -50,8 +50,9 @@ def measure(
   n = min(len(held_out), max(len(names), AT_LEAST))
   chosen = np.linspace(0, len(held_out) - 1, n).round().astype(int)
   of_data = dataclasses.replace(
-    bits, source=_Part(held_out, chosen), split='data', batch_size=batch_size(bits, n)
+    bits, source=_Part(held_out, chosen), split='data', batch_size=_batch_size(bits, n)
   )
+  bits = dataclasses.replace(bits, batch_size=_batch_size(bits, len(names)))
   values, nfe, seconds = bits.of_images(params, folder)
   data_values, _, data_seconds = of_data.of_images(params, folder)
   each, of_data_each = values.mean((0, 1)), data_values.mean((0, 1))
@@ -59,7 +60,8 @@ def measure(
   artifacts.write(folder / 'images.csv', table(names, values, order).encode())
   pictures = bits.source.batch(order[:PICTURED])['data']
   artifacts.write_png(folder / 'least_likely.png', grid(pictures))
-  picture = histogram({'your images': each, 'held-out data': of_data_each}, bits.estimator.name)
+  what = 'bits/dim' if bits.estimator.name == 'bpd' else 'bound on bits/dim'
+  picture = histogram({'your images': each, 'held-out data': of_data_each}, what)
   artifacts.write_png(folder / 'histogram.png', picture)
   logger.info('the least likely of %d images, in bits/dim:', len(names))
   for i in order[:SHOWN]:
@@ -75,7 +77,7 @@ def measure(
   }
 
 
-def batch_size(bits: BitsPerDim, n: int) -> int:
+def _batch_size(bits: BitsPerDim, n: int) -> int:
   """As many as there are, if that is less than a batch, in a number that the devices share."""
   devices = jax.device_count()
   return min(bits.batch_size, devices * math.ceil(n / devices))

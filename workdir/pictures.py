@@ -94,7 +94,8 @@ def density(points: np.ndarray, extent: float) -> Image.Image:
 
 def histogram(values: Mapping[str, np.ndarray], what: str) -> Image.Image:
   """Shares of values [n] of several kinds, one curve each in steps, over a common axis."""
-  width, height, left, top, bins = 480, 240, 10, 20, 40
+  width, height, left, top = 480, 240, 10, 20
+  bins = int(np.clip(2 * math.sqrt(min(map(len, values.values()))), 8, 40))
   every = np.concatenate(list(values.values()))
   low, high = float(every.min()), float(every.max())
   high = high if high > low else low + 1e-3

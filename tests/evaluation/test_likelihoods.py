@@ -37,7 +37,7 @@ def folder(tmp_path):
 def test_the_least_likely_images_come_first(folder, tmp_path, caplog):
   setup = build(config_of(data__centered=False, eval__enable_bound=False))
   bits, files = make_bits_of_files(setup, str(folder))
-  assert len(bits.source) == 3 and bits.batch_size == 3
+  assert len(bits.source) == 3
   bits = dataclasses.replace(bits, model=KnownModel(setup.model.sde))
   names, out = [str(file.relative_to(folder)) for file in files], epath.Path(tmp_path / 'out')
   with caplog.at_level('INFO'):
@@ -51,6 +51,9 @@ def test_the_least_likely_images_come_first(folder, tmp_path, caplog):
   assert (report['images'], report['data']) == (3, 10)
   assert report['bpd_images'] == pytest.approx(np.mean(found), abs=1e-4)
   assert 'b,c.png' in caplog.text
+  assert {file.name for file in out.glob('*.npz')} == {
+    f'bpd_{of}_{repeat}.npz' for of in ('images', 'data') for repeat in (0, 1)
+  }  # one batch of each
   sheet = np.asarray(Image.open(out / 'least_likely.png'))
   assert (sheet[20, 20] == 255).all() and sheet[20, 90].max() < 30  # in the order of the table
   assert Image.open(out / 'histogram.png').size > (400, 200)
