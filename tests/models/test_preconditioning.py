@@ -156,18 +156,17 @@ def test_a_jump_keeps_x0_and_noise(name, sde):
 @every_jump
 def test_the_coefficients_of_a_jump_keep_their_digits(name, sde):
   """Those of x and of F against float64, right beside the end and far away."""
-  reading, x = PRECONDITIONINGS[name], np.array([[0.0], [1.0]])
   times = END * np.array([1 + 1e-5, 1.001, 1.02, 2.0]), sde.T * np.array([0.01, 0.3, 1.0])
-  for t in np.float32(np.concatenate(times)):
-    rows = {}
-    for x64 in (False, True):
-      with jax.enable_x64(x64):
-        dtype = jnp.float64 if x64 else jnp.float32
-        # The same two numbers in both, which are no more exact than float32.
-        of_row = jump(sde, jnp.full(2, t, dtype), jnp.asarray(np.float32(END), dtype))
-        output = says(jnp.asarray(1 - x, dtype))
-        rows[x64] = np.asarray(reading.consistency(output, jnp.asarray(x, dtype), of_row), float)
-    np.testing.assert_allclose(rows[False], rows[True], rtol=3e-6)
+  t, rows = np.repeat(np.float32(np.concatenate(times)), 2), {}
+  x = np.tile([[0.0], [1.0]], (7, 1))
+  for x64 in (False, True):
+    with jax.enable_x64(x64):
+      dtype = jnp.float64 if x64 else jnp.float32
+      # The same two times in both, which are no more exact than float32.
+      of_row = jump(sde, jnp.asarray(t, dtype), jnp.asarray(np.float32(END), dtype))
+      output, seen = says(jnp.asarray(1 - x, dtype)), jnp.asarray(x, dtype)
+      rows[x64] = np.asarray(PRECONDITIONINGS[name].consistency(output, seen, of_row), np.float64)
+  np.testing.assert_allclose(rows[False], rows[True], rtol=3e-6)
 
 
 def test_the_jump_of_edm_is_that_of_the_paper():

