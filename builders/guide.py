@@ -8,13 +8,15 @@ from ml_collections import FrozenConfigDict
 from builders.agreement import CONSISTENCY
 from builders.setup import build, Setup
 from builders.training import abstract_state
+from builders.weights import read_weights
 from configs.base import saved
 from data.classes import check_same
 from evaluation.draw import Guide
+from models.score import Params
 from runtime.errors import UserError
 from training import checkpoints as checkpoints_lib
-from training import fine_tuning
-from training.checkpoints import Checkpoints
+from training import exported, fine_tuning
+from training.checkpoints import Checkpoints, Notes
 from workdir import artifacts
 
 logger = logging.getLogger('score_sde')
@@ -36,39 +38,48 @@ def load_guide(setup: Setup, root: epath.Path) -> Guide | None:
   if choice.guide_scale == 1:
     logger.info('config.sampling.guide_scale = 1 is the model alone: %s is not read', choice.guide)
     return None
-  place = fine_tuning.find(artifacts.root_of(choice.guide, _FIELD), _FIELD)
+  where = artifacts.root_of(choice.guide, _FIELD)
+  try:
+    read = _weights if exported.is_here(where) else _checkpoint
+    its, notes, step, params = read(setup, where)
+  except UserError as error:
+    told = str(error)
+    raise UserError(told if told.startswith(_FIELD) else f'{_FIELD}: {told}') from None
+  names = checkpoints_lib.notes(root).classes if setup.model.num_classes else ()
+  if names:
+    way_out = f'Name a guide in {_FIELD} that was trained with these classes'
+    check_same(notes.classes, names, where, way_out)
+  logger.info('guided by %s, step %d: an evaluation of the score takes both networks', where, step)
+  identity = checkpoints_lib.identity(params)
+  return Guide(its.model, params, choice.guide_scale, step, identity)
+
+
+def _checkpoint(setup: Setup, where: epath.Path) -> tuple[Setup, Notes, int, Params]:
+  """The parts of the guide, what is noted with it, its step and the average that is wanted."""
+  place = fine_tuning.find(where, _FIELD)
   path = place.root / 'config.json'
   if not path.exists():
-    raise UserError(f'{_FIELD}: {path} does not exist; it belongs to the checkpoints')
+    raise UserError(f'{path} does not exist; it belongs to the checkpoints')
   try:
     its = build(saved(artifacts.read_json(path), path))
   except UserError as error:
-    raise UserError(f'{_FIELD}: {path}: {error}') from None
+    raise UserError(f'{path}: {error}') from None
   _check_same_kind(setup, its, place.root)
-  if its.config.data.dataset.lower() != setup.config.data.dataset.lower():
-    logger.warning(
-      '%s: %s was trained with %s, and this model with %s: a guide is meant to be of the same data',
-      _FIELD, place.root, its.config.data.dataset, setup.config.data.dataset,
-    )  # fmt: skip
   with Checkpoints(place.root, create=False) as checkpoints:
-    try:
-      found = checkpoints.restore_parameters(abstract_state(its), place.step)
-    except UserError as error:
-      raise UserError(f'{_FIELD}: {error}') from None
+    found = checkpoints.restore_parameters(abstract_state(its), place.step)
   if found is None:  # an object store shows those that broke off
-    raise UserError(f'{_FIELD}: {place.root} holds no whole checkpoint')
+    raise UserError(f'{place.root} holds no whole checkpoint')
   step, _, averages = found
-  if setup.model.num_classes:
-    names = checkpoints_lib.notes(root).classes
-    if names:
-      way_out = f'Name a guide in {_FIELD} that was trained with these classes'
-      check_same(checkpoints_lib.notes(place.root, step).classes, names, place.root, way_out)
-  params = averages[_average(choice, its.config, len(averages))]
-  identity = checkpoints_lib.identity(params)
-  logger.info(
-    'guided by %s, step %d: an evaluation of the score takes both networks', place.root, step
-  )  # fmt: skip
-  return Guide(its.model, params, choice.guide_scale, step, identity)
+  params = averages[_average(setup.config.sampling, its.config, len(averages))]
+  return its, checkpoints_lib.notes(place.root, step), step, params
+
+
+def _weights(setup: Setup, where: epath.Path) -> tuple[Setup, Notes, int, Params]:
+  """The same of a folder that `--mode export` wrote, which holds one average."""
+  its, notes, step, params = read_weights(where)
+  _check_same_kind(setup, its, where)
+  _average(setup.config.sampling, its.config, 1)  # says so if another is wanted
+  return its, notes, step, params
 
 
 def _average(choice: FrozenConfigDict, its: FrozenConfigDict, n: int) -> int:
@@ -99,24 +110,27 @@ def _check_same_kind(setup: Setup, its: Setup, where: epath.Path) -> None:
   for what, (here, there) in compared.items():
     if here != there:
       raise UserError(
-        f'{_FIELD}: {where} is a model with {what} {there}, and this one with {what} {here}: a '
+        f'{where} is a model with {what} {there}, and this one with {what} {here}: a '
         'guide is a weaker model of the same data, noise and classes; name another'
       )
   if other.distill.method in CONSISTENCY:
-    raise UserError(
-      f'{_FIELD}: {where} is a consistency model, which has no score: name a score model'
-    )
+    raise UserError(f'{where} is a consistency model, which has no score: name a score model')
   level = other.training.eps
   same_level = own.training.single_scale and own.training.eps == level
   if other.training.single_scale and not same_level:
     raise UserError(
-      f'{_FIELD}: {where} was trained at one level of noise, t = {level}, this model at others; '
+      f'{where} was trained at one level of noise, t = {level}, this model at others; '
       'name a guide of the same'
     )
+  if own.data.dataset.lower() != other.data.dataset.lower():
+    logger.warning(
+      '%s: %s was trained with %s, and this model with %s: a guide is meant to be of the same data',
+      _FIELD, where, other.data.dataset, own.data.dataset,
+    )  # fmt: skip
   both = own.model.num_classes and own.sampling.guidance_scale != 1
   if both and other.training.label_dropout == 0:
     raise UserError(
-      f'{_FIELD}: {where} was trained with config.training.label_dropout = 0, so it does not know '
+      f'{where} was trained with config.training.label_dropout = 0, so it does not know '
       f'all classes together, which config.sampling.guidance_scale = {own.sampling.guidance_scale} '
       'asks of it too: set that to 1, or name another'
     )

@@ -178,6 +178,18 @@ def test_autoguidance_leads_away_from_its_guide(sde):
   np.testing.assert_array_equal(Autoguidance(score_fn, score_fn, 7.0)(x, t), plain)
 
 
+def test_an_autoguided_score_is_conditioned_on_a_measurement():
+  """As any other: by a guide that is the model itself, nothing changes."""
+  sde, t = SDES['vp'], jnp.full(3, 0.4)
+  x, y = jax.random.normal(KEY, (3, *SHAPE)), jnp.broadcast_to(TRUTH, (3, *SHAPE))
+  score_fn = DATA.score_fn(sde)
+  plain, guided = (
+    PosteriorGuidance(f, Gray(), Gray()(y), sde, 0.1)(x, t)
+    for f in (score_fn, Autoguidance(score_fn, score_fn, 3.0))
+  )
+  np.testing.assert_allclose(guided, plain, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize('limits', [(0.0, np.inf), (0.1, 2.0)])
 def test_autoguided_samples_of_a_gaussian_are_those_of_theory(limits):
   """N(m, v) guided by N(m, u): x_0 - m = (x_T - m) exp(-G), along the flow of sigma from T to eps.

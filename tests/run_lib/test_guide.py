@@ -117,6 +117,11 @@ def test_a_guide_is_one_of_the_checkpoints_of_a_run(there):
   assert chosen('averages', 1).identity == newest.identity != chosen('averages', 0).identity
   earlier = chosen('averages/checkpoints/6')
   assert earlier.step == 6 and earlier.identity != newest.identity
+  run_lib.export(config(), 'weak')  # of which there is one average
+  assert chosen('weak/export').identity == chosen('weak/export', 0).identity
+  assert chosen('weak/export').identity == chosen('weak').identity
+  with pytest.raises(UserError, match='guide_ema must be below 1'):
+    chosen('weak/export', 1)
 
 
 def test_another_guide_makes_other_samples(there):
