@@ -6,6 +6,7 @@ import itertools
 from etils import epath
 import flax.linen as nn
 import jax
+from jax import Array
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
@@ -15,6 +16,7 @@ from scipy import ndimage
 from builders import teachers
 from builders.networks import pytorch_release_has
 from builders.setup import build, Setup
+from builders.training import score_task
 from configs import base, own
 from configs.edm import cifar10
 from data.augmentation import Augmentation, LABELS, Parameters, resample, transformed
@@ -113,20 +115,23 @@ def test_mirror_images_are_pillows():
   pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
   picture, ways = Image.fromarray(pixels), Image.Transpose
   turn = {'rotation': np.pi / 2}  # clockwise, where Pillow turns the other way
-  for what, way, tolerance in (
+  cases = (
     ({'mirrored': 1}, ways.FLIP_LEFT_RIGHT, 0),
     ({'upended': 1}, ways.FLIP_TOP_BOTTOM, 0),
     ({'mirrored': 1, 'upended': 1}, ways.ROTATE_180, 0),
     (turn, ways.ROTATE_270, 3.0),
     (turn | {'mirrored': 1}, ways.TRANSVERSE, 3.0),
-  ):
-    ours = transformed(jnp.float32(pixels)[None], chosen(**what))[0]
+  )
+  stacked = jax.tree.map(lambda *a: jnp.concatenate(a), *(chosen(**what) for what, _, _ in cases))
+  found = jax.jit(transformed)(jnp.stack([jnp.float32(pixels)] * len(cases)), stacked)
+  for ours, (_, way, tolerance) in zip(found, cases, strict=True):
     np.testing.assert_allclose(ours, np.asarray(picture.transpose(way)), atol=tolerance)
 
 
 def test_images_of_any_shape_move_by_whole_pixels_and_go_on_as_mirror_images():
   images = np.random.default_rng(0).uniform(-1, 1, (1, 8, 16, 1)).astype(np.float32)
-  found = transformed(jnp.asarray(images), chosen(right=1.5, down=-2.0))  # 3 pixels, and 2
+  shift = chosen(right=1.5, down=-2.0)  # by 3 pixels, and by 2
+  found = jax.jit(transformed)(jnp.asarray(images), shift)
   expected = np.pad(images[0, :, :, 0], ((0, 2), (3, 0)), mode='symmetric')[2:, :16]
   np.testing.assert_allclose(found[0, :, :, 0], expected, atol=0.02)
 
@@ -136,7 +141,7 @@ def test_what_is_made_smaller_does_not_alias():
   stripes = np.where(np.arange(SIZE) % 2, 1, -1) * np.ones((SIZE, 1))
   halved = jnp.diag(jnp.array([2.0, 2.0, 1.0]))[None]
   images = np.stack([stripes, stripes.T, np.full_like(stripes, 0.3)]).astype(np.float32)[..., None]
-  found = np.asarray(resample(jnp.asarray(images), jnp.repeat(halved, 3, axis=0)))
+  found = np.asarray(jax.jit(resample)(jnp.asarray(images), jnp.repeat(halved, 3, axis=0)))
   inner = found[:, 10:-10, 10:-10]  # beside the edges its mirror image joins
   assert np.abs(inner[:2]).max() < 0.2 and np.abs(stripes[::2, ::2]).min() == 1
   np.testing.assert_allclose(found[2], 0.3, atol=1e-5)
@@ -204,20 +209,17 @@ def test_zero_labels_change_nothing():
   ]  # the last layer begins at 0
   params = jax.tree.unflatten(tree, drawn)
   assert params['augmentation']['kernel'].shape == (LABELS, 8)
-  others = {name: value for name, value in params.items() if name != 'augmentation'}
   x, t = jax.random.normal(KEY, (3, 8, 8, 1)), jnp.full(3, 0.5)
   zeros = jnp.zeros((3, LABELS))
   score = jax.jit(lambda score_fn: score_fn(x, t))
-  expected = score(plain.bind(others))
+  expected = score(plain.bind(params))  # as students do, without what their teacher was told
   np.testing.assert_array_equal(score(augmented.bind(params)), expected)
   np.testing.assert_array_equal(score(augmented.bind(params, augment_labels=zeros)), expected)
   told = score(augmented.bind(params, augment_labels=zeros.at[1, 4].set(1.0)))
   differs = np.abs(told - expected).max((1, 2, 3))
   assert differs[1] > 1e-3 and differs[0] == differs[2] == 0
-  # A student does without what its teacher was told, and still reads the teacher.
-  np.testing.assert_array_equal(score(plain.bind(params)), expected)
   with pytest.raises(ValueError, match='not told of augmentation'):
-    plain.bind(others, augment_labels=zeros)
+    plain.bind(params, augment_labels=zeros)
 
 
 class Told(nn.Module):
@@ -266,6 +268,24 @@ def test_training_is_on_augmented_images_that_are_told():
   assert never[0]['loss'] == without[0]['loss'] != metrics['loss']
   np.testing.assert_array_equal(never[1]['share'], without[1]['share'])
   np.testing.assert_array_equal(never[1]['of_labels'], jnp.ones(LABELS))
+
+
+def test_a_run_of_a_config_draws_what_happens_to_its_batches(monkeypatch):
+  """The network of the config is told; nothing is computed. Evaluation augments nothing."""
+  drawn = []
+
+  def draw(self: Augmentation, rng: Array, n: int) -> Parameters:
+    drawn.append((self.probability, n))
+    return chosen(n)
+
+  monkeypatch.setattr(Augmentation, 'draw', draw)
+  task = score_task(tiny(data__augment_probability=0.3))
+  batch = {'data': jnp.zeros((16, 8, 8, 1), jnp.uint8)}
+  state = jax.eval_shape(task.init, KEY)
+  jax.eval_shape(task.update, state, None, batch, KEY)
+  assert drawn == [(0.3, 16)]
+  jax.eval_shape(task.evaluate, state.params, None, batch, KEY)
+  assert len(drawn) == 1
 
 
 @pytest.mark.parametrize(
