@@ -469,6 +469,10 @@ def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
     raise UserError(
       'config.ema.sigma_rels must be empty for --mode import: what is imported has one average'
     )
+  if setup.config.training.learned_weight:
+    raise UserError(
+      'config.training.learned_weight must be False for --mode import: what is imported has none'
+    )
   state, notes = imported(setup, checkpoint)
   with open_workdir(root), Checkpoints(root, notes) as checkpoints:
     set_aside_former(root)

@@ -197,6 +197,22 @@ def _edm_is_for_data_around_zero(config: FrozenConfigDict) -> str:
   return 'the output edm is for data around 0: set config.data.centered = True'
 
 
+def _learned_weights_are_of_denoising(config: FrozenConfigDict) -> str:
+  if not config.training.learned_weight:
+    return ''
+  if config.training.objective != 'dsm':
+    return (
+      'config.training.learned_weight needs config.training.objective = dsm, whose loss of a noise '
+      f'level is above 0 whatever the network is; that of {config.training.objective} is not'
+    )
+  if config.distill.method:
+    return (
+      'config.training.learned_weight weighs the loss of a score, and that of '
+      f'config.distill.method = {config.distill.method} is another: set it to False'
+    )
+  return ''
+
+
 def _noise_is_paired_for_flow_matching(config: FrozenConfigDict) -> str:
   training = config.training
   if training.coupling == 'independent':
@@ -211,6 +227,10 @@ def _noise_is_paired_for_flow_matching(config: FrozenConfigDict) -> str:
     return (
       f'{what} needs config.training.objective = dsm, which learns the velocity of the flow; '
       f'{training.objective} learns the score, which then is something else'
+    )
+  if config.distill.method:
+    return (
+      f'{what} is not for config.distill.method = {config.distill.method}: set it to independent'
     )
   if config.model.num_classes:
     return (
@@ -522,6 +542,7 @@ RULES: tuple[Rule, ...] = (
   _strata_are_of_several_times,
   _later_sdes_have_no_chain,
   _edm_is_for_data_around_zero,
+  _learned_weights_are_of_denoising,
   _noise_is_paired_for_flow_matching,
   _students_learn_at_all_times,
   _students_have_losses_of_their_own,

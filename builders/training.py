@@ -10,15 +10,16 @@ from ml_collections import FrozenConfigDict
 
 from builders.data import make_augmentation
 from builders.distillation import distillation_task
-from builders.setup import make_optimizer, Setup
+from builders.setup import make_learning_rate, make_optimizer, Setup
 from losses import UniformTimes
 from models.classifier import Classifier
 from models.score import Params
 from models.wideresnet import WideResnet
 from runtime.errors import UserError
-from training import classifier, contrastive_divergence, loop
+from training import classifier, contrastive_divergence, learned_weight, loop
 from training.averages import Average, ConstantRate, HalfLife, Power, WarmingRate
 from training.contrastive_divergence import ContrastiveDivergence
+from training.learned_weight import LearnedWeight
 from training.loop import Schedule, Task, Update
 from training.optim import LearningRate
 from training.step import Batch, eval_step, init_state, Metrics, train_step, TrainState
@@ -68,12 +69,12 @@ def score_task(setup: Setup) -> Task:
   init: Callable[[Array], TrainState] = partial(
     init_state, model=model, tx=setup.tx, shape=shape, n_averages=len(averages)
   )
-  step: Callable[..., Any] = partial(
-    train_step,
-    grad_accum=config.training.grad_accum,
-    augmentation=make_augmentation(config),
+  in_parts = {
+    'grad_accum': config.training.grad_accum,
+    'augmentation': make_augmentation(config),
     **choices,
-  )
+  }
+  step: Callable[..., Any] = partial(train_step, **in_parts)
   if config.training.objective == 'cd':
     divergence = make_divergence(config)
     init = partial(
@@ -82,6 +83,13 @@ def score_task(setup: Setup) -> Task:
       n_averages=len(averages),
     )  # fmt: skip
     step = partial(contrastive_divergence.train_step, divergence=divergence, **choices)
+  if config.training.learned_weight:
+    learned = LearnedWeight(make_optimizer(config, make_learning_rate(config), weight_decay=0.0))
+    init = partial(
+      learned_weight.init_state,
+      model=model, tx=setup.tx, shape=shape, learned=learned, n_averages=len(averages),
+    )  # fmt: skip
+    step = partial(learned_weight.train_step, learned=learned, **in_parts)
   return Task(
     section='model',
     init=init,

@@ -128,6 +128,7 @@ def _default() -> ConfigDict:
   training.weight = ''
   training.weight_gamma = 5.0  # of min_snr and soft_min_snr
   training.weight_bias = 2.0  # of sigmoid
+  training.learned_weight = False  # learn u(sigma) of EDM2 beside the network: loss / e^u + u
   # Which noise goes with which data, of flow matching: independent, or optimal_transport, the order
   # of the noise in which it is nearest to the data.
   training.coupling = 'independent'

@@ -44,6 +44,14 @@ class TrainState:
 
 
 AnyState = TypeVar('AnyState', bound=TrainState)
+# (loss of each example, its time) -> what is minimised, [], and what else to report.
+Reduction = Callable[[PerRow, PerRow], tuple[Array, Metrics]]
+
+
+def mean_loss(each: PerRow, t: PerRow) -> tuple[Array, Metrics]:
+  """All examples count the same."""
+  del t
+  return each.mean(), {}
 
 
 def init_state(
@@ -61,7 +69,7 @@ def init_state(
 
 
 def train_step(
-  state: TrainState,
+  state: AnyState,
   batch: Batch,
   rng: Key,
   *,
@@ -72,7 +80,8 @@ def train_step(
   averages: tuple[Average, ...],
   grad_accum: int = 1,
   augmentation: Augmentation | None = None,
-) -> tuple[TrainState, Metrics]:
+  reduce: Reduction = mean_loss,
+) -> tuple[AnyState, Metrics]:
   """One optimiser step on a batch of images; random only in (rng, state.step).
 
   The loss is the mean over the whole batch, wherever its parts lie, and in however many parts the
@@ -92,11 +101,12 @@ def train_step(
   return optimize(
     state, x0, t, z, rng_dropout, labels, augment_labels,
     model=model, objective=objective, tx=tx, averages=averages, grad_accum=grad_accum,
+    reduce=reduce,
   )  # fmt: skip
 
 
 def optimize(
-  state: TrainState,
+  state: AnyState,
   x0: Data,
   t: PerRow,
   z: Data,
@@ -109,17 +119,19 @@ def optimize(
   tx: optax.GradientTransformation,
   averages: tuple[Average, ...],
   grad_accum: int = 1,
-) -> tuple[TrainState, Metrics]:
+  reduce: Reduction = mean_loss,
+) -> tuple[AnyState, Metrics]:
   """The step of `train_step` once data x0, times t, noise z and labels are drawn.
 
-  `augment_labels` say what augmentation did to the data, if anything.
+  `augment_labels` say what augmentation did to the data, if anything. `reduce` makes one number of
+  the losses of a batch, or of each of its parts; the mean over the parts is then taken.
   """
 
   def loss_fn(params: Params, part: Any) -> tuple[Array, Metrics]:
     rng_dropout, x0, t, z, labels, augment_labels = part
     score_fn = model.bind(params, rng_dropout, labels, augment_labels)
     rng = jax.random.fold_in(rng_dropout, 1)
-    return score_matching_loss(objective, score_fn, x0, t, z, rng).mean(), {}
+    return reduce(score_matching_loss(objective, score_fn, x0, t, z, rng), t)
 
   batch = (x0, t, z, labels, augment_labels)
   differentiate = gradient_in_parts(loss_fn, rng_dropout, batch, grad_accum)

@@ -38,7 +38,7 @@ LEARNED = (
   'training.reduce_mean', 'training.likelihood_weighting', 'training.eps',
   'training.time_law', 'training.time_mean', 'training.time_std', 'training.weight',
   'training.weight_gamma', 'training.weight_bias', 'training.coupling_batch',
-  'training.label_dropout', 'ebm.regularization', 'optim.optimizer',
+  'training.learned_weight', 'training.label_dropout', 'ebm.regularization', 'optim.optimizer',
   'ema.sigma_rels', 'distill.start_steps', 'distill.end_steps', 'distill.num_steps',
   'distill.grid', 'distill.rho', 'distill.solver', 'distill.distance', 'distill.huber_c',
   'distill.weight', 'distill.target_rate', 'distill.doublings', 'distill.gap_base',

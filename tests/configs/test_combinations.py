@@ -275,6 +275,7 @@ def test_paired_noise_is_sampled_by_the_probability_flow_alone(method):
     ('vp', {'training__time_law': 'likelihood', 'training__continuous': False}, 'likelihood needs'),
     ('vp', {'training__single_scale': True, 'sampling__method': 'langevin',
             'training__stratified': True}, 'stratified spreads times'),
+    ('vp', {'training__learned_weight': True, 'training__objective': 'ssm'}, 'weight needs .* dsm'),
     ('vp', {'training__coupling': 'optimal_transport'}, 'is for config.training.sde = flow'),
     ('vp', PAIRED | {'training__objective': 'ssm'}, 'needs config.training.objective = dsm'),
     ('vp', PAIRED | {'model__num_classes': 3}, 'is not for config.model.num_classes = 3'),
