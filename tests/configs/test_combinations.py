@@ -232,7 +232,7 @@ def test_paired_noise_is_sampled_by_the_probability_flow_alone(method):
   fields = PAIRED | {'sampling__method': method}
   noise = {'sampling__eta': 0.5, 'sampling__s_churn': 1.0, 'sampling__probability_flow': False}
   silent = {'sampling__eta': 0.0, 'sampling__s_churn': 0.0, 'sampling__probability_flow': True}
-  never = ('adaptive_sde', 'langevin', 'mala')
+  never = ('adaptive_sde', 'langevin', 'mala', 'consistency')
   with_noise = ('pc', 'ddim', 'dpm_solver++', 'dpm_solver++_3m', 'euler', 'heun', *never)
   assert (setup_of(config_of('vp', **fields, **noise)) is None) == (method in with_noise)
   assert (setup_of(config_of('vp', **fields, **silent)) is None) == (method in never)
