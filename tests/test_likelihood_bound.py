@@ -121,13 +121,17 @@ def test_integrands_are_those_of_score_flow(key, sde):
   for name in names:
     _, _, form, iw, offset, _, centered, _ = name.replace('/', '__').split('__')
     bound = LikelihoodBound(sde, eps, form, sigma_data=1e6)
-    for i, u in enumerate(jnp.asarray(file['u'], jnp.float32)):
-      t = law.quantile(u) if iw == 'iw1' else eps + u * (sde.T - eps)
-      z, v = (jnp.asarray(file[k][i], jnp.float32) for k in ('noise', 'probe_rademacher'))
-      rate = 1 / law.density(t) if iw == 'iw1' else jnp.ones_like(t)
-      ours = law.density(t) * rate * law.total * bound.bracket(score_fn, data, t, z, v)
-      ours -= 2 * dim * rate * sde.drift_coef(t)
-      np.testing.assert_allclose(ours, file[name][i], rtol=2e-3, atol=2e-2)
+    u, z, v = (
+      jnp.asarray(file[k], jnp.float32).reshape(-1, *file[k].shape[2:])
+      for k in ('u', 'noise', 'probe_rademacher')
+    )
+    t = law.quantile(u) if iw == 'iw1' else eps + u * (sde.T - eps)
+    rate = 1 / law.density(t) if iw == 'iw1' else jnp.ones_like(t)
+    x = jnp.tile(data, (len(file['u']), 1, 1, 1))
+    ours = law.density(t) * rate * law.total * bound.bracket(score_fn, x, t, z, v)
+    ours -= 2 * dim * rate * sde.drift_coef(t)
+    expected = file[name].reshape(-1)
+    np.testing.assert_allclose(ours, expected, rtol=2e-3, atol=2e-2)
     # The parts at the two ends, for the noise that is given.
     alpha, sigma = (float(f(jnp.float32(sde.T))) for f in (sde.alpha, sde.sigma))
     at_end = alpha * data + sigma * jnp.asarray(file['prior_noise'], jnp.float32)
