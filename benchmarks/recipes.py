@@ -263,14 +263,13 @@ class Bench:
     }
 
   def outcome(self, rows: Sequence[Report]) -> Report:
-    """What the page is made of; once all is there, times of steps, which take long to compile."""
-    whole = len(rows) == len(self.trial.recipes) * len(self.trial.seeds)
+    """What the page is made of; times of steps once they are taken."""
     return {
       'name': self.trial.name,
       'size': self.train_source.shape[0],
       'train_images': len(self.train_source),
       'accuracy': self.classifier[1],
-      'step_ms': self.step_times() if whole else {},
+      'step_ms': artifacts.read_json(self._times) if self._times.exists() else {},
       'rows': sorted(rows, key=lambda row: (row['seed'], _NAMES.index(row['recipe']))),
     }
 
@@ -328,15 +327,18 @@ class Bench:
     moments = Moments.of(taken)
     return Reference(n, moments.mean, moments.cov, taken)
 
-  def step_times(self) -> dict[str, float]:
+  @property
+  def _times(self) -> epath.Path:
+    return self.folder / 'steps.json'
+
+  def time_steps(self) -> None:
     """Milliseconds of a step of each recipe, in turns, so that a busy machine is so for all."""
-    path = self.folder / 'steps.json'
-    if not path.exists():
+    if not self._times.exists():
       setups = {r.name: build(config_of(self.trial, r, 0, self.data)) for r in self.trial.recipes}
       runs = {name: _one_step(setup) for name, setup in setups.items()}
       timed = common.timed(runs, TURNS)
-      artifacts.write_json(path, {name: 1e3 * seconds for name, (seconds, _) in timed.items()})
-    return artifacts.read_json(path)
+      times = {name: 1e3 * seconds for name, (seconds, _) in timed.items()}
+      artifacts.write_json(self._times, times)
 
 
 def _one_step(setup: Setup) -> Callable[[], Any]:
@@ -407,6 +409,15 @@ class Run:
     return artifacts.read_json(path)
 
 
+def write(bench: Bench, rows: Sequence[Report], docs: Path) -> None:
+  """The page and its pictures, with what was measured until now."""
+  runs, outcome = bench.folder.parent, bench.outcome(rows)
+  artifacts.write_json(bench.folder / OUTCOME, outcome)
+  paths = [runs / t.name.lower() / OUTCOME for t in TRIALS if t.name != bench.trial.name]
+  others = [artifacts.read_json(path) for path in paths if path.exists()]
+  results_page.write(outcome, others, docs)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   names = [trial.name.lower() for trial in TRIALS]
@@ -434,11 +445,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in trial.seeds:
       for recipe in sorted(trial.recipes, key=lambda recipe: recipe.sde != 'edm'):
         rows.append(bench.row(recipe, seed))
-        outcome = bench.outcome(rows)
-        artifacts.write_json(bench.folder / OUTCOME, outcome)
-        paths = [runs / t.name.lower() / OUTCOME for t in TRIALS if t.name != trial.name]
-        others = [artifacts.read_json(path) for path in paths if path.exists()]
-        results_page.write(outcome, others, docs)
+        write(bench, rows, docs)
+    bench.time_steps()
+    write(bench, rows, docs)
 
 
 if __name__ == '__main__':

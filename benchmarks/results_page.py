@@ -14,6 +14,7 @@ from etils import epath
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 import numpy as np
 from PIL import Image
 
@@ -120,6 +121,11 @@ def _plot_distances(ax: Axes, rows: Sequence[Row], colors: dict[str, str]) -> No
     ax.plot([], [], 'o-', ms=4, color=color, label=recipe)
   first = next(iter(rows[0]['distances'].values()))
   ax.axhline(first[f'{key}_floor'], color='k', lw=0.8, label='data')
+  for axis in (ax.xaxis, ax.yaxis):  # plain numbers, not powers of ten
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(ScalarFormatter())
+  ax.set_xticks([int(n) for n in rows[0]['distances']])
+  ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
   ax.set_xlabel('evaluations of the network')
   ax.legend(fontsize=8)
 
