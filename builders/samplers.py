@@ -34,7 +34,7 @@ _SOLVERS: dict[str, tuple[Callable[[Any], Solver], str]] = {
   'flow_heun': (lambda choice: FlowSolver(2), 'uniform'),
 }
 
-METHODS = ('pc', 'consistency', 'ode', 'adaptive_sde', 'langevin', 'mala', *_SOLVERS)
+METHODS = ('pc', 'ode', 'adaptive_sde', 'langevin', 'mala', *_SOLVERS, 'consistency')
 
 
 def make_sampler(config: FrozenConfigDict, chain: Chain) -> Sampler:

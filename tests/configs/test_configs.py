@@ -258,6 +258,8 @@ def test_every_sampling_method_can_be_built(sde, method):
   config.model.output = 'energy' if method == 'mala' else ''
   if method in ('langevin', 'mala'):
     config.training.update(single_scale=True, eps=config.sampling.eps)
+  if method == 'consistency':  # whose last time is that of training
+    config.distill.method, config.training.eps = 'cd', config.sampling.eps
   sampler = build(config).sampler
   if hasattr(sampler, 'grid'):
     assert (sampler.grid.n, sampler.grid.eps) == (30, config.sampling.eps)
