@@ -100,7 +100,7 @@ def setup_of() -> Setup:
 
 def test_samples_of_what_was_trained_with_it_are_as_the_data():
   setup = setup_of()
-  assert setup.true_score_fn is None and set(make_held_out_loss(setup).objectives) == {'loss'}
+  assert setup.true_score_fn is None and set(make_held_out_loss(setup).losses) == {'loss'}
   source, task = points.load('two_gaussians', 'train', 2), score_task(setup)
   first = jax.jit(task.init)(setup.keys.key('init'))
   *_, (state, _, measured) = loop.updates(
