@@ -1,6 +1,7 @@
 """Samples that are compared with data are of the classes as often as the data are."""
 
 import dataclasses
+from functools import partial
 import logging
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from builders.setup import build, Setup
 from configs.vp.digits import get_config
 from data import sources
 from data.sources import ImageSource
+from evaluation import metrics
 from evaluation.labels import count_classes, in_turn, LabelLaw
 from evaluation.sample_quality import SampleQuality
 from runtime.errors import UserError
@@ -21,6 +23,13 @@ from runtime.errors import UserError
 # How many images of 0 to 9 the training set of SVHN has.
 SVHN = (4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659)
 N = 5000  # images and samples
+
+
+@pytest.fixture(autouse=True)
+def few_subsets(monkeypatch) -> None:
+  """Kernel distances take longest, and are not what is tested here."""
+  few = partial(metrics.kernel_distance, subsets=2)
+  monkeypatch.setattr(metrics, 'kernel_distance', few)
 
 
 @pytest.fixture(scope='module')
