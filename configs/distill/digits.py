@@ -22,9 +22,9 @@ _CHANGES: dict[str, base.Changes] = {
     'model.ema_rate': 0.999,
   },
   'progressive': {'training.n_iters': 500, 'model.ema_rate': 0.0},
-  'cd': {'training.n_iters': 4000},
+  'cd': {'training.n_iters': 3000},
   'ict': {'training.n_iters': 4000, 'distill.end_steps': 160},
-  'ect': {'training.n_iters': 4000},
+  'ect': {'training.n_iters': 3000},
 }
 
 

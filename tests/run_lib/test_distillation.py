@@ -148,19 +148,21 @@ def test_killed_in_the_third_stage_and_repeated_it_ends_with_the_same_bits(
 
 def test_a_teacher_that_moved_is_told_and_another_refused(runs, tmp_path, caplog):
   caplog.set_level('INFO')
-  root, moved = tmp_path / 'one', tmp_path / 'elsewhere'
-  fields = {'distill__start_steps': 4}
-  run_lib.distill(student(**fields, training__n_iters=2), str(root), str(runs / 'teacher'))
-  shutil.copytree(runs / 'teacher', moved)
-  run_lib.train(config(training__n_iters=10, **UNSEEN), str(moved))  # it goes on; its step 8 stays
-  run_lib.distill(student(**fields, training__n_iters=4), str(root), str(moved))
+  root, moved, stages = tmp_path / 'one', tmp_path / 'elsewhere', runs / 'student' / 'stages'
+  shutil.copytree(stages / '8', moved)
+  shutil.copytree(stages / '4', root)
+  further = student(distill__end_steps=8, training__n_iters=6)
+  run_lib.distill(further, str(moved), str(runs / 'teacher'))  # trains on; its step 4 stays
+  fields = {'distill__start_steps': 8, 'distill__end_steps': 4}
+  caplog.clear()
+  run_lib.distill(student(**fields), str(root), str(moved))
   (said,) = [line for line in caplog.messages if 'has moved' in line]
-  assert str(runs / 'teacher') in said and str(moved) in said
-  line = refusal(runs, tmp_path, str(moved / 'checkpoints' / '10'), str(root), **fields)
-  assert '10 has changed, or is another' in line and 'step 8' in line
-  shutil.rmtree(moved / 'checkpoints' / '8')
+  assert str(stages / '8') in said and str(moved) in said
+  line = refusal(runs, tmp_path, str(moved / 'checkpoints' / '6'), str(root), **fields)
+  assert '6 has changed, or is another' in line and 'step 4' in line
+  shutil.rmtree(moved / 'checkpoints' / '4')
   shutil.rmtree(moved / 'checkpoints-meta')
-  assert 'holds no checkpoint of step 8' in refusal(runs, tmp_path, str(moved), str(root), **fields)
+  assert 'holds no checkpoint of step 4' in refusal(runs, tmp_path, str(moved), str(root), **fields)
 
 
 @pytest.mark.parametrize(
