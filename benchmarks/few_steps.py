@@ -121,12 +121,14 @@ class Row:
     return [self.model, self.sampler, str(self.evaluations), *numbers]
 
 
-def rows(workdir: Path, n: int, data: Moments) -> Iterator[Row]:
-  """Of a run: one for each of its samplers."""
+def rows(workdir: Path, n: int, data: Moments, most: int) -> Iterator[Row]:
+  """Of a run: one for each of its samplers, of at most so many steps."""
   setup, params = run_lib.load(str(workdir))
   config, seconds = ConfigDict(setup.config.to_dict()), training_seconds(workdir)
   model = config.distill.method or f'teacher, {config.training.sde}'
   for name, fields in samplers(config):
+    if fields.get('sampling.num_steps', 0) > most:
+      continue
     changed = ConfigDict(config.to_dict())
     changed.update_from_flattened_dict(fields)
     images, nfe = drawn(build(changed), params, n)
@@ -184,6 +186,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('workdirs', nargs='*', type=Path, metavar='WORKDIR')
   parser.add_argument('--samples', type=int, default=1000, help='of each row (1000)')
+  parser.add_argument('--most', type=int, default=200, help='steps of a sampler (200)')
   parser.add_argument('--page', type=Path, help='whose marks the table goes between')
   parser.add_argument('--json', type=Path, help='also write the numbers here')
   parser.add_argument('--memory', action='store_true', help='of a step, in place of all else')
@@ -196,9 +199,10 @@ def main() -> None:
   of_data = pixels_of(source.gather(np.arange(len(source))))
   floor, moments = Floor.of(of_data, args.samples), Moments.of(of_data)
   found = list[Row]()
-  for row in (row for workdir in args.workdirs for row in rows(workdir, args.samples, moments)):
-    print(*row.cells(), flush=True)
-    found.append(row)
+  for workdir in args.workdirs:
+    for row in rows(workdir, args.samples, moments, args.most):
+      print(*row.cells(), flush=True)
+      found.append(row)
   lines = table(found, args.samples, floor)
   print('\n'.join(['', *lines]))
   if args.json:
