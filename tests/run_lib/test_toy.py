@@ -179,7 +179,7 @@ def test_noise_levels_are_recommended_for_any_data(caplog, tmp_path):
     ({'model__output': 'energies'}, "did you mean 'energy'"),
     ({'sampling__method': 'mala'}, 'needs config.model.output = energy'),
     ({'training__objective': 'cd'}, 'cd needs config.model.output = energy'),
-    ({'model__num_classes': 3}, 'num_classes = 3 needs a network with an embedding'),
+    ({'model__num_classes': 3}, 'num_classes is 3, and dataset .two_moons., .* has no labels'),
     ({'data__dim': 3}, 'two_moons must be from 2 to 2; got 3'),
     ({'data__dim': 0}, 'two_moons'),
   ],
