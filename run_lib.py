@@ -536,10 +536,11 @@ def sweep_averages(config: ConfigDict, workdir: str, eval_folder: str = 'eval') 
   out, widths = root / 'ema' / eval_folder, list(dict.fromkeys(setup.config.ema.sweep))
   _check_widths(setup, root, 'sweep')
   wanted = setup.config.eval
-  if not (wanted.enable_loss or wanted.enable_bpd or (wanted.enable_sampling and wanted.features)):
+  compared = wanted.enable_sampling and wanted.features
+  if not (wanted.enable_loss or wanted.enable_bpd or wanted.enable_bound or compared):
     raise UserError(
       'config.ema.sweep compares averages by what is measured of them, and nothing is: set '
-      'config.eval.enable_loss or enable_bpd, or enable_sampling with features'
+      'config.eval.enable_loss, enable_bpd or enable_bound, or enable_sampling with features'
     )
   if setup.model.num_classes:
     class_names(setup, root)  # which says so if they are others

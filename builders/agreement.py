@@ -429,6 +429,8 @@ def _paired_noise_leaves_no_score(config: FrozenConfigDict) -> str:
         f'{what}, which config.sampling.{field} = {choice[field]} needs: leave that out, or train '
         'with independent'
       )
+  if config.eval.enable_bound:
+    return f'{what}, which config.eval.enable_bound needs: enable_bpd asks for the flow alone'
   if _follows_the_flow(choice):
     return ''
   return (

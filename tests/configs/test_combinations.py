@@ -283,6 +283,7 @@ def test_paired_noise_is_sampled_by_the_probability_flow_alone(method):
     ('vp', PAIRED | {'data__augment_probability': 0.1}, 'is not for config.data.augment_prob'),
     ('vp', PAIRED | {'sampling__task': 'inpaint'}, r'which config\.sampling\.task = inpaint needs'),
     ('vp', PAIRED | {'sampling__guide': 'weak'}, r'which config\.sampling\.guide = weak needs'),
+    ('vp', PAIRED | {'eval__enable_bound': True}, r'which config\.eval\.enable_bound needs'),
     ('vp', PAIRED | {'sampling__labels': (1,)}, r'which config\.sampling\.labels = .* needs'),
     ('vp', {'ema__sigma_rels': (0.1,), 'ema__use': 2}, 'use must be below 2'),
   ],
