@@ -306,13 +306,18 @@ def _classifier(report: dict[str, Any]) -> list[list[Row]]:
 
 
 def _curves(lines: Sequence[dict[str, float]]) -> list[Curve]:
-  """A curve for each scalar; training loss and that of held-out images share one."""
+  """A curve for each scalar, where it is finite; training and held-out loss share one."""
   hidden = ('step', 'steps_per_s')  # the latter says what images_per_s does
+  lines = [{k: v for k, v in line.items() if _is_finite(v)} for line in lines]
   names = list(dict.fromkeys(name for line in lines for name in line if name not in hidden))
   shared = [n for n in names if f'eval_{n}' in names]
   groups: list[tuple[str, ...]] = [(n, f'eval_{n}') for n in shared]
   groups += [(n,) for n in names if n not in shared and n.removeprefix('eval_') not in shared]
   return [_curve(lines, group) for group in groups]
+
+
+def _is_finite(value: Any) -> bool:
+  return isinstance(value, int | float) and bool(np.isfinite(value))
 
 
 def _curve(lines: Sequence[dict[str, float]], names: Sequence[str]) -> Curve:

@@ -120,6 +120,8 @@ def test_a_curve_can_be_read_off(workdir):
   left, top, right, bottom = curve.box
   assert points[0] == (left, top) and points[-1] == (right, bottom)
   assert curve.cut == '1 of 40 points lie above 4.025' and '0.125 at step 40' in curve.last
+  odd = [{'step': 1, 'loss': None, 'rate': 1.0}, {'step': 2, 'loss': float('inf'), 'rate': 3.0}]
+  assert [curve.title for curve in page._curves(odd)] == ['rate']  # no loss is finite
   flat = page._curves([{'step': 7, 'loss': 2.0}])
   assert flat[0].range == (7.0, 7.0) and flat[0].lines[0].points
 
