@@ -187,7 +187,7 @@ def likelihood_step(setup: Setup, everywhere: NamedSharding, split: NamedShardin
 
   def drift(params: Any, x: Array, v: Array, t: Array) -> tuple[Array, Array]:
     flow = sampling.ProbabilityFlow(setup.model.bind(params), setup.model.sde)
-    return likelihood.VolumeChange(flow, v)((x, jnp.zeros(len(x))), t)
+    return likelihood.VolumeChange(flow, v)((x, jnp.zeros((1, len(x)))), t)
 
   x = jax.ShapeDtypeStruct((n, *setup.data_shape), 'float32')
   v = jax.ShapeDtypeStruct((1, *x.shape), 'float32')  # one probe

@@ -56,7 +56,7 @@ def evaluate_released(
 @jax.jit
 def both(change: VolumeChange, x: Array, t: Array) -> tuple[Array, Array]:
   """Drift and divergence by one evaluation and its pullback."""
-  return change((x, jnp.zeros(len(x))), t)
+  return change((x, jnp.zeros((1, len(x)))), t)
 
 
 def solve_released(

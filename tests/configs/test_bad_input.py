@@ -157,7 +157,7 @@ def test_whole_numbers_and_nothing_are_read_as_they_are_meant(arguments, read):
 
 @pytest.mark.parametrize(
   'arguments',
-  [[], ['--mode=train'], ['--config=configs/vp/digits.py'], ['--confg=x', '--mode=eval']],
+  [['--mode=train'], ['--config=configs/vp/digits.py'], ['--confg=x', '--mode=eval']],
 )
 def test_an_unfinished_command_line_is_refused(arguments):
   start = [sys.executable, str(ROOT / 'main.py'), *arguments]

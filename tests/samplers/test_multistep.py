@@ -254,6 +254,7 @@ def test_grids_fall_evenly_from_T_to_eps(sde, spacing):
   assert (np.diff(times) < 0).all()
   lam = time_grids.in_float64(sde.log_snr, times)
   own = {'uniform': times, 'quadratic': np.sqrt(times), 'log_snr': lam, 'edm': np.exp(-lam / 7)}
+  own['cosine'] = np.arctan(np.exp(-lam))
   np.testing.assert_allclose(np.diff(own[spacing], 2), 0, atol=1e-9)
 
 
