@@ -32,6 +32,7 @@ def workdir(tmp_path) -> Path:
 
 GO_ON = """
 import json, pathlib, sys
+from configs.base import saved
 import run_lib
 
 workdir = pathlib.Path(sys.argv[1])
@@ -45,7 +46,7 @@ run_lib.train(config, str(workdir))
 def test_its_run_goes_on(workdir):
   """Another kind of CPU adds up in another order; on the kind that made it, all bits agree.
 
-  So do other options of the compiler: this is one of the programs that are compiled in many parts.
+  So do other options of the compiler: its programs were compiled in many parts.
   """
   flags = [
     f for f in os.environ['XLA_FLAGS'].split() if not f.startswith('--xla_cpu_parallel_codegen')
