@@ -9,6 +9,7 @@
   stats             what samples are compared with, and the noise levels that the data ask for
   train_classifier  a classifier of noisy images, for sampling by class
   import            a checkpoint of the released code, or exported weights, become a workdir
+  ema               moving averages of widths that were not kept, of a run's snapshots
   export            the weights of a workdir as safetensors, with a card that says what they are
 
   python main.py --config configs/vp/digits.py --mode train --config.training.n_iters=4000
@@ -28,7 +29,7 @@ wrong input, 128 + n after signal n; repeated, a command goes on.
 """
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 from functools import reduce
 import inspect
@@ -41,6 +42,7 @@ import re
 import runpy
 import sys
 import threading
+from typing import Any
 import zlib
 
 from absl import flags
@@ -51,11 +53,6 @@ from runtime import start
 from runtime.errors import Failure, unknown, UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, [:variant] of it.')
-_MODES = [
-  'train', 'distill', 'train_classifier', 'eval', 'sample', 'likelihood', 'check_data', 'stats',
-  'import', 'export', 'ema',
-]  # fmt: skip
-_MODE = flags.DEFINE_enum('mode', None, _MODES, 'What to do.')
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder; by default runs/<config>[-<variant>][-<field>=<value>].'
 )
@@ -72,6 +69,27 @@ _DETERMINISTIC = flags.DEFINE_bool('deterministic', False, 'GPUs compute the sam
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Released checkpoint, or exported folder.')
 _INIT_FROM = flags.DEFINE_string('init_from', None, 'Workdir whose parameters a new run takes.')
 _TEACHER = flags.DEFINE_string('teacher', None, 'Workdir of the model that a student learns from.')
+# By name: what a mode does, given run_lib, which is imported late.
+_MODES: dict[str, Callable[[Any, ConfigDict, str], object]] = {
+  'train': lambda lib, config, root: lib.train(config, root, _INIT_FROM.value or ''),
+  'distill': lambda lib, config, root: lib.distill(config, root, _TEACHER.value or ''),
+  'train_classifier': lambda lib, config, root: lib.train_classifier(config, root),
+  'eval': lambda lib, config, root: lib.evaluate(config, root, _EVAL_FOLDER.value),
+  'sample': lambda lib, config, root: lib.sample(config, root, _SAMPLE_FOLDER.value),
+  'likelihood': lambda lib, config, root: lib.likelihood(config, root, _IMAGES.value or ''),
+  'check_data': lambda lib, config, root: lib.check_data(config),
+  'stats': lambda lib, config, root: lib.stats(config),
+  'import': lambda lib, config, root: lib.import_released(config, root, _CHECKPOINT.value),
+  'export': lambda lib, config, root: lib.export(
+    config, root, _EXPORT_FOLDER.value, _LICENCE.value
+  ),
+  'ema': lambda lib, config, root: (
+    lib.sweep_averages(config, root, _EVAL_FOLDER.value)
+    if config.ema.sweep
+    else lib.post_hoc_average(config, root)
+  ),
+}
+_MODE = flags.DEFINE_enum('mode', None, list(_MODES), 'What to do.')
 _FLAGS = (
   _CONFIG, _MODE, _WORKDIR, _EVAL_FOLDER, _SAMPLE_FOLDER, _IMAGES, _EXPORT_FOLDER, _LICENCE,
   _CHECKPOINT, _INIT_FROM, _TEACHER, _DETERMINISTIC, _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES,
@@ -250,31 +268,7 @@ def main(argv: Sequence[str]) -> None:
     if not workdir:
       usual, begins = default_workdir(path, variant), _MODE.value in ('train', 'distill', 'import')
       workdir = workdir_of(usual, as_in_file, _CONFIG.value, begins)
-    if _MODE.value == 'train':
-      run_lib.train(_CONFIG.value, workdir, _INIT_FROM.value or '')
-    elif _MODE.value == 'distill':
-      run_lib.distill(_CONFIG.value, workdir, _TEACHER.value or '')
-    elif _MODE.value == 'train_classifier':
-      run_lib.train_classifier(_CONFIG.value, workdir)
-    elif _MODE.value == 'eval':
-      run_lib.evaluate(_CONFIG.value, workdir, _EVAL_FOLDER.value)
-    elif _MODE.value == 'sample':
-      run_lib.sample(_CONFIG.value, workdir, _SAMPLE_FOLDER.value)
-    elif _MODE.value == 'likelihood':
-      run_lib.likelihood(_CONFIG.value, workdir, _IMAGES.value or '')
-    elif _MODE.value == 'check_data':
-      run_lib.check_data(_CONFIG.value)
-    elif _MODE.value == 'stats':
-      run_lib.stats(_CONFIG.value)
-    elif _MODE.value == 'export':
-      run_lib.export(_CONFIG.value, workdir, _EXPORT_FOLDER.value, _LICENCE.value)
-    elif _MODE.value == 'ema' and _CONFIG.value.ema.sweep:
-      run_lib.sweep_averages(_CONFIG.value, workdir, _EVAL_FOLDER.value)
-    elif _MODE.value == 'ema':
-      run_lib.post_hoc_average(_CONFIG.value, workdir)
-    else:
-      assert _CHECKPOINT.value is not None  # by `parse`
-      run_lib.import_released(_CONFIG.value, workdir, _CHECKPOINT.value)
+    _MODES[str(_MODE.value)](run_lib, _CONFIG.value, workdir)
 
 
 def _quiet_libraries() -> None:
