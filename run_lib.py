@@ -14,7 +14,6 @@ import logging
 from pathlib import Path
 
 from etils import epath
-import jax
 from ml_collections import ConfigDict
 
 from builders.continuity import (
@@ -25,6 +24,7 @@ from builders.continuity import (
   check_results,
   class_names,
   note_data,
+  note_machine,
   write_config,
 )
 from builders.data import check_data as check_images
@@ -41,10 +41,10 @@ from builders.evaluation import (
 )
 from builders.guide import load_guide
 from builders.setup import build, check_shared, Setup
+from builders.snapshots import draw_snapshot, hint_of_average
 from builders.teachers import load_teacher
 from builders.training import (
   abstract_state,
-  average_in_use,
   classifier_task,
   classifier_times,
   make_classifier,
@@ -59,14 +59,11 @@ from data.classes import numbers_of
 from data.folder import fingerprint, shown
 from data.noise_scales import NoiseScales
 from data.sources import Source
-from evaluation.average import is_late, what_is_late
 from evaluation.evaluate import Measurement, step_folder
 from evaluation.likelihoods import measure as measure_images
 from evaluation.sample import draw_samples
 from evaluation.stats import examples, noise_scales
 from models.score import Params
-from runtime import processes
-from runtime.devices import out_of_memory
 from runtime.errors import cannot_write, UserError
 from training import checkpoints as checkpoints_lib
 from training import classifier, exported, loop
@@ -74,9 +71,9 @@ from training.averages import Power
 from training.checkpoints import Checkpoints, Notes
 from training.post_hoc import averages_of_snapshots
 from training.step import TrainState
-from workdir import artifacts, page, reports, same_config, versions
+from workdir import artifacts, page, reports, same_config
 from workdir.origin import set_aside_former
-from workdir.progress import Bar, Stop
+from workdir.progress import Stop
 from workdir.reports import Report
 from workdir.same_config import (
   check_unchanged,
@@ -321,7 +318,7 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
     page.write(root)
   logger.info('%(samples)d samples, %(nfe)d evaluations each', report)
   logger.info('samples are in %s', folder / 'samples.png')
-  _hint_of_average(setup, step)
+  hint_of_average(setup, step)
   return report
 
 
@@ -616,74 +613,9 @@ def _at_start(setup: Setup, root: epath.Path, state: TrainState) -> None:
   if step and (changed := same_config.changes(root / 'config.json', setup.config.to_dict())):
     logger.info('it goes on with another config: %s', same_config.told(changed))
   write_config(root, setup, step)
-  _note_machine(root)
-
-
-def _note_machine(root: epath.Path) -> None:
-  """Writes down what a run is trained with and on; says so if it had other devices before."""
-  path, here = root / 'machine.json', versions.here()
-  before = artifacts.read_json(path) if path.exists() else here
-  names = ('devices', 'processes')
-  if any(before.get(name) != here[name] for name in names):
-    was, now = (', '.join(f'{n} {m.get(n)}' for n in names) for m in (before, here))
-    logger.info('%s, before %s: the same run but for the order of sums', now, was)
-  artifacts.write_json(path, here)
+  note_machine(root)
 
 
 def _at_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop) -> None:
-  _draw_snapshot(setup, root, state, stop)
+  draw_snapshot(setup, root, state, stop)
   page.write(root)
-
-
-def _draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop) -> None:
-  """A grid of samples; left out, and drawn by the next run, if a signal comes."""
-  step, training = int(state.step), setup.config.training
-  path = root / 'samples' / f'iter_{step}' / 'sample.png'
-  if not training.snapshot_sampling:
-    return
-  origin = checkpoints_lib.origin(root, step, state.ema_params)
-  if processes.from_first(path.exists()):
-    origin.claim(path.parent)
-    if processes.from_first(path.exists()):
-      return
-
-  with Bar('sample', 100, unit='%') as bar:
-
-    def progress(fraction: float) -> None:
-      bar.update(100 * fraction)
-      if stop.signal and jax.process_count() == 1:
-        raise InterruptedError
-
-    try:
-      rng = setup.keys.key('snapshot', step)
-      n, drawing = training.snapshot_samples, make_drawing(setup)
-      # What a step has room for; points take next to none.
-      most = n if setup.config.data.dim else training.batch_size // training.grad_accum
-      samples = drawing.in_rounds(state.ema_params, rng, n, most, progress)
-    except InterruptedError:
-      return
-    except FloatingPointError as error:  # training can do without
-      logger.warning('step %d: no picture: %s', step, error)
-      return
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-      if not out_of_memory(error):
-        raise
-      logger.warning(
-        'step %d: no picture: out of memory for %d samples at a time. Training goes on; set '
-        'config.training.snapshot_samples below that, or config.training.snapshot_sampling = False',
-        step, min(n, most),
-      )  # fmt: skip
-      return
-  origin.claim(path.parent)
-  artifacts.write_png(path, setup.codec.pictures.overview(samples))
-  logger.info('step %d: samples are in %s', step, path)
-  _hint_of_average(setup, step)
-
-
-def _hint_of_average(setup: Setup, step: int) -> None:
-  """Says so, where samples are of a moving average that has not arrived."""
-  average = average_in_use(setup.config)
-  if is_late(average, step):
-    logger.warning(
-      'samples are of parameters that have not arrived: %s', what_is_late(average, step)
-    )

@@ -23,7 +23,7 @@ from training import checkpoints as checkpoints_lib
 from training import fine_tuning
 from training.checkpoints import Notes
 from training.step import TrainState
-from workdir import artifacts, same_config
+from workdir import artifacts, same_config, versions
 from workdir.origin import has_results
 from workdir.same_config import check_unchanged, FIXED_IN_EVAL, LEARNED, MODEL
 
@@ -59,6 +59,17 @@ def check_results(out: epath.Path, setup: Setup) -> None:
   if has_results(out):
     way_out = 'Give back these values, or choose another folder (--eval_folder, --sample_folder)'
     check_unchanged(out / 'config.json', setup.config.to_dict(), FIXED_IN_EVAL, way_out)
+
+
+def note_machine(root: epath.Path) -> None:
+  """Writes down what a run is trained with and on; says so if it had other devices before."""
+  path, here = root / 'machine.json', versions.here()
+  before = artifacts.read_json(path) if path.exists() else here
+  names = ('devices', 'processes')
+  if any(before.get(name) != here[name] for name in names):
+    was, now = (', '.join(f'{n} {m.get(n)}' for n in names) for m in (before, here))
+    logger.info('%s, before %s: the same run but for the order of sums', now, was)
+  artifacts.write_json(path, here)
 
 
 # What to do where classes have other names than those that a model was trained with.

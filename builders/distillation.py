@@ -22,9 +22,9 @@ from training.consistency import (
   DISTANCES,
   easy_tuning,
   improved_training,
-  NormalLaw,
   WEIGHTS,
 )
+from training.curricula import NormalLaw
 from training.loop import Task
 from training.step import Batch, init_state, Metrics, TrainState
 

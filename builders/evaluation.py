@@ -11,9 +11,9 @@ from etils import epath
 from ml_collections import FrozenConfigDict
 import numpy as np
 
-from builders.agreement import CONSISTENCY
 from builders.data import load_source, make_decoder
 from builders.distillation import make_consistency
+from builders.rules_of_students import CONSISTENCY
 from builders.setup import explicit_matching, Setup
 from builders.training import average_in_use
 from controllable_generation import NoiseInterval

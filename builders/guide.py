@@ -5,7 +5,7 @@ import logging
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from builders.agreement import CONSISTENCY
+from builders.rules_of_students import CONSISTENCY
 from builders.setup import build, Setup
 from builders.training import abstract_state
 from builders.weights import read_weights

@@ -11,6 +11,8 @@ import optax
 from builders import agreement
 from builders.data import make_codec
 from builders.networks import divisor, LABELLED, NETWORKS
+from builders.rules_of_students import DISTILLATIONS
+from builders.rules_of_training import USUAL_OUTPUTS
 from builders.samplers import make_sampler, METHODS
 from configs import ranges
 from configs.ranges import field
@@ -173,7 +175,7 @@ _COUPLINGS: dict[str, Callable[[Any], Coupling]] = {
 
 _CHOICES: dict[str, Collection[str]] = {
   'data.fit': geometry.FITS,
-  'distill.method': ('', *agreement.DISTILLATIONS),
+  'distill.method': ('', *DISTILLATIONS),
   'distill.grid': SPACINGS,
   'distill.solver': ('heun', 'euler'),
   'distill.distance': ('', *consistency.DISTANCES),
@@ -331,7 +333,7 @@ def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
     )
   # A chain without kernels of its own is the SDE at some times, and is read as that, as released.
   continuous = training.continuous or not chain.has_kernels
-  usual_output = 'scaled_score' if model.scale_by_sigma else agreement.USUAL_OUTPUTS[training.sde]
+  usual_output = 'scaled_score' if model.scale_by_sigma else USUAL_OUTPUTS[training.sde]
   preconditioning = PRECONDITIONINGS[model.output or usual_output].for_data(model.sigma_data)
   net = make(model)
   conditioning = _CONDITIONINGS[ve, fourier, continuous]

@@ -7,8 +7,8 @@ from etils import epath
 import jax
 import numpy as np
 
-from builders.agreement import CONSISTENCY
 from builders.networks import pytorch_release_has
+from builders.rules_of_students import CONSISTENCY
 from builders.setup import build, Setup
 from builders.training import abstract_state, settled_rate, task_of
 from configs.base import saved

@@ -26,13 +26,11 @@ from training.consistency import (
   consistency_distillation,
   consistency_loss,
   consistency_training,
-  Constant,
-  Grid,
-  Growing,
   jumps,
   PREVIOUS,
   WEIGHTS,
 )
+from training.curricula import Constant, Grid, Growing
 from training.optim import LearningRate, radam
 from training.packing import packed, unpacked
 from training.step import TrainState

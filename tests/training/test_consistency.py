@@ -21,21 +21,16 @@ from sde_lib import EDMSDE, expand, RectifiedFlow, SDE, VPSDE
 from training import consistency
 from training.averages import ConstantRate
 from training.consistency import (
-  Approaching,
   consistency_distillation,
   consistency_loss,
   consistency_training,
-  Constant,
-  Doubling,
   easy_tuning,
-  Grid,
-  Growing,
   improved_training,
   noise_levels,
-  NormalLaw,
   perturbed,
   PseudoHuber,
 )
+from training.curricula import Approaching, Constant, Doubling, Grid, Growing, NormalLaw
 from training.step import init_state
 
 KEY = jax.random.key(0)
