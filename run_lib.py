@@ -40,7 +40,7 @@ from builders.evaluation import (
   reference_file,
 )
 from builders.guide import load_guide
-from builders.setup import build, check_shared, Setup
+from builders.setup import build, saved_setup, Setup
 from builders.snapshots import draw_snapshot, hint_of_average
 from builders.teachers import load_teacher
 from builders.training import (
@@ -52,8 +52,8 @@ from builders.training import (
   score_task,
   task_of,
 )
+from builders.values import check_shared
 from builders.weights import imported, read_weights, write_weights
-from configs.base import saved
 from data.check import SplitReport
 from data.classes import numbers_of
 from data.folder import fingerprint, shown
@@ -409,10 +409,7 @@ def load(workdir: str) -> tuple[Setup, Params]:
   if exported.is_here(root):
     setup, _, _, params = read_weights(root)
     return setup, params
-  path = root / 'config.json'
-  if not path.exists():
-    raise UserError(f'{path} does not exist; name the workdir of a run')
-  setup = build(saved(artifacts.read_json(path), path))
+  setup = saved_setup(root, 'the workdir of a run')
   return setup, _newest(setup, root)[1]
 
 

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from builders.setup import build, explicit_matching, Setup
+from builders.objectives import explicit_matching
+from builders.setup import build, Setup
 from builders.training import make_schedule, score_task
 from configs.points import VARIANTS
 from data import points

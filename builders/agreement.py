@@ -2,7 +2,7 @@
 
 What is refused here would train or draw nonsense, or end in a traceback later: a network would be
 asked for what it was never trained on, or nothing would move. What one value may be is in
-`configs.ranges` and in the tables of `builders.setup`.
+`configs.ranges` and in the tables of `builders.values`.
 """
 
 from collections.abc import Callable

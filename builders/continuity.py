@@ -12,9 +12,8 @@ import os
 from etils import epath
 
 from builders.data import load_source
-from builders.setup import build, Setup
+from builders.setup import saved_setup, Setup
 from builders.training import abstract_state
-from configs.base import saved
 from data import sources
 from data.classes import check_same, describe
 from evaluation.evaluate import Measurement
@@ -115,16 +114,10 @@ def begin_from(
       '--workdir. Without --init_from the run there goes on'
     )
   place = fine_tuning.find(path)
-  config_path = place.root / 'config.json'
-  if not config_path.exists():
-    raise UserError(f'--init_from: {config_path} does not exist; it belongs to the checkpoints')
-  try:
-    others = build(saved(artifacts.read_json(config_path), config_path))
-  except UserError as error:
-    raise UserError(f'--init_from: {config_path}: {error}') from None
+  others = saved_setup(place.root, '--init_from')
   beginning, source = fine_tuning.load(place, abstract_state(others), notes.classes)
   logger.info('beginning with the parameters of %s', beginning.where)
-  different = same_config.changes(config_path, setup.config.to_dict())
+  different = same_config.differences(others.config.to_dict(), setup.config.to_dict())
   learned = {k: v for k, v in different.items() if k in LEARNED}
   if learned:
     logger.info('of what is learned, it had: %s', same_config.told(learned))

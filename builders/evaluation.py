@@ -13,8 +13,9 @@ import numpy as np
 
 from builders.data import load_source, make_decoder
 from builders.distillation import make_consistency
+from builders.objectives import explicit_matching
 from builders.rules_of_students import CONSISTENCY
-from builders.setup import explicit_matching, Setup
+from builders.setup import Setup
 from builders.training import average_in_use
 from controllable_generation import NoiseInterval
 from data.classes import numbers_of

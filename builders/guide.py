@@ -6,10 +6,9 @@ from etils import epath
 from ml_collections import FrozenConfigDict
 
 from builders.rules_of_students import CONSISTENCY
-from builders.setup import build, Setup
+from builders.setup import saved_setup, Setup
 from builders.training import abstract_state
 from builders.weights import read_weights
-from configs.base import saved
 from data.classes import check_same
 from evaluation.draw import Guide
 from models.score import Params
@@ -57,13 +56,7 @@ def load_guide(setup: Setup, root: epath.Path) -> Guide | None:
 def _checkpoint(setup: Setup, where: epath.Path) -> tuple[Setup, Notes, int, Params]:
   """The parts of the guide, what is noted with it, its step and the average that is wanted."""
   place = fine_tuning.find(where, _FIELD)
-  path = place.root / 'config.json'
-  if not path.exists():
-    raise UserError(f'{path} does not exist; it belongs to the checkpoints')
-  try:
-    its = build(saved(artifacts.read_json(path), path))
-  except UserError as error:
-    raise UserError(f'{path}: {error}') from None
+  its = saved_setup(place.root, _FIELD)
   _check_same_kind(setup, its, place.root)
   with Checkpoints(place.root, create=False) as checkpoints:
     found = checkpoints.restore_parameters(abstract_state(its), place.step)

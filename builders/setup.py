@@ -1,57 +1,33 @@
 """From a config to the parts of a run: `build` is where names in a config get their meaning."""
 
-from collections.abc import Callable, Collection
 import dataclasses
-from typing import Any
 
-import jax
+from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict
 import optax
 
-from builders import agreement
+from builders import values
 from builders.data import make_codec
-from builders.networks import divisor, LABELLED, NETWORKS
-from builders.rules_of_students import DISTILLATIONS
+from builders.networks import NETWORKS
+from builders.objectives import make_objective, SDES
 from builders.rules_of_training import USUAL_OUTPUTS
-from builders.samplers import make_sampler, METHODS
-from configs import ranges
-from configs.ranges import field
-from data import augmentation, geometry, points
+from builders.samplers import make_sampler
+from configs.base import saved
+from data import augmentation, points
 from data.codec import Codec
 from data.points import Diffused
-from evaluation import features
-from likelihood import FORMS
-import losses
 from losses import (
-  ChainTimes,
-  Coupling,
-  ImportanceSampled,
-  LikelihoodTimes,
-  LogNormalTimes,
-  Matching,
   Objective,
-  OneTime,
-  Stratified,
-  TimeLaw,
-  UniformTimes,
-  Weight,
 )
-from models import ncsn, ncsnpp, score
-from models.layers import ACTIVATIONS
-from models.preconditioning import ENERGY, PRECONDITIONINGS
+from models import score
+from models.preconditioning import PRECONDITIONINGS
 from models.score import Conditioning, ScoreModel
 from runtime.devices import Devices, in_groups, Keys
-from runtime.errors import unknown, UserError
-from runtime.precision import PRECISIONS
-from samplers import ode
+from runtime.errors import UserError
 from samplers.base import Sampler
-from samplers.time_grids import SPACINGS
-import sampling
-from sde_lib import EDMSDE, RectifiedFlow, ScoreFn, SDE, subVPSDE, VESDE, VPSDE
-from training import consistency
-from training.optim import DECAYS, LearningRate, OPTIMIZERS
-
-FEWEST = 10  # samples that can be compared with data: an Inception score has ten parts
+from sde_lib import SDE
+from training.optim import LearningRate, OPTIMIZERS
+from workdir import artifacts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +69,16 @@ def build(config: ConfigDict) -> Setup:
   Raises:
     UserError: if a value is not allowed, or values don't go together.
   """
-  config = FrozenConfigDict(_spelled_as_here(config))
-  _check(config)
+  config = FrozenConfigDict(values.spelled_as_here(config))
+  values.check(config)
   training, optim = config.training, config.optim
   try:
-    sde = _SDES[training.sde](config.model)
-    _check_times(config, sde)
+    sde = SDES[training.sde](config.model)
+    values.check_times(config, sde)
     model = _score_model(config, sde)
     true_score_fn = _true_score_fn(config, sde)
     sampler = make_sampler(config, model.chain)
-    objective = _objective(config, model, true_score_fn)
+    objective = make_objective(config, model, true_score_fn)
   except ValueError as error:  # an SDE that can't be
     raise UserError(str(error)) from None
   devices = in_groups(training.fsdp)
@@ -119,190 +95,23 @@ def build(config: ConfigDict) -> Setup:
   )
 
 
-# Fields whose values the released code takes in any case, and values of other names there.
-_ANY_CASE = (
-  'nonlinearity', 'resblock_type', 'embedding_type', 'progressive', 'progressive_input',
-  'progressive_combine', 'interpolation',
-)  # fmt: skip
-_OTHER_NAMES = {'interpolation': {'nearest_neighbor': 'nearest'}}
+def saved_setup(root: epath.Path, what: str) -> Setup:
+  """What the config of a workdir stands for.
 
+  Args:
+    root: the workdir.
+    what: the flag or field that names it, for messages.
 
-def _spelled_as_here(config: ConfigDict) -> ConfigDict:
-  """The config with choices of networks as they are written here, not as the released code may."""
-  values = config.to_dict()
-  model = values['model']
-  for name in _ANY_CASE:
-    if isinstance(value := model.get(name), str):
-      model[name] = _OTHER_NAMES.get(name, {}).get(value.lower(), value.lower())
-  return ConfigDict(values)
-
-
-_SDES: dict[str, Callable[[Any], SDE]] = {
-  'vesde': lambda model: VESDE(model.sigma_min, model.sigma_max),
-  'vpsde': lambda model: VPSDE(model.beta_min, model.beta_max),
-  'subvpsde': lambda model: subVPSDE(model.beta_min, model.beta_max),
-  'edm': lambda model: EDMSDE(model.sigma_max),
-  'flow': lambda model: RectifiedFlow(),
-}
-
-# The laws that training times are drawn from, and how a time is weighed, where the config says so.
-_TIME_LAWS: dict[str, Callable[[Any, SDE], TimeLaw]] = {
-  'uniform': lambda training, sde: UniformTimes(training.eps, sde.T),
-  'log_normal': lambda training, sde: LogNormalTimes(
-    sde, training.time_mean, training.time_std, training.eps
-  ),
-  'likelihood': lambda training, sde: LikelihoodTimes(sde, training.eps),
-}
-_WEIGHTS: dict[str, Callable[[FrozenConfigDict], Weight]] = {
-  'variance': lambda config: losses.by_variance,
-  'likelihood': lambda config: losses.by_likelihood,
-  'edm': lambda config: losses.ByUnitLoss(config.model.sigma_data),
-  'flow': lambda config: losses.by_velocity,
-  'min_snr': lambda config: losses.ByMinSNR(config.training.weight_gamma),
-  'soft_min_snr': lambda config: losses.BySoftMinSNR(config.training.weight_gamma),
-  'sigmoid': lambda config: losses.BySigmoid(config.training.weight_bias),
-}
-# Those that are rates: of a loss that is an integral over time, however its times are drawn.
-_RATES = ('likelihood', 'sigmoid')
-
-# Which noise goes with which data.
-_COUPLINGS: dict[str, Callable[[Any], Coupling]] = {
-  'independent': lambda training: losses.independent,
-  'optimal_transport': lambda training: losses.OptimalTransport(
-    training.coupling_batch or training.batch_size
-  ),
-}
-
-_CHOICES: dict[str, Collection[str]] = {
-  'data.fit': geometry.FITS,
-  'distill.method': ('', *DISTILLATIONS),
-  'distill.grid': SPACINGS,
-  'distill.solver': ('heun', 'euler'),
-  'distill.distance': ('', *consistency.DISTANCES),
-  'distill.weight': ('', *consistency.WEIGHTS),
-  'training.sde': _SDES,
-  'model.name': NETWORKS,
-  'model.nonlinearity': ACTIVATIONS,
-  'model.resblock_type': ncsnpp.RESBLOCK_TYPES,
-  'model.embedding_type': ncsnpp.EMBEDDING_TYPES,
-  'model.progressive': ncsnpp.PROGRESSIVE,
-  'model.progressive_input': ncsnpp.PROGRESSIVE_INPUT,
-  'model.progressive_combine': ncsnpp.COMBINE_METHODS,
-  'model.interpolation': ncsn.INTERPOLATIONS,
-  'model.dtype': ('float32', 'bfloat16'),
-  'model.precision': PRECISIONS,
-  'model.output': ('', *PRECONDITIONINGS),
-  'training.time_law': ('', *_TIME_LAWS),
-  'training.weight': ('', *_WEIGHTS),
-  'training.coupling': _COUPLINGS,
-  'training.objective': ('dsm', 'esm', *losses.MATCHINGS, 'cd'),
-  'optim.optimizer': OPTIMIZERS,
-  'optim.decay': ('constant', *DECAYS),
-  'optim.unit': ('steps', 'images'),
-  'sampling.method': METHODS,
-  'sampling.predictor': sampling.PREDICTORS,
-  'sampling.corrector': sampling.CORRECTORS,
-  'sampling.grid': ('', *SPACINGS),
-  'sampling.ode_solver': ode.SOLVERS,
-  'sampling.uint8': ('truncate', 'round'),
-  'sampling.task': ('', 'inpaint', 'colorize', 'superres', 'deblur'),
-  'sampling.conditioning': ('constraint', 'posterior'),
-  'eval.bpd_dataset': ('train', 'test'),
-  'eval.bound_form': FORMS,
-  'eval.features': ('', *features.NETWORKS),
-  'eval.stats_split': ('train', 'test'),
-}
-
-
-def _check(config: FrozenConfigDict) -> None:
-  """Raises UserError for values that no run could have."""
-  ranges.check(config)
-  for name, allowed in _CHOICES.items():
-    value = field(config, name)
-    if value is not None and value not in allowed:
-      raise unknown(f'config.{name}', value, allowed)
-  check_shared(config, 'eval.batch_size')
-  devices = jax.device_count()
-  if config.eval.num_samples < config.eval.batch_size and config.eval.num_samples % devices:
-    raise UserError(
-      f'config.eval.num_samples = {config.eval.num_samples}, where less than a batch, must be a '
-      f'multiple of the number of devices, {devices}'
-    )
-  multiple, why = divisor(config.model)
-  if config.data.image_size % multiple:
-    raise UserError(
-      f'config.data.image_size = {config.data.image_size} must be a multiple of {multiple}: '
-      f'the network ({config.model.name}) {why}'
-    )
-  _, normalizations = NETWORKS[config.model.name]
-  if config.data.dim and config.model.name != 'mlp':
-    raise UserError(
-      f'config.data.dim = {config.data.dim} is for points, which need config.model.name = mlp; '
-      f'got {config.model.name}'
-    )
-  if normalizations and config.model.normalization not in normalizations:
-    what = f'config.model.normalization of {config.model.name}:'
-    raise unknown(what, config.model.normalization, normalizations)
-  takes_labels = config.model.name in LABELLED and config.model.conditional
-  if config.model.num_classes and not takes_labels:
-    raise UserError(
-      f'config.model.num_classes = {config.model.num_classes} needs a network with an embedding of '
-      'the time: config.model.name = ncsnpp, ddpm, dit or mlp, with config.model.conditional'
-    )
-  for name in ('eval.enable_bpd', 'eval.enable_bound', 'eval.features', 'sampling.task'):
-    if config.data.dim and field(config, name):
-      raise UserError(f'config.{name} is for images, and config.data.dim = {config.data.dim}')
-  wanted = config.eval
-  if wanted.enable_sampling and wanted.features and wanted.num_samples < FEWEST:
-    raise UserError(
-      f'config.eval.num_samples = {wanted.num_samples} is too few to be compared with data: at '
-      f'least {FEWEST}; --config.eval.features= draws samples without comparing them'
-    )
-  if config.training.objective == 'cd':
-    _check_ebm(config)
-  if config.model.scale_by_sigma and config.training.sde != 'vesde':
-    raise UserError('config.model.scale_by_sigma is for config.training.sde = vesde')
-  agreement.check(config)
-
-
-def _check_times(config: FrozenConfigDict, sde: SDE) -> None:
-  """Raises UserError unless the smallest times lie on the SDE."""
-  for name in ('training.eps', 'sampling.eps'):
-    if not field(config, name) < sde.T:
-      raise UserError(
-        f'config.{name} = {field(config, name)} must be below T = {sde.T}, the last time of '
-        f'{config.training.sde}'
-      )
-
-
-def _check_ebm(config: FrozenConfigDict) -> None:
-  """Raises UserError unless contrastive divergence goes with the rest."""
-  if not (config.model.output == ENERGY and config.training.single_scale):
-    raise UserError(
-      'config.training.objective = cd needs config.model.output = energy and '
-      'config.training.single_scale'
-    )
-  if config.training.grad_accum != 1:
-    raise UserError('config.training.grad_accum must be 1 where config.training.objective = cd')
-  if config.ebm.buffer_size < config.training.batch_size:
-    raise UserError(
-      f'config.ebm.buffer_size = {config.ebm.buffer_size} must not be below '
-      f'config.training.batch_size = {config.training.batch_size}'
-    )
-
-
-def check_shared(config: FrozenConfigDict, name: str, parts: str = '') -> None:
-  """Raises UserError unless the devices can share a batch of the size that a field holds.
-
-  `parts` is the field, if any, that says in how many parts they take it.
+  Raises:
+    UserError: if it has no config, or it was changed to what is none.
   """
-  n = field(config, parts) if parts else 1
-  if field(config, name) % (n * jax.device_count()):
-    times = f', times config.{parts} = {n}' if parts else ''
-    raise UserError(
-      f'config.{name} = {field(config, name)} must be a multiple of the number of devices, '
-      f'{jax.device_count()}{times}'
-    )
+  path = root / 'config.json'
+  if not path.exists():
+    raise UserError(f'{what}: {path} does not exist; it belongs to the checkpoints')
+  try:
+    return build(saved(artifacts.read_json(path), path))
+  except UserError as error:
+    raise UserError(f'{what}: {path}: {error}') from None
 
 
 # What a network is told of t, and what its output means, where the config says no more: released.
@@ -360,50 +169,12 @@ def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
   )
 
 
-def _objective(
-  config: FrozenConfigDict, model: ScoreModel, true_score_fn: Diffused | None
-) -> Objective:
-  training = config.training
-  times: TimeLaw = ChainTimes(model.chain, 0.0 if model.chain.has_kernels else training.eps)
-  if training.single_scale:
-    times = OneTime(training.eps)
-  elif training.continuous:
-    times = _TIME_LAWS[training.time_law or 'uniform'](training, model.sde)
-  name = training.weight or ('likelihood' if training.likelihood_weighting else 'variance')
-  weight = _WEIGHTS[name](config)
-  if training.time_law == 'likelihood' and name in _RATES:
-    weight = ImportanceSampled(weight, LikelihoodTimes(model.sde, training.eps))
-  return Objective(
-    kernels=model.trained_with,
-    times=Stratified(times) if training.stratified else times,
-    weight=weight,
-    matching=_matching(training.objective, true_score_fn),
-    coupling=_COUPLINGS[training.coupling](training),
-    reduce_mean=training.reduce_mean,
-  )
-
-
 def _true_score_fn(config: FrozenConfigDict, sde: SDE) -> Diffused | None:
   data = config.data
   paired = config.training.coupling != 'independent'  # then no score is learned
   if not data.dim or config.model.num_classes or paired:
     return None
   return points.distribution(data.dataset, data.dim).score_fn(sde)
-
-
-def _matching(name: str, true_score_fn: Diffused | None) -> Matching | None:
-  if name != 'esm':
-    return losses.MATCHINGS.get(name)
-  if true_score_fn is None:
-    raise UserError(
-      'config.training.objective = esm needs a true score: that of points, all classes together'
-    )
-  return explicit_matching(true_score_fn)
-
-
-def explicit_matching(true_score_fn: ScoreFn) -> Matching:
-  """Explicit score matching, as an `Objective` takes it."""
-  return lambda score_fn, x, t, rng: losses.explicit_score_matching(true_score_fn, score_fn, x, t)
 
 
 def make_learning_rate(config: FrozenConfigDict) -> LearningRate:

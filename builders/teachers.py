@@ -9,9 +9,8 @@ import dataclasses
 import logging
 from typing import Any
 
-from builders.setup import build, Setup
+from builders.setup import saved_setup, Setup
 from builders.training import abstract_state
-from configs.base import saved
 from data.classes import check_same
 from models.score import Params
 from runtime.errors import UserError
@@ -58,7 +57,7 @@ def load_teacher(name: str, setup: Setup, notes: Notes) -> Teacher:
   place, noted = fine_tuning.find(path, '--teacher'), notes.teacher
   if noted and place.step is None:
     place = dataclasses.replace(place, step=noted['step'])
-  others = _setup_of(place)
+  others = saved_setup(place.root, '--teacher')
   _check_fits(place, others, setup)
   check_same(
     checkpoints_lib.notes(place.root).classes if setup.model.num_classes else (), notes.classes,
@@ -79,16 +78,6 @@ def load_teacher(name: str, setup: Setup, notes: Notes) -> Teacher:
   if teacher.source['workdir'] != noted['workdir']:
     logger.info('the teacher has moved from %s to %s', noted['workdir'], place.root)
   return teacher
-
-
-def _setup_of(place: Place) -> Setup:
-  path = place.root / 'config.json'
-  if not path.exists():
-    raise UserError(f'--teacher: {path} does not exist; it belongs to the checkpoints')
-  try:
-    return build(saved(artifacts.read_json(path), path))
-  except UserError as error:
-    raise UserError(f'--teacher: {path}: {error}') from None
 
 
 def _check_fits(place: Place, teacher: Setup, setup: Setup) -> None:

@@ -1,4 +1,4 @@
-"""Ranges of the numbers in a config; `builders.setup` checks what else they must agree on."""
+"""Ranges of the numbers in a config; `builders.values` checks what else they may be."""
 
 from collections.abc import Callable
 import math

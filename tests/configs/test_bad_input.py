@@ -19,7 +19,8 @@ import pytest
 from released_networks import shapes_once
 from whole_runs import command, refused, ROOT
 
-from builders.setup import _CHOICES, build
+from builders.setup import build
+from builders.values import CHOICES
 from configs import ranges
 from configs.toy import two_moons
 from configs.ve import cifar10 as ve_cifar10
@@ -51,7 +52,7 @@ def wrong_values(config: ConfigDict) -> list[tuple[str, object]]:
       kind = type(flat.get(name))
       if name in flat and kind(value) == value and not holds(value):
         wrong.append((name, kind(value)))
-  for name in _CHOICES:
+  for name in CHOICES:
     if name in flat:
       wrong += [(name, value) for value in ('nonsense', str(flat[name]).upper() + '_')]
   wrong += [(n, ()) for n in ('model.ch_mult', 'model.fir_kernel') if n in flat]
@@ -77,10 +78,10 @@ def test_every_value_out_of_its_range_is_refused(get_config):
 
 
 @settings(FEW, max_examples=300)
-@given(word=st.text(max_size=12), name=st.sampled_from(sorted(_CHOICES)))
+@given(word=st.text(max_size=12), name=st.sampled_from(sorted(CHOICES)))
 def test_words_that_are_no_choice_are_refused(word, name):
   config = digits.get_config()
-  if ranges.field(config, name) is not None and word not in _CHOICES[name]:
+  if ranges.field(config, name) is not None and word not in CHOICES[name]:
     config.update_from_flattened_dict({name: word})
     with pytest.raises(UserError):
       build(config)
