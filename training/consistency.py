@@ -49,7 +49,14 @@ from training.curricula import (
   NormalLaw,
 )
 from training.packing import unpacked
-from training.step import apply_gradients, Batch, gradient_in_parts, Metrics, TrainState
+from training.step import (
+  apply_gradients,
+  Batch,
+  gradient_in_parts,
+  Metrics,
+  told_labels,
+  TrainState,
+)
 
 # (x, t) -> x of the same shape: a consistency function, or a denoiser E[x_0 | x_t = x].
 OfTime = Callable[[Data, PerRow], Data]
@@ -320,10 +327,7 @@ def train_step(
   """
   rng_step = jax.random.fold_in(rng, state.step)
   rng_data, rng_t, rng_z, rng_dropout = jax.random.split(rng_step, 4)
-  labels = None
-  if model.num_classes:
-    rng_labels = jax.random.fold_in(rng_step, 4)
-    labels = codec.training_labels(rng_labels, batch['label'], model.num_classes)
+  labels = told_labels(rng_step, batch, model, codec)
   x0 = codec.for_training(rng_data, batch['data'])
   t, r = objective.curriculum.pairs(rng_t, state.step, len(x0))
   z = jax.random.normal(rng_z, x0.shape)

@@ -37,7 +37,14 @@ from samplers.multistep import DDIM
 from samplers.time_grids import finite_log_snr, in_float64, Spacing, TimeGrid
 from sde_lib import expand, SDE
 from training.averages import Average
-from training.step import apply_gradients, Batch, gradient_in_parts, Metrics, TrainState
+from training.step import (
+  apply_gradients,
+  Batch,
+  gradient_in_parts,
+  Metrics,
+  told_labels,
+  TrainState,
+)
 
 Denoiser = Callable[[Data, PerRow], Data]  # (x, t) -> the denoised value
 
@@ -150,10 +157,7 @@ def train_step(
   """One optimiser step on a batch of images; random only in (rng, state.step)."""
   rng_step = jax.random.fold_in(rng, state.step)
   rng_data, rng_i, rng_z, rng_dropout = jax.random.split(rng_step, 4)
-  labels = None
-  if model.num_classes:
-    rng_labels = jax.random.fold_in(rng_step, 4)
-    labels = codec.training_labels(rng_labels, batch['label'], model.num_classes)
+  labels = told_labels(rng_step, batch, model, codec)
   x0 = codec.for_training(rng_data, batch['data'])
   i = jax.random.randint(rng_i, (len(x0),), 0, objective.num_steps)
   z = jax.random.normal(rng_z, x0.shape)

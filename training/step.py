@@ -89,10 +89,7 @@ def train_step(
   """
   rng_step = jax.random.fold_in(rng, state.step)
   rng_data, rng_t, rng_z, rng_dropout = jax.random.split(rng_step, 4)
-  labels = None
-  if model.num_classes:
-    rng_labels = jax.random.fold_in(rng_step, 4)  # a fifth key; the four are what they always were
-    labels = codec.training_labels(rng_labels, batch['label'], model.num_classes)
+  labels = told_labels(rng_step, batch, model, codec)
   x0, augment_labels = codec.for_training(rng_data, batch['data']), None
   if augmentation:
     x0, augment_labels = augmentation(jax.random.fold_in(rng_step, 5), x0)
@@ -103,6 +100,17 @@ def train_step(
     model=model, objective=objective, tx=tx, averages=averages, grad_accum=grad_accum,
     reduce=reduce,
   )  # fmt: skip
+
+
+def told_labels(rng_step: Key, batch: Batch, model: ScoreModel, codec: Codec) -> Labels | None:
+  """The labels that a network is told in a step, of which some are hidden; None if it takes none.
+
+  Their key is a fifth one of the step; the four that it is split into are what they always were.
+  """
+  if not model.num_classes:
+    return None
+  rng = jax.random.fold_in(rng_step, 4)
+  return codec.training_labels(rng, batch['label'], model.num_classes)
 
 
 def optimize(
