@@ -35,6 +35,7 @@ _TABLES = (
   ('Made of snapshots', re.compile('unknown_share')),
   ('Likelihood', re.compile(r'(bpd|bound|nll)_?\w*(?<!_seconds)')),
   ('Loss', re.compile(r'\w*(loss|score_error)\w*(?<!_seconds)')),
+  ('Distance of two halves of the data', re.compile(r'\w+_floor\w*(?<!_seconds)')),
   ('Distance from the data', re.compile(r'\w+(?<!_seconds)')),
   ('Seconds', re.compile(r'\w+_seconds')),
 )

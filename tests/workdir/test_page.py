@@ -133,7 +133,8 @@ def test_measures_stand_in_tables_by_what_they_are_of():
   assert tables == {
     'Likelihood': ['step', 'bpd_test', 'bpd_test_std_error'],
     'Loss': ['step', 'loss'],
-    'Distance from the data': ['step', 'fid', 'fid_floor', 'nfe'],
+    'Distance of two halves of the data': ['step', 'fid_floor'],
+    'Distance from the data': ['step', 'fid', 'nfe'],
     'Seconds': ['step', 'fid_seconds', 'bpd_test_seconds'],
   }
 
