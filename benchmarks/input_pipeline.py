@@ -21,6 +21,7 @@ from benchmarks import common, training
 from builders.setup import Setup
 from builders.training import make_schedule, score_task
 from data import sources
+from data.batches import train_batches
 from training import loop
 
 ROUNDS = 5  # of steps
@@ -41,7 +42,7 @@ def batches(setup: Setup, source: sources.ImageSource) -> dict[str, float]:
   """Seconds of a batch, from the source to the devices, while decoded and from memory."""
   size, found = setup.config.training.batch_size, {}
   for which in ('decoded', 'from memory'):  # the same images
-    with closing(sources.train_batches(source, size, seed=0)) as batches:
+    with closing(train_batches(source, size, seed=0)) as batches:
       times = times_of(map(setup.devices.put, batches), len(source) // size)
     found[which] = sum(times) / len(times)  # threads deliver in bursts
   return found

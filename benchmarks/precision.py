@@ -21,6 +21,7 @@ from benchmarks import common
 from builders.setup import Setup
 from builders.training import make_schedule, score_task
 from data import sources
+from data.batches import train_batches
 from training import loop
 
 DTYPES = ('float32', 'bfloat16')
@@ -32,7 +33,7 @@ def curve(setup: Setup, source: sources.Source, held_out: sources.Source) -> dic
   """Mean training losses and held-out losses over stretches of a run, and seconds of a step."""
   task, size = score_task(setup), setup.config.training.batch_size
   evaluate = jax.jit(task.evaluate)
-  batches = sources.train_batches(held_out, size, seed=0)
+  batches = train_batches(held_out, size, seed=0)
   fixed = [(setup.devices.put(next(batches)), setup.keys.key('eval', i)) for i in range(HELD_OUT)]
   batches.close()
   start = jax.jit(task.init, compiler_options=loop.once_options())(setup.keys.key('init'))

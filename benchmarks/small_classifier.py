@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from data import sources
+from data.batches import eval_batches, train_batches
 from data.sources import ImageSource
 from evaluation.features import FeatureNetwork
 from models.score import Params
@@ -108,7 +108,7 @@ def _train(net: Net, source: ImageSource, training: Training) -> Params:
     return optax.apply_updates(params, updates), state
 
   state = tx.init(params)
-  batches = sources.train_batches(source, training.batch_size, seed=training.seed)
+  batches = train_batches(source, training.batch_size, seed=training.seed)
   for _ in range(training.images // training.batch_size):
     batch = next(batches)
     params, state = step(params, state, batch['data'], batch['label'])
@@ -119,7 +119,7 @@ def _train(net: Net, source: ImageSource, training: Training) -> Params:
 def _accuracy(net: Net, params: Params, source: ImageSource) -> float:
   """The share of the images whose class it tells."""
   predict, right = jax.jit(lambda images: net.apply({'params': params}, images)), 0
-  for batch in sources.eval_batches(source, 500):
+  for batch in eval_batches(source, 500):
     said = np.asarray(predict(batch['data'])).argmax(1)
     right += int(((said == batch['label']) & batch['mask']).sum())
   return right / len(source)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data import sources
+from data.batches import eval_batches
 from data.codec import Codec
 from evaluation.evaluate import Measurement
 from likelihood import bits_per_dim, LogDensity
@@ -127,7 +128,7 @@ class BitsPerDim(Measurement):
     values, nfes, seconds = np.zeros((repeats, by.n, n_images)), [], 0.0
     with Bar('bits/dim', repeats * n_images, unit='images') as bar:
       for repeat in range(repeats):
-        for i, batch in enumerate(sources.eval_batches(self.source, size, **processes.share())):
+        for i, batch in enumerate(eval_batches(self.source, size, **processes.share())):
           begin, end = i * size, min((i + 1) * size, n_images)
           path = folder / f'{self.name}_{repeat * per_repeat + i}.npz'
           make = partial(self._round, params, batch, repeat, begin)

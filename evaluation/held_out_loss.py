@@ -10,6 +10,7 @@ import jax
 from jax import Array
 
 from data import sources
+from data.batches import eval_batches
 from evaluation.evaluate import Measurement
 from models.score import Params
 from runtime import processes
@@ -64,7 +65,7 @@ class HeldOutLoss(Measurement):
   def measure(self, params: Params, step: int, folder: epath.Path) -> Report:
     sums, size, n, began = [], self.batch_size, len(self.held_out), time.monotonic()
     with Bar('loss', n, unit='examples') as bar:
-      for i, batch in enumerate(sources.eval_batches(self.held_out, size, **processes.share())):
+      for i, batch in enumerate(eval_batches(self.held_out, size, **processes.share())):
         of_batch = self.sums(params, self.devices.put(batch), self.keys.key('eval', i))
         sums.append(jax.device_get(of_batch))
         bar.update(min((i + 1) * size, n))

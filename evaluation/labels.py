@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from data import sources
+from data.batches import eval_batches
 from workdir.progress import Bar
 
 logger = logging.getLogger('score_sde')
@@ -66,7 +67,7 @@ def count_classes(source: sources.Source) -> tuple[int, ...]:
   counts = np.zeros(source.num_classes, np.int64)
   if source.num_classes:
     with Bar('labels', len(source), unit='images') as bar:
-      for i, batch in enumerate(sources.eval_batches(source, _COUNTED)):
+      for i, batch in enumerate(eval_batches(source, _COUNTED)):
         labels = batch['label'][batch['mask']]
         counts += np.bincount(labels, minlength=len(counts))
         bar.update(min((i + 1) * _COUNTED, len(source)))

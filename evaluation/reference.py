@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from data import sources
+from data.batches import eval_batches
 from data.decoding import Decoder
 from evaluation.features import FeatureNetwork
 from evaluation.metrics import Moments, NEIGHBOURS
@@ -145,7 +146,7 @@ class ReferenceFile:
     extract, sums = self.network.compile(mesh), _Sums.read(folder, source.num_classes)
     chosen = np.linspace(0, n - 1, min(n, KEPT)).round().astype(int)
     with Bar('features', n, min(sums.rounds * size, n), unit='images') as bar:
-      batches = sources.eval_batches(source, size, start=sums.rounds, **processes.share())
+      batches = eval_batches(source, size, start=sums.rounds, **processes.share())
       for i, batch in enumerate(batches, sums.rounds):
         begin, end = i * size, min((i + 1) * size, n)
         features = extract(batch['data'])[: end - begin]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data import sources
+from data.batches import train_batches
 from data.codec import Codec
 from data.noise_scales import NoiseScales, recommend
 
@@ -27,7 +28,7 @@ def examples(source: sources.Source, codec: Codec, *, batch_size: int, seed: int
     seed: by which the examples are drawn.
   """
   n = min(len(source), EXAMPLES, NUMBERS // codec.dim)
-  with closing(sources.train_batches(source, min(batch_size, n), seed=seed)) as batches:
+  with closing(train_batches(source, min(batch_size, n), seed=seed)) as batches:
     parts = [next(batches)['data'] for _ in range(math.ceil(n / min(batch_size, n)))]
   return np.asarray(codec.scaled(jnp.asarray(np.concatenate(parts)[:n])))
 

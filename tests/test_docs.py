@@ -13,6 +13,7 @@ import pytest
 
 from configs import fields
 from data import sources
+from data.batches import eval_batches
 from losses import score_matching_loss
 from samplers.base import GridSampler
 from samplers.multistep import DDIM
@@ -96,7 +97,7 @@ def test_the_new_data_source_has_two_kinds_of_images(shown):
   of_rows, of_columns = (np.ptp(batch['data'], axis=axis).max((1, 2)) for axis in (2, 1))
   np.testing.assert_array_equal(of_columns > 0, batch['label'] == 1)  # lying: equal along a row
   np.testing.assert_array_equal(of_rows > 0, batch['label'] == 0)
-  whole = next(iter(sources.eval_batches(shown['Stripes'](), 1000)))
+  whole = next(iter(eval_batches(shown['Stripes'](), 1000)))
   assert whole['mask'].all() and whole['label'].mean() == 0.5
   assert len(np.unique(whole['data'].reshape(1000, -1), axis=0)) == 4
 

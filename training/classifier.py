@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from data import sources
+from data.batches import eval_batches
 from data.codec import Codec
 from losses import UniformTimes
 from models.classifier import Classifier, ClassLogProb
@@ -147,7 +148,7 @@ def evaluate(
   sums = jax.jit(sums, out_shardings=devices.replicated)
   totals = np.zeros((LEVELS, 2))
   with Bar('accuracy', n, unit='images') as bar:
-    for i, rows in enumerate(sources.eval_batches(held_out, batch_size, **processes.share())):
+    for i, rows in enumerate(eval_batches(held_out, batch_size, **processes.share())):
       batch = devices.put(rows)
       for level in range(LEVELS):
         rng = jax.random.fold_in(keys.key('classifier_report', i), level)

@@ -13,6 +13,7 @@ from jax import Array
 import numpy as np
 
 from data import sources
+from data.batches import train_batches
 from models.score import Params
 from runtime import processes
 from runtime.devices import Devices, Keys
@@ -251,7 +252,7 @@ def updates(
   step, rng, n = int(state.step), keys.key(task.purposes[1]), schedule.n_jitted_steps
   one_step, many_steps = compile_steps(task, schedule, devices, state)
   with contextlib.closing(
-    sources.train_batches(source, task.batch_size, seed=keys.seed, start=step, **processes.share())
+    train_batches(source, task.batch_size, seed=keys.seed, start=step, **processes.share())
   ) as batches:
     while step < schedule.n_iters:
       if n > 1 and schedule.steps_to_event(step) >= n:
@@ -276,6 +277,6 @@ def _held_out_batches(
 ) -> Iterator[tuple[Batch, Array]]:
   """Batches of held-out images on the devices, without end, each with a key."""
   choices = {'seed': keys.seed, 'start': start, **processes.share()}
-  with contextlib.closing(sources.train_batches(held_out, task.batch_size, **choices)) as batches:
+  with contextlib.closing(train_batches(held_out, task.batch_size, **choices)) as batches:
     for i, batch in enumerate(batches, start):
       yield devices.put(batch), keys.key(task.purposes[2], i)

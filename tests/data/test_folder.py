@@ -7,7 +7,8 @@ from PIL import Image
 import pytest
 
 from data import sources
-from data.sources import eval_batches, load, train_batches
+from data.batches import eval_batches, train_batches
+from data.sources import load
 from runtime.errors import Failure, UserError
 
 

@@ -17,8 +17,9 @@ from PIL import Image
 import pytest
 
 from data import geometry, sources, tfds
+from data.batches import eval_batches, train_batches
 from data.folder import image_files
-from data.sources import eval_batches, ImageSource, load, train_batches
+from data.sources import ImageSource, load
 from runtime.errors import Failure, UserError
 
 
@@ -144,12 +145,13 @@ def test_import_is_cheap_and_leaving_does_not_hang():
   code = """if True:
     import sys
     from data import sources
+    from data.batches import train_batches
     assert not {'grain', 'jax', 'tensorflow_datasets'} & set(sys.modules)
     source = sources.load('digits', 'train', image_size=8, num_channels=1)
-    closed = sources.train_batches(source, 64, seed=0)
+    closed = train_batches(source, 64, seed=0)
     next(closed)
     closed.close()
-    left_open = sources.train_batches(source, 64, seed=0)
+    left_open = train_batches(source, 64, seed=0)
     next(left_open)
     assert 'tensorflow' not in sys.modules
   """
@@ -223,7 +225,7 @@ def test_large_batches_are_prepared_two_ahead():
       calls.append(len(indices))
       return {'data': np.broadcast_to(np.uint8(0), (len(indices), 2**29))}  # without their bytes
 
-  with contextlib.closing(sources.train_batches(Large(), 8, seed=0)) as batches:
+  with contextlib.closing(train_batches(Large(), 8, seed=0)) as batches:
     next(batches)
     time.sleep(0.2)
   assert calls[0] == 1 and 2 <= len(calls) - 1 <= 4

@@ -17,8 +17,9 @@ from builders.evaluation import make_sample_quality
 from builders.setup import build
 from configs import base, own
 from data import sources
+from data.batches import eval_batches, train_batches
 from data.codec import ImageCodec
-from data.sources import eval_batches, ImageSource, load, train_batches
+from data.sources import ImageSource, load
 from losses import Objective, UniformTimes
 from models.ddpm import DDPM
 from models.mlp import MLP
