@@ -43,15 +43,17 @@ def parameters(net: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
   return sum(leaf.size for leaf in leaves), len(leaves)
 
 
+def row(name: str, config: ConfigDict) -> str:
+  """A row of the table, in Markdown."""
+  setup, pixels = build(config), config.data.image_size
+  size, leaves = parameters(_without_dropout(setup.model.net), (1, *setup.data_shape))
+  return f'| `{name}` | {config.model.name} | {pixels}x{pixels} | {size:,} | {leaves} |'
+
+
 def table() -> str:
   """The table, in Markdown."""
-  rows = ['| config | network | image | parameters | arrays |', '|---|---|---|---|---|']
-  for name, config in all_configs():
-    setup = build(config)
-    size, leaves = parameters(_without_dropout(setup.model.net), (1, *setup.data_shape))
-    pixels = config.data.image_size
-    rows.append(f'| `{name}` | {config.model.name} | {pixels}x{pixels} | {size:,} | {leaves} |')
-  return '\n'.join(rows)
+  head = ['| config | network | image | parameters | arrays |', '|---|---|---|---|---|']
+  return '\n'.join([*head, *(row(name, config) for name, config in all_configs())])
 
 
 if __name__ == '__main__':
