@@ -321,6 +321,30 @@ def bits_per_dim(logp: Logp, dim: int, level_width: float) -> Logp:
   return -logp / (dim * math.log(2)) - math.log2(level_width)
 
 
+@jax.jit
+def importance_weighted(
+  logp: Float[Array, 'k n b'], log_q: Float[Array, 'k b']
+) -> Float[Array, 'n b']:
+  """log P of images by K samples of the noise between their levels, each with its density log q.
+
+  With p(x) the density per level at x = y + u, and u of the law q, the mean over K of p(x) / q(u)
+  has the expectation P(y), so that of its logarithm is a lower bound on log P(y), which more
+  samples tighten; for K = 1 it is log p - log q (Burda et al. 2016,
+  https://arxiv.org/abs/1509.00519). Uniform noise has log q = 0.
+
+  Of each log p there are n estimates, by n probes or draws that all K samples have in common. Their
+  mean is what counts as log p; the n results, whose mean that gives, differ as the estimates
+  of the samples do, weighted by p / q. Noise of the estimates that is the same for all K drops out
+  of the weights. What is not raises the result, by half of its variance at most.
+  """
+  if len(log_q) == 1:
+    return logp[0] - log_q[0]
+  mean = logp.mean(1)
+  weights = jax.nn.softmax(mean - log_q, axis=0)
+  whole = jax.nn.logsumexp(mean - log_q, axis=0) - math.log(len(log_q))
+  return whole + (weights[:, None] * (logp - mean[:, None])).sum(0)
+
+
 def encode(
   sde: SDE,
   score_fn: ScoreFn,

@@ -184,6 +184,7 @@ def _of_images(setup: Setup, estimator: Estimator) -> BitsPerDim:
     source=load_source(setup.config, wanted.bpd_dataset),
     split=wanted.bpd_dataset,
     repeats=wanted.bpd_repeats,
+    samples=wanted.bpd_importance_samples,
     batch_size=wanted.batch_size,
     devices=setup.devices,
     keys=setup.keys,

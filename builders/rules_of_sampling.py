@@ -145,6 +145,16 @@ def _times_of_a_bound_are_in_ten_draws(config: FrozenConfigDict) -> str:
   return f'config.eval.bound_times = {times} must be a multiple of 10' if times % 10 else ''
 
 
+def _points_have_no_levels(config: FrozenConfigDict) -> str:
+  samples = config.eval.bpd_importance_samples
+  if samples == 1 or not config.data.dim:
+    return ''
+  return (
+    f'config.eval.bpd_importance_samples = {samples} draws noise between the levels of images, and '
+    f'config.data.dim = {config.data.dim} has points: set it to 1'
+  )
+
+
 def _guidance_needs_both_scores(config: FrozenConfigDict) -> str:
   guided = config.model.num_classes and config.sampling.guidance_scale != 1
   if not guided or config.training.label_dropout > 0:
@@ -219,6 +229,7 @@ RULES = (
   _paired_noise_leaves_no_score,
   _likelihoods_need_all_levels,
   _times_of_a_bound_are_in_ten_draws,
+  _points_have_no_levels,
   _guidance_needs_both_scores,
   _a_scale_has_its_guide,
   _something_moves,

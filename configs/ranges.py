@@ -20,7 +20,7 @@ _POSITIVE = (
   'sampling.atol', 'sampling.sde_rtol', 'sampling.sde_atol', 'sampling.rho', 'sampling.factor',
   'sampling.num_samples', 'sampling.blur_std', 'sampling.step_size', 'ebm.n_steps',
   'ebm.step_size', 'ebm.buffer_size', 'eval.batch_size', 'eval.num_samples', 'eval.bpd_repeats',
-  'eval.num_probes', 'eval.bound_times',
+  'eval.bpd_importance_samples', 'eval.num_probes', 'eval.bound_times',
   'classifier.blocks_per_group', 'classifier.channel_multiplier', 'classifier.batch_size',
   'classifier.n_iters', 'classifier.lr', 'model.sigma_data', 'training.time_std',
   'training.weight_gamma', 'ema.sigma_rel', 'distill.start_steps', 'distill.end_steps',

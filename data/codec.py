@@ -84,6 +84,10 @@ class Codec(abc.ABC):
     """Stored data [B, ...] as a network sees them, nothing random about it."""
 
   @abc.abstractmethod
+  def between_levels(self, data: Array, u: Array) -> Array:
+    """Stored data [B, ...] as a network sees them, u in [0, 1) of the way to the next level."""
+
+  @abc.abstractmethod
   def dequantized(self, rng: Array, data: Array) -> Array:
     """Stored data [B, ...], or one example, as a network sees them, spread over their levels."""
 
@@ -165,9 +169,12 @@ class ImageCodec(Codec):
   def scaled(self, data: AnyArray) -> AnyArray:
     return self._from_unit_interval(data.astype(np.float32) / 255)
 
+  def between_levels(self, data: Array, u: Array) -> Array:
+    return self._from_unit_interval((data.astype(jnp.float32) + u) / LEVELS)
+
   def dequantized(self, rng: Array, data: Array) -> Array:
     _, rng_level = jax.random.split(rng)
-    return self._from_unit_interval(_spread(rng_level, data.astype(jnp.float32)))
+    return self.between_levels(data, jax.random.uniform(rng_level, data.shape))
 
   def for_training(self, rng: Array, data: Array) -> Array:
     if self.random_flip:
@@ -189,11 +196,6 @@ class ImageCodec(Codec):
     # What is known of an image is on a level, where truncation would go by rounding errors.
     nearest = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
     return np.where(self.scaled(nearest) == x, nearest, stored)
-
-
-def _spread(rng: Array, levels: Array) -> Array:
-  """Levels as floats, each uniform over its part of [0, 1]."""
-  return (levels + jax.random.uniform(rng, levels.shape)) / LEVELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +227,9 @@ class PointCodec(Codec):
     return PointDensities()
 
   def scaled(self, data: AnyArray) -> AnyArray:
+    return data
+
+  def between_levels(self, data: Array, u: Array) -> Array:
     return data
 
   def dequantized(self, rng: Array, data: Array) -> Array:

@@ -15,7 +15,7 @@ from data import sources
 from data.batches import eval_batches
 from data.codec import Codec
 from evaluation.evaluate import Measurement
-from likelihood import bits_per_dim, LogDensity
+from likelihood import bits_per_dim, importance_weighted, LogDensity
 from models.score import Params, ScoreModel
 from runtime import processes
 from runtime.devices import Devices, Keys
@@ -61,6 +61,10 @@ class BitsPerDim(Measurement):
   standard error is that of the mean over images of what the repeats give on average;
   `parts_of_error` tells its parts apart. A table, <name>.csv, has each image by its number.
 
+  With several samples of an image's noise in each repeat, their densities are averaged, not
+  the logarithms of these (`importance_weighted`): what is measured comes nearer to the likelihood
+  of the levels themselves, from above.
+
   Attributes:
     model: the score model.
     estimator: measures log p(x_0).
@@ -68,6 +72,7 @@ class BitsPerDim(Measurement):
     source: the images.
     split: 'train' or 'test', of which they are.
     repeats: how often each image is dequantised.
+    samples: of its noise each time.
     batch_size: of all devices together.
     devices: which share a batch.
     keys: of the run.
@@ -79,6 +84,7 @@ class BitsPerDim(Measurement):
   source: sources.Source
   split: str
   repeats: int
+  samples: int
   batch_size: int
   devices: Devices
   keys: Keys
@@ -98,7 +104,9 @@ class BitsPerDim(Measurement):
       return False
     there = {what: report.get(f'{name}_{what}', value) for what, value in by.choices.items()}
     n = report.get(f'{name}_{by.of}', by.usual)
-    return (report[f'{name}_repeats'], n, there) == (self.repeats, by.n, by.choices)
+    samples = report.get(f'{name}_importance_samples', 1)
+    measured = report[f'{name}_repeats'], samples, n, there
+    return measured == (self.repeats, self.samples, by.n, by.choices)
 
   def measure(self, params: Params, step: int, folder: epath.Path) -> Report:
     values, nfe, seconds = self.of_images(params, folder)
@@ -114,6 +122,7 @@ class BitsPerDim(Measurement):
       **{f'_error_of_{part}': error for part, error in parts_of_error(values, by.of).items()},
       '_images': n_images,
       '_repeats': self.repeats,
+      '_importance_samples': self.samples,
       f'_{by.of}': by.n,
       **{f'_{name}': value for name, value in by.choices.items()},
       '_nfe': nfe,
@@ -125,6 +134,7 @@ class BitsPerDim(Measurement):
     """Bits per dimension [repeats, estimates, images], evaluations on average, and seconds."""
     size, repeats, n_images = self.batch_size, self.repeats, len(self.source)
     by, per_repeat = self.estimator, math.ceil(n_images / size)
+    version = by.version if self.samples == 1 else f'{by.version}; {self.samples} samples'
     values, nfes, seconds = np.zeros((repeats, by.n, n_images)), [], 0.0
     with Bar('bits/dim', repeats * n_images, unit='images') as bar:
       for repeat in range(repeats):
@@ -132,7 +142,7 @@ class BitsPerDim(Measurement):
           begin, end = i * size, min((i + 1) * size, n_images)
           path = folder / f'{self.name}_{repeat * per_repeat + i}.npz'
           make = partial(self._round, params, batch, repeat, begin)
-          arrays = rounds.kept_or_made(path, 'bpd', end - begin, make, by.version)
+          arrays = rounds.kept_or_made(path, 'bpd', end - begin, make, version)
           values[repeat, :, begin:end] = arrays['bpd'].reshape(end - begin, by.n).T
           nfes.append(int(arrays['nfe']))
           seconds += float(arrays['seconds'])
@@ -142,26 +152,40 @@ class BitsPerDim(Measurement):
   def _round(self, params: Params, batch: sources.Batch, repeat: int, first: int) -> Arrays:
     """Of a batch whose first image has the number `first`: 'bpd' [n] or [n, estimates]."""
     images = self.devices.put(batch['data'])
-    x0, rngs = self._dequantized(self.keys.key('bpd', repeat), first, images)
     told = self.model.num_classes and 'label' in batch  # a user's images may have no classes
     labels = self.devices.put(batch['label']) if told else None
     score_fn = self.model.bind(params, labels=labels)
-    logp, nfe = self.estimator.density.estimates(rngs, score_fn, x0)
+    rngs = self._keys_of(self.keys.key('bpd', repeat), first, images)
+    logp, nfe = [], 0
+    for sample in range(self.samples):
+      rngs_noise = rngs[:, 0]
+      if sample:
+        rng = self.keys.key('bpd_samples', repeat * self.samples + sample)
+        rngs_noise = self._keys_of(rng, first, images)[:, 0]
+      x0 = self._dequantized(rngs_noise, images)
+      estimates, evaluations = self.estimator.density.estimates(rngs[:, 1], score_fn, x0)
+      logp.append(estimates)
+      nfe += evaluations
+    logp = importance_weighted(jnp.stack(logp), np.zeros((self.samples, len(images)), np.float32))
     bits = bits_per_dim(logp, self.codec.dim, self.codec.level_width)
     there = len(self.source) - first
     each = processes.gather(bits).T[:there]  # of all processes, which cannot be iterated over
     return {'bpd': each[:, 0] if self.estimator.n == 1 else each, 'nfe': np.array(nfe, np.int64)}
 
   @cached_property
-  def _dequantized(self) -> Callable[[Array, int, Array], tuple[Array, Array]]:
-    """(key, first, images [B, H, W, C]) -> x_0, like them, and keys [B], by each one's number."""
+  def _keys_of(self) -> Callable[[Array, int, Array], Array]:
+    """(key, first, images [B, H, W, C]) -> two keys for each, by its number."""
 
-    def dequantized(rng: Array, first: Array, images: Array) -> tuple[Array, Array]:
+    def keys(rng: Array, first: Array, images: Array) -> Array:
       numbers = first + jnp.arange(len(images))
-      rngs = jax.vmap(lambda number: jax.random.split(jax.random.fold_in(rng, number)))(numbers)
-      return jax.vmap(self.codec.dequantized)(rngs[:, 0], images), rngs[:, 1]
+      return jax.vmap(lambda number: jax.random.split(jax.random.fold_in(rng, number)))(numbers)
 
-    return jax.jit(dequantized, out_shardings=self.devices.batch)
+    return jax.jit(keys, out_shardings=self.devices.batch)
+
+  @cached_property
+  def _dequantized(self) -> Callable[[Array, Array], Array]:
+    """(keys [B], images [B, H, W, C]) -> x_0, like them."""
+    return jax.jit(jax.vmap(self.codec.dequantized), out_shardings=self.devices.batch)
 
 
 def parts_of_error(values: np.ndarray, of: str) -> dict[str, float | None]:

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
+from scipy.stats import norm
+from scipy.stats.distributions import rv_frozen
 from test_golden_sde import DATA, golden, numbers
+from test_time_laws import of_score_flow
 
 from builders.evaluation import make_bits_per_dim
 from builders.setup import build
@@ -19,9 +22,17 @@ from configs import base, own
 from data import sources
 from data.codec import ImageCodec
 from data.points import Mixture
-from evaluation.bits_per_dim import BitsPerDim
+from evaluation.bits_per_dim import BitsPerDim, Estimator
 import likelihood
-from likelihood import bits_per_dim, decode, draw_probes, encode, interpolate, Likelihood
+from likelihood import (
+  bits_per_dim,
+  decode,
+  draw_probes,
+  encode,
+  importance_weighted,
+  interpolate,
+  Likelihood,
+)
 from sde_lib import EDMSDE, RectifiedFlow, SDE, subVPSDE, VESDE, VPSDE
 
 SDES = [VESDE(sigma_max=20.0), VPSDE(), subVPSDE(), EDMSDE(20.0), RectifiedFlow()]
@@ -194,6 +205,51 @@ def test_golden(name, key, monkeypatch):
     np.testing.assert_allclose(bits, file[key], atol=50 * tolerance)
 
 
+def levels_of_a_gaussian(std: float) -> tuple[np.ndarray, np.ndarray, rv_frozen]:
+  """Levels y [N, 3] with independent values, log P(y) [N], and the density of what is rounded."""
+  law = norm(0.3, std)
+  y = np.floor(law.rvs((2000, 3), np.random.default_rng(0)))
+  return y, np.log(law.cdf(y + 1) - law.cdf(y)).sum(-1), law
+
+
+@pytest.mark.parametrize('std', [0.4, 3.0])  # in levels: uniform noise costs much, or little
+def test_uniform_noise_bounds_the_probability_of_levels_and_more_of_it_bounds_it_better(std):
+  y, exact, law = levels_of_a_gaussian(std)
+  u = np.random.default_rng(1).uniform(size=(64, *y.shape))
+  logp = jnp.asarray(law.logpdf(y + u).sum(-1), jnp.float32)[:, None]
+  below = []
+  for k in (1, 4, 64):
+    estimate = importance_weighted(logp[:k], jnp.zeros((k, len(y))))[0]
+    below.append(float((exact - estimate).mean()))
+    # Its exponential is unbiased, whatever k is.
+    ratio = np.exp(np.asarray(estimate, np.float64) - exact)
+    assert abs(ratio.mean() - 1) < 5 * ratio.std() / math.sqrt(len(y))
+  assert below[0] > 1.3 * below[1] > 1.3 * 1.3 * below[2] > 0
+
+
+def test_noise_of_the_law_that_the_density_has_of_it_meets_the_probability_of_levels():
+  y, exact, law = levels_of_a_gaussian(0.4)
+  v = np.random.default_rng(1).uniform(size=(4, *y.shape))
+  x = law.ppf(law.cdf(y) + v * (law.cdf(y + 1) - law.cdf(y)))
+  logp = jnp.asarray(law.logpdf(x).sum(-1), jnp.float32)[:, None]
+  log_q = logp[:, 0] - exact
+  for k in (1, 4):
+    estimate = importance_weighted(logp[:k], log_q[:k])
+    np.testing.assert_allclose(estimate[0], exact, atol=1e-3)
+  # Without their own density such samples would flatter.
+  assert (importance_weighted(logp, 0 * log_q)[0] - exact).mean() > 0.1
+
+
+def test_what_all_samples_err_by_is_what_the_estimates_differ_by():
+  """Three estimates that err alike for all samples: the weights do not see it."""
+  rng = np.random.default_rng(0)
+  logp, errors = rng.normal(size=(5, 1, 7)), 10 * rng.normal(size=(3, 7))
+  log_q = jnp.asarray(rng.normal(size=(5, 7)), jnp.float32)
+  of_one = importance_weighted(jnp.asarray(logp, jnp.float32), log_q)
+  of_three = importance_weighted(jnp.asarray(logp + errors, jnp.float32), log_q)
+  np.testing.assert_allclose(of_three, of_one + errors, atol=1e-4)
+
+
 FLAT = gaussian(jnp.zeros((8, 8, 1)), 0.5)
 
 
@@ -252,6 +308,45 @@ def test_evaluation_counts_every_image_once_per_repeat(centered, tmp_path):
   assert [again[name] for name in timeless] == [report[name] for name in timeless]
 
 
+@dataclasses.dataclass(frozen=True)
+class KnownDensity:
+  """Of scaled images, in closed form, by the probe of an image: what is left of its key."""
+
+  std: float
+
+  def estimates(self, rng, score_fn, x0):
+    offsets = jax.vmap(jax.random.normal)(rng)
+    logp = -0.5 * jnp.square(x0 / self.std) - math.log(self.std * math.sqrt(2 * math.pi))
+    return (logp.reshape(len(x0), -1).sum(-1) + offsets)[None], 3
+
+
+def test_more_samples_of_the_noise_lower_bits_per_dimension(tmp_path):
+  """Each repeat has its own samples, with the probe that one sample had."""
+  config, known = own.digits(base.vp('ddpmpp')), KnownDensity(0.003)  # about a third of a level
+  config.eval.update(enable_bpd=True, bpd_repeats=2, batch_size=4)
+  black = sources.ImageSource((8, 8, 1), 10, lambda i: (np.full((8, 8, 1), 128, np.uint8), 0))
+
+  def measured(samples: int) -> tuple[BitsPerDim, dict]:
+    config.eval.bpd_importance_samples = samples
+    bits = make_bits_per_dim(build(config))
+    bits = dataclasses.replace(
+      bits, source=black, estimator=Estimator('bpd', known, 'probes', 1, {})
+    )
+    return bits, bits.measure({}, 0, epath.Path(tmp_path))
+
+  (one, of_one), (many, of_many) = measured(1), measured(64)
+  assert (of_one['bpd_test_nfe'], of_many['bpd_test_nfe']) == (3, 192)
+  assert of_many['bpd_test_importance_samples'] == 64
+  assert one.is_in(of_one) and not many.is_in(of_one) and not one.is_in(of_many)
+  del of_one['bpd_test_importance_samples']  # as in reports of earlier
+  assert one.is_in(of_one) and not many.is_in(of_one)
+  # Level 128 is x from 0 to 1/128, of which half of the density is above 0.
+  exact = -math.log2(norm(0, 0.003).cdf(1 / 128) - 0.5)
+  errors = [3 * report['bpd_test_std_error'] for report in (of_one, of_many)]
+  assert of_one['bpd_test'] - of_many['bpd_test'] > 0.2
+  assert exact - errors[1] < of_many['bpd_test'] < of_one['bpd_test']
+
+
 def test_bits_per_dimension_of_an_image_do_not_depend_on_its_batch(tmp_path):
   """Beyond the tolerance: whatever the batch, an image has its own noise and probe.
 
@@ -275,3 +370,15 @@ def test_bits_per_dimension_of_an_image_do_not_depend_on_its_batch(tmp_path):
   np.testing.assert_allclose(bits(4), whole, atol=3e-4)
   assert np.abs(bits(10, seed=1) - whole).mean() > 0.05
   assert np.abs(whole[:10] - whole[10:]).mean() > 0.05
+
+
+def test_the_exact_likelihood_is_that_of_score_flow(monkeypatch):
+  """For its probe, at the same tolerance."""
+  file, key = of_score_flow('ode_likelihood'), 'vp__eps1e-05__centered1'
+  x0, probe = jnp.asarray(file['data'], jnp.float32), jnp.asarray(file['probe'], jnp.float32)
+  monkeypatch.setattr(likelihood, '_begin', lambda *_: ((x0, jnp.zeros((1, len(x0)))), probe))
+  logp, z, nfe = Likelihood(VPSDE(), EPS)(KEY, DATA.score_fn(VPSDE()), x0)
+  bits = bits_per_dim(logp, 4, ImageCodec((2, 2, 1), centered=True).level_width)
+  np.testing.assert_allclose(bits, file[f'{key}/bpd'], atol=5e-4)
+  np.testing.assert_allclose(z, file[f'{key}/z'], atol=5e-4)
+  assert abs(nfe - file[f'{key}/nfe']) <= 6

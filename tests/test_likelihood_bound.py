@@ -17,8 +17,9 @@ from test_time_laws import of_score_flow
 from builders.evaluation import make_bound
 from builders.setup import build
 from configs import base, own
+from data.codec import ImageCodec
 from evaluation.bits_per_dim import parts_of_error
-from likelihood import bits_per_dim, LikelihoodBound
+from likelihood import bits_per_dim, importance_weighted, LikelihoodBound
 from losses import LikelihoodTimes
 from runtime.errors import UserError
 from sde_lib import EDMSDE, RectifiedFlow, SDE, subVPSDE, VESDE, VPSDE
@@ -148,6 +149,47 @@ def test_integrands_are_those_of_score_flow(key, sde):
     bits = bits_per_dim(-nats, dim, width)
     agreement.error(bits, file[name.replace('integrand', 'bpd')], quantity='bits/dim')
     np.testing.assert_allclose(bits, file[name.replace('integrand', 'bpd')], atol=2e-4)
+
+
+@pytest.mark.parametrize('centered', [False, True])
+def test_uniform_dequantisation_is_that_of_score_flow(centered):
+  file, name = of_score_flow('dequantization'), f'centered{int(centered)}'
+  codec = ImageCodec((2, 2, 1), centered=centered)
+  x0 = codec.between_levels(jnp.asarray(file['image_uint8']), jnp.asarray(file['uniform_u']))
+  np.testing.assert_allclose(x0, file[f'uniform_dequantized__{name}'], atol=1e-6)
+  assert -math.log2(codec.level_width) == file[f'bpd_constant__{name}']
+
+
+def test_a_bound_with_noise_of_another_law_is_that_of_score_flow():
+  """The bits/dim that its dequantiser is trained on, of noise u between levels with density q(u).
+
+  The drift's divergence is taken at a random time there; here it is integrated, and put back.
+  """
+  file, key, sde = of_score_flow('dequantization'), 'vp__eps1e-05__iw1__offset1__centered1', VPSDE()
+  given = {name: jnp.asarray(value, jnp.float32) for name, value in file.items() if value.ndim}
+  codec, law, score_fn = (
+    ImageCodec((2, 2, 1), centered=True),
+    LikelihoodTimes(sde),
+    DATA.score_fn(sde),
+  )
+  x0 = codec.between_levels(given['image_uint8'], given[f'{key}/noise'])
+  np.testing.assert_allclose(x0, given[f'{key}/dequantized'], atol=1e-6)
+  bound, ones, dim = LikelihoodBound(sde, sigma_data=1e6), jnp.ones(len(x0)), 4
+  alpha, sigma = sde.kernel(sde.T * ones[0])
+  nats = -sde.prior_logp(alpha * x0 + sigma * given['prior_noise'])
+  t = law.quantile(given['time_u'])
+  nats += 0.5 * law.total * bound.bracket(score_fn, x0, t, given['z'], given['z'])
+  nats -= dim * sde.drift_coef(law.eps + given['drift_time_u'] * (sde.T - law.eps))
+  alpha, sigma = (float(f(jnp.float32(law.eps))) for f in (sde.alpha, sde.sigma))
+  n = given['offset_noise']
+  s = score_fn(alpha * x0 + sigma * n, law.eps * ones)
+  last = jnp.square(sigma * s + n).reshape(len(n), -1).sum(-1)
+  nats += 0.5 * last - 0.5 * dim - dim * math.log(alpha)
+  log_q = -given[f'{key}/log_det_term']
+  logp = importance_weighted(-nats[None, None], log_q[None])[0]
+  np.testing.assert_allclose(-logp, given[f'{key}/nats_each'], rtol=2e-3, atol=2e-2)
+  bits = bits_per_dim(logp, dim, codec.level_width)
+  np.testing.assert_allclose(bits, given[f'{key}/bpd_each'], atol=1e-2)
 
 
 def test_what_is_no_bound_is_refused():
