@@ -6,6 +6,7 @@
   sample            draw samples: of a class, or of what an image leaves open
   likelihood        bits/dim of your own images, --images FOLDER, and the least likely of them
   check_data        what is in a folder of images, and which of them cannot be read
+  pack              a dataset, decoded once, in shards for training, --packed FOLDER
   stats             what samples are compared with, and the noise levels that the data ask for
   train_classifier  a classifier of noisy images, for sampling by class
   import            a checkpoint of the released code, or exported weights, become a workdir
@@ -61,6 +62,7 @@ _SAMPLE_FOLDER = flags.DEFINE_string('sample_folder', 'sample', 'Folder of sampl
 _EXPORT_FOLDER = flags.DEFINE_string('export_folder', 'export', 'Folder of weights in workdir.')
 _LICENCE = flags.DEFINE_string('licence', '', 'Under which others may use exported weights.')
 _IMAGES = flags.DEFINE_string('images', None, 'Image, or folder of them, for --mode likelihood.')
+_PACKED = flags.DEFINE_string('packed', None, 'Folder that --mode pack writes shards of images to.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'One of the processes of a pod or job.')
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0; pods know it.')
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many there are; likewise.')
@@ -78,6 +80,7 @@ _MODES: dict[str, Callable[[Any, ConfigDict, str], object]] = {
   'sample': lambda lib, config, root: lib.sample(config, root, _SAMPLE_FOLDER.value),
   'likelihood': lambda lib, config, root: lib.likelihood(config, root, _IMAGES.value or ''),
   'check_data': lambda lib, config, root: lib.check_data(config),
+  'pack': lambda lib, config, root: lib.pack(config, _PACKED.value),
   'stats': lambda lib, config, root: lib.stats(config),
   'import': lambda lib, config, root: lib.import_released(config, root, _CHECKPOINT.value),
   'export': lambda lib, config, root: lib.export(
@@ -92,8 +95,8 @@ _MODES: dict[str, Callable[[Any, ConfigDict, str], object]] = {
 _MODE = flags.DEFINE_enum('mode', None, list(_MODES), 'What to do.')
 _FLAGS = (
   _CONFIG, _MODE, _WORKDIR, _EVAL_FOLDER, _SAMPLE_FOLDER, _IMAGES, _EXPORT_FOLDER, _LICENCE,
-  _CHECKPOINT, _INIT_FROM, _TEACHER, _DETERMINISTIC, _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES,
-  _PROCESS_ID,
+  _CHECKPOINT, _INIT_FROM, _TEACHER, _PACKED, _DETERMINISTIC, _DISTRIBUTED, _COORDINATOR,
+  _NUM_PROCESSES, _PROCESS_ID,
 )  # fmt: skip
 
 
@@ -185,6 +188,10 @@ def parse(argv: Sequence[str]) -> tuple[str, str, ConfigDict]:
     raise UserError('--mode import and --checkpoint PATH go together')
   if (_MODE.value == 'likelihood') != bool(_IMAGES.value):
     raise UserError('--mode likelihood and --images FOLDER go together')
+  if (_MODE.value == 'pack') != bool(_PACKED.value):
+    raise UserError('--mode pack and --packed FOLDER, which it writes, go together')
+  if _MODE.value == 'pack' and _DISTRIBUTED.value:
+    raise UserError('--mode pack is for one process; leave out --distributed')
   if _INIT_FROM.value is not None and (_MODE.value != 'train' or not _INIT_FROM.value):
     raise UserError('--init_from WORKDIR goes with --mode train, for a new run')
   if _TEACHER.value is not None and (_MODE.value != 'distill' or not _TEACHER.value):

@@ -29,6 +29,7 @@ from builders.continuity import (
 )
 from builders.data import check_data as check_images
 from builders.data import load_source
+from builders.data import pack as pack_images
 from builders.distillation import check_distillation, stages
 from builders.evaluation import (
   checkpoint_range,
@@ -57,8 +58,9 @@ from builders.weights import imported, read_weights, write_weights
 from data.check import SplitReport
 from data.classes import numbers_of
 from data.folder import fingerprint, shown
+from data.images import Source
 from data.noise_scales import NoiseScales
-from data.sources import Source
+from data.packed import Packed
 from evaluation.evaluate import Measurement, step_folder
 from evaluation.likelihoods import measure as measure_images
 from evaluation.sample import draw_samples
@@ -395,6 +397,21 @@ def check_data(config: ConfigDict) -> list[SplitReport]:
     UserError: for a mistake in the config, or images that cannot be read: all of them are named.
   """
   return check_images(build(config).config)
+
+
+def pack(config: ConfigDict, folder: str) -> Packed:
+  """Decodes all images once, at the config's size, and writes them to the shards of a folder.
+
+  `config.data.dataset = 'packed'` with `config.data.path` = that folder reads them; see
+  `data.packed`. What is there already, of the same images, is not made again.
+
+  Raises:
+    UserError: for a mistake in the config, or an image that cannot be read.
+    Failure: if the disk is full.
+  """
+  packed = pack_images(build(config).config, folder)
+  logger.info('train with --config.data.dataset=packed --config.data.path=%s', folder)
+  return packed
 
 
 def load(workdir: str) -> tuple[Setup, Params]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from builders.setup import build, Setup
 from data import sources
+from data.images import ImageSource
 from runtime import start
 from training import loop
 from workdir import versions
@@ -197,7 +198,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--data-dir', default='', help='config.data.tfds_dir')
 
 
-def load(args: argparse.Namespace, setup: Setup, split: str) -> sources.ImageSource:
+def load(args: argparse.Namespace, setup: Setup, split: str) -> ImageSource:
   """The images that the flags name, of the size that the network takes."""
   data = setup.config.data
   sizes = {'image_size': data.image_size, 'num_channels': data.num_channels}

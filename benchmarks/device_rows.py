@@ -26,6 +26,7 @@ from benchmarks.likelihood import both
 from builders.setup import Setup
 from configs.vp import digits
 from data import sources
+from data.images import ImageSource
 from likelihood import draw_probes, Likelihood, VolumeChange
 import run_lib
 from sampling import ProbabilityFlow
@@ -412,7 +413,7 @@ def input_rate(sizes: Sizes, found: Found) -> Figures:
 
 
 @contextmanager
-def _photos(setup: Setup, n: int) -> Iterator[sources.ImageSource]:
+def _photos(setup: Setup, n: int) -> Iterator[ImageSource]:
   """A folder of n images as PNG files, of noise, which takes longest to decode."""
   size = setup.config.data.image_size
   images = np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)

@@ -31,7 +31,7 @@ from configs.base import Changes
 from configs.distill import digits
 from configs.edm import digits as edm_digits
 from configs.vp import digits as vp_digits
-from data.sources import ImageSource
+from data.images import ImageSource
 from evaluation import features
 from evaluation.metrics import Floor, frechet_distance, Moments
 import run_lib

@@ -20,8 +20,8 @@ import jax
 from benchmarks import common, training
 from builders.setup import Setup
 from builders.training import make_schedule, score_task
-from data import sources
 from data.batches import train_batches
+from data.images import ImageSource
 from training import loop
 
 ROUNDS = 5  # of steps
@@ -38,7 +38,7 @@ def times_of(iterator: Iterator[Any], n: int) -> list[float]:
   return times
 
 
-def batches(setup: Setup, source: sources.ImageSource) -> dict[str, float]:
+def batches(setup: Setup, source: ImageSource) -> dict[str, float]:
   """Seconds of a batch, from the source to the devices, while decoded and from memory."""
   size, found = setup.config.training.batch_size, {}
   for which in ('decoded', 'from memory'):  # the same images
@@ -48,7 +48,7 @@ def batches(setup: Setup, source: sources.ImageSource) -> dict[str, float]:
   return found
 
 
-def steps(setup: Setup, source: sources.ImageSource, n: int) -> dict[str, float]:
+def steps(setup: Setup, source: ImageSource, n: int) -> dict[str, float]:
   """Seconds of a step on one batch that stays on the devices, and of one as it is in training.
 
   In turns, as speed varies from minute to minute: rounds of some calls, which wait in the queue of
@@ -78,7 +78,7 @@ def steps(setup: Setup, source: sources.ImageSource, n: int) -> dict[str, float]
   return {'step': statistics.median(held), 'step of training': statistics.median(trained)}
 
 
-def measure(setup: Setup, source: sources.ImageSource, n: int) -> dict[str, float]:
+def measure(setup: Setup, source: ImageSource, n: int) -> dict[str, float]:
   """All of it."""
   return batches(setup, source) | steps(setup, source, n)
 

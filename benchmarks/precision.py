@@ -20,8 +20,8 @@ import numpy as np
 from benchmarks import common
 from builders.setup import Setup
 from builders.training import make_schedule, score_task
-from data import sources
 from data.batches import train_batches
+from data.images import Source
 from training import loop
 
 DTYPES = ('float32', 'bfloat16')
@@ -29,7 +29,7 @@ STRETCHES = 10  # rows of the table
 HELD_OUT = 16  # batches of held-out images
 
 
-def curve(setup: Setup, source: sources.Source, held_out: sources.Source) -> dict[str, Any]:
+def curve(setup: Setup, source: Source, held_out: Source) -> dict[str, Any]:
   """Mean training losses and held-out losses over stretches of a run, and seconds of a step."""
   task, size = score_task(setup), setup.config.training.batch_size
   evaluate = jax.jit(task.evaluate)

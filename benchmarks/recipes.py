@@ -36,7 +36,7 @@ from builders.setup import build, Setup
 from builders.training import make_schedule, score_task
 from configs import own
 from configs.base import Changes
-from data.sources import Batch, ImageSource, Source
+from data.images import Batch, ImageSource, Source
 from evaluation import features
 from evaluation.evaluate import Measurement
 from evaluation.features import FeatureNetwork

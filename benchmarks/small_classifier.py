@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from data.batches import eval_batches, train_batches
-from data.sources import ImageSource
+from data.images import ImageSource
 from evaluation.features import FeatureNetwork
 from models.score import Params
 from workdir import artifacts

@@ -20,6 +20,7 @@ from benchmarks import common
 from builders.setup import build, Setup
 from builders.training import make_schedule, score_task
 from data import sources
+from data.images import Source
 from losses import score_matching_loss
 from models.score import Params
 from training import loop
@@ -42,7 +43,7 @@ def setup_of(sde: str, steps: int, **fields: Any) -> Setup:
   return build(config)
 
 
-def train(setup: Setup, source: sources.Source) -> Params:
+def train(setup: Setup, source: Source) -> Params:
   """The moving average of the parameters after training in memory."""
   task = score_task(setup)
   state = jax.jit(task.init)(setup.keys.key('init'))
@@ -52,7 +53,7 @@ def train(setup: Setup, source: sources.Source) -> Params:
   return state.ema_params
 
 
-def draws(setup: Setup, params: Params, source: sources.Source, n: int) -> Iterator[Any]:
+def draws(setup: Setup, params: Params, source: Source, n: int) -> Iterator[Any]:
   """The loss of each of n batches, and its gradient."""
   size, objective = setup.config.training.batch_size, setup.objective
 
@@ -73,7 +74,7 @@ def draws(setup: Setup, params: Params, source: sources.Source, n: int) -> Itera
     yield loss_and_grad(params, images, jax.random.fold_in(jax.random.key(1), i))
 
 
-def variances(setup: Setup, params: Params, source: sources.Source, n: int) -> dict[str, float]:
+def variances(setup: Setup, params: Params, source: Source, n: int) -> dict[str, float]:
   """Of the loss and of the gradient of a batch, from n of them; and the mean of the loss."""
   values = list(draws(setup, params, source, n))
   losses = np.array([float(loss) for loss, _ in values])

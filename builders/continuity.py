@@ -14,8 +14,8 @@ from etils import epath
 from builders.data import load_source
 from builders.setup import saved_setup, Setup
 from builders.training import abstract_state
-from data import sources
 from data.classes import check_same, describe
+from data.images import Source
 from evaluation.evaluate import Measurement
 from runtime.errors import cannot_write, UserError
 from training import checkpoints as checkpoints_lib
@@ -75,7 +75,7 @@ def note_machine(root: epath.Path) -> None:
 _RENAME = 'Give the folders back their names, or choose a --workdir of a model of these classes'
 
 
-def note_data(root: epath.Path, setup: Setup, source: sources.Source, told_classes: int) -> Notes:
+def note_data(root: epath.Path, setup: Setup, source: Source, told_classes: int) -> Notes:
   """What to write down of the training data with each checkpoint; says what the classes are.
 
   Raises:
@@ -174,7 +174,7 @@ def class_names(setup: Setup, root: epath.Path) -> Sequence[str]:
   if not (setup.model.num_classes or setup.config.sampling.labels):
     return ()
   at_hand = data.dataset.lower() == 'digits' or (
-    data.dataset.lower() == 'folder' and os.path.isdir(os.path.expanduser(data.path))
+    data.dataset.lower() in ('folder', 'packed') and os.path.isdir(os.path.expanduser(data.path))
   )
   if not at_hand:
     return trained

@@ -1,13 +1,21 @@
 """From the section `data` of a config to sources of data, and to what a network sees of them."""
 
+from pathlib import Path
+from typing import Any
+
 from ml_collections import FrozenConfigDict
 
-from data import check, points, sources
+from data import check, packing, points, sources
 from data.augmentation import Augmentation
 from data.codec import Codec, ImageCodec, PointCodec
 from data.decoding import Decoder
 from data.deep import Span
+from data.folder import fingerprint
+from data.images import Source
+from data.packed import Packed
+from data.records import Reader
 from runtime.errors import UserError
+from workdir import artifacts
 
 
 def make_codec(config: FrozenConfigDict) -> Codec:
@@ -53,7 +61,7 @@ def make_decoder(config: FrozenConfigDict) -> Decoder:
   )
 
 
-def load_source(config: FrozenConfigDict, split: str, section: str = 'model') -> sources.Source:
+def load_source(config: FrozenConfigDict, split: str, section: str = 'model') -> Source:
   """The data of a split, for the network that a section of the config describes.
 
   Raises:
@@ -61,23 +69,11 @@ def load_source(config: FrozenConfigDict, split: str, section: str = 'model') ->
   """
   data, num_classes = config.data, config[section].num_classes
   takes_labels = num_classes > 0 or section == 'classifier'
-  source: sources.Source
+  source: Source
   if data.dim:
     source = points.load(data.dataset, split, data.dim)
   else:
-    source = images = sources.load(
-      data.dataset,
-      split,
-      image_size=data.image_size,
-      num_channels=data.num_channels,
-      path=data.path,
-      data_dir=data.tfds_dir,
-      category=data.category,
-      decoder=make_decoder(config),
-      held_out=data.held_out,
-      labelled=takes_labels,
-      skip_damaged=data.skip_damaged,
-    )
+    source = images = sources.load(data.dataset, split, **_how_to_read(config, takes_labels))
     if split == 'train':
       sources.refuse_one_value(images)
   if takes_labels and not num_classes == source.num_classes > 0:
@@ -88,6 +84,57 @@ def load_source(config: FrozenConfigDict, split: str, section: str = 'model') ->
       f' has {there}'
     )
   return source
+
+
+def _how_to_read(config: FrozenConfigDict, labelled: bool) -> dict[str, Any]:
+  """The arguments of `sources.load`."""
+  data = config.data
+  return {
+    'image_size': data.image_size,
+    'num_channels': data.num_channels,
+    'path': data.path,
+    'data_dir': data.tfds_dir,
+    'category': data.category,
+    'decoder': make_decoder(config),
+    'held_out': data.held_out,
+    'labelled': labelled,
+    'skip_damaged': data.skip_damaged,
+  }
+
+
+def pack(config: FrozenConfigDict, name: str) -> Packed:
+  """Writes the images of a config to a folder, as `dataset=packed` reads them.
+
+  They are those, in that order, that training sees.
+
+  Raises:
+    UserError: if the data are no images, or one cannot be read, or the folder holds something else.
+    Failure: if the disk is full.
+  """
+  data, folder = config.data, artifacts.root_of(name, '--packed')
+  if data.dim:
+    raise UserError(f'--mode pack is for images, and config.data.dim = {data.dim}')
+  if artifacts.is_remote(folder):
+    raise UserError(f'--packed {name}: pack to a folder here, and copy that')
+  labelled = config.model.num_classes > 0 or config.classifier.num_classes > 0
+  splits = dict[str, Reader]()
+  for split in ('train', 'test'):
+    read = sources.open_reader(data.dataset, split, **_how_to_read(config, labelled))
+    if not read.records.of_training:
+      splits[split] = read
+  prints = {split: fingerprint(data.path, read.records.files) for split, read in splits.items()}
+  fields = (
+    'dataset',
+    'category',
+    'fit',
+    'background',
+    'black',
+    'white',
+    'held_out',
+    'skip_damaged',
+  )
+  made_of = {field: data[field] for field in fields} | {'fingerprints': prints}
+  return packing.pack(Path(folder), splits, made_of)
 
 
 def check_data(config: FrozenConfigDict) -> list[check.SplitReport]:

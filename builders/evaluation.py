@@ -19,7 +19,7 @@ from builders.setup import Setup
 from builders.training import average_in_use
 from controllable_generation import NoiseInterval
 from data.classes import numbers_of
-from data.sources import ImageSource
+from data.images import ImageSource
 from evaluation import features
 from evaluation.average import LateAverage
 from evaluation.bits_per_dim import BitsPerDim, Estimator

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data.sources import Batch, Source
+from data.images import Batch, Source
 from runtime.errors import UserError
 
 Batches = Generator[Batch, None, None]

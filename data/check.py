@@ -11,7 +11,7 @@ import os
 from data import classes, geometry
 from data.decoding import Decoder
 from data.folder import shown
-from data.sources import Reader, Records
+from data.records import Reader, Records
 from runtime.errors import UserError
 from workdir.progress import Bar
 

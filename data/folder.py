@@ -385,14 +385,19 @@ def _scan(root: Path) -> _Found:
 
 def _is_image(file: Path) -> bool:
   """By the ending of its name or, without any, by its first bytes."""
-  ending = os.path.splitext(file.name)[1].lower()
+  ending = os.path.splitext(file.name)[1]
   if ending:
-    return ending in _endings()
+    return is_image_name(ending)
   try:
     with Image.open(file):
       return True
   except Exception:  # Pillow has a dozen
     return False
+
+
+def is_image_name(ending: str) -> bool:
+  """Whether the name of an image may end so, as in .jpg."""
+  return ending.lower() in _endings()
 
 
 @functools.cache

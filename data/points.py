@@ -15,7 +15,7 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
-from data.sources import Source
+from data.images import Source
 from runtime.errors import unknown, UserError
 from sde_lib import expand, SDE
 

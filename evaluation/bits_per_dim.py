@@ -11,9 +11,9 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
-from data import sources
 from data.batches import eval_batches
 from data.codec import Codec
+from data.images import Batch, Source
 from evaluation.evaluate import Measurement
 from likelihood import bits_per_dim, importance_weighted, LogDensity
 from models.score import Params, ScoreModel
@@ -81,7 +81,7 @@ class BitsPerDim(Measurement):
   model: ScoreModel
   estimator: Estimator
   codec: Codec
-  source: sources.Source
+  source: Source
   split: str
   repeats: int
   samples: int
@@ -149,7 +149,7 @@ class BitsPerDim(Measurement):
           bar.update(repeat * n_images + end)
     return values, float(np.mean(nfes)), seconds
 
-  def _round(self, params: Params, batch: sources.Batch, repeat: int, first: int) -> Arrays:
+  def _round(self, params: Params, batch: Batch, repeat: int, first: int) -> Arrays:
     """Of a batch whose first image has the number `first`: 'bpd' [n] or [n, estimates]."""
     images = self.devices.put(batch['data'])
     told = self.model.num_classes and 'label' in batch  # a user's images may have no classes

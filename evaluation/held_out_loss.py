@@ -9,8 +9,8 @@ from etils import epath
 import jax
 from jax import Array
 
-from data import sources
 from data.batches import eval_batches
+from data.images import Source
 from evaluation.evaluate import Measurement
 from models.score import Params
 from runtime import processes
@@ -37,7 +37,7 @@ class HeldOutLoss(Measurement):
   """
 
   losses: dict[str, Loss]
-  held_out: sources.Source
+  held_out: Source
   batch_size: int
   devices: Devices
   keys: Keys

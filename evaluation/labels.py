@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from data import sources
 from data.batches import eval_batches
+from data.images import Source
 from workdir.progress import Bar
 
 logger = logging.getLogger('score_sde')
@@ -62,7 +62,7 @@ def in_turn(num_classes: int) -> LabelLaw:
   return LabelLaw('in turn', (1,) * num_classes)
 
 
-def count_classes(source: sources.Source) -> tuple[int, ...]:
+def count_classes(source: Source) -> tuple[int, ...]:
   """How many examples of each class a source has; empty if it has no labels. It reads them all."""
   counts = np.zeros(source.num_classes, np.int64)
   if source.num_classes:

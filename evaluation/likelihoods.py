@@ -11,7 +11,7 @@ from etils import epath
 import jax
 import numpy as np
 
-from data import sources
+from data.images import Batch, Source
 from evaluation.bits_per_dim import BitsPerDim
 from models.score import Params
 from workdir import artifacts
@@ -28,7 +28,7 @@ AT_LEAST = 64  # of the data's own, which are otherwise as many as the user's
 def measure(
   bits: BitsPerDim,
   names: Sequence[str],
-  held_out: sources.Source,
+  held_out: Source,
   params: Params,
   folder: epath.Path,
 ) -> Report:
@@ -98,14 +98,14 @@ def table(names: Sequence[str], values: np.ndarray, order: np.ndarray) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part(sources.Source):
+class _Part(Source):
   """Some of the examples of a source."""
 
-  whole: sources.Source
+  whole: Source
   chosen: np.ndarray
 
   def __len__(self) -> int:
     return len(self.chosen)
 
-  def batch(self, indices: np.ndarray) -> sources.Batch:
+  def batch(self, indices: np.ndarray) -> Batch:
     return self.whole.batch(self.chosen[indices])

@@ -23,6 +23,7 @@ import numpy as np
 from data import sources
 from data.batches import eval_batches
 from data.decoding import Decoder
+from data.images import Source
 from evaluation.features import FeatureNetwork
 from evaluation.metrics import Moments, NEIGHBOURS
 from runtime import processes
@@ -83,7 +84,7 @@ class Images:
   def usual_path(self, features: str) -> epath.Path:
     """Where the file of their features by the network of that name lies."""
     folder = ''
-    if self.dataset.lower() == 'folder':  # others may have the same name
+    if self.dataset.lower() in sources.OF_USERS:  # others may have the same name
       place = epath.Path(self.path).expanduser()
       folder = f'{place.name}-{zlib.crc32(os.fsencode(os.path.abspath(place))):08x}'
     parts = [self.dataset.replace('/', '-').lower(), self.category, folder]
@@ -106,7 +107,7 @@ class ReferenceFile:
   images: Images
   network: FeatureNetwork
 
-  def check(self, source: sources.Source) -> None:
+  def check(self, source: Source) -> None:
     """Sees to it, before the work, that the file can be made of the images of `source`.
 
     Raises:
@@ -121,7 +122,7 @@ class ReferenceFile:
     if self.path.is_dir():
       raise UserError(f'{self.path} is a folder; set config.eval.stats_path to a file in it')
 
-  def make(self, source: sources.Source, batch_size: int, mesh: Mesh) -> None:
+  def make(self, source: Source, batch_size: int, mesh: Mesh) -> None:
     """Writes it, of the images of `source`.
 
     It goes on from where it was stopped. An existing file is replaced.
@@ -136,7 +137,7 @@ class ReferenceFile:
     except OSError as error:
       raise cannot_write(self.path, error, 'set config.eval.stats_path to another') from error
 
-  def _make(self, source: sources.Source, size: int, mesh: Mesh) -> None:
+  def _make(self, source: Source, size: int, mesh: Mesh) -> None:
     n, path = len(source), self.path
     if n <= NEIGHBOURS:
       logger.warning('%d images: samples can be compared with more than %d only', n, NEIGHBOURS)

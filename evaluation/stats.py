@@ -7,9 +7,9 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from data import sources
 from data.batches import train_batches
 from data.codec import Codec
+from data.images import Source
 from data.noise_scales import NoiseScales, recommend
 
 logger = logging.getLogger('score_sde')
@@ -18,7 +18,7 @@ EXAMPLES = 5000  # whose distances are compared, fewer if they are large:
 NUMBERS = 2**28  # pixels and channels of all of them, a gigabyte
 
 
-def examples(source: sources.Source, codec: Codec, *, batch_size: int, seed: int) -> np.ndarray:
+def examples(source: Source, codec: Codec, *, batch_size: int, seed: int) -> np.ndarray:
   """At most `EXAMPLES` examples of `source` as a network sees them, float32 [n, ...].
 
   Args:

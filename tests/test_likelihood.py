@@ -21,6 +21,7 @@ from builders.setup import build
 from configs import base, own
 from data import sources
 from data.codec import ImageCodec
+from data.images import ImageSource, Source
 from data.points import Mixture
 from evaluation.bits_per_dim import BitsPerDim, Estimator
 import likelihood
@@ -265,12 +266,12 @@ class KnownModel:
     return self.data.score_fn(self.sde)
 
 
-def few_digits() -> sources.ImageSource:
+def few_digits() -> ImageSource:
   images = sources.load('digits', 'test', image_size=8, num_channels=1).gather(np.arange(10))
-  return sources.ImageSource((8, 8, 1), 10, lambda i: (images[i], 0))
+  return ImageSource((8, 8, 1), 10, lambda i: (images[i], 0))
 
 
-def bits_of_known(config: ConfigDict, source: sources.Source, data: Mixture = FLAT) -> BitsPerDim:
+def bits_of_known(config: ConfigDict, source: Source, data: Mixture = FLAT) -> BitsPerDim:
   """What measures the bits per dimension of images by a density that is known."""
   setup = build(config)
   bits = make_bits_per_dim(setup)

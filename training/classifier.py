@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from data import sources
 from data.batches import eval_batches
 from data.codec import Codec
+from data.images import Source
 from losses import UniformTimes
 from models.classifier import Classifier, ClassLogProb
 from models.score import Params
@@ -132,7 +132,7 @@ def evaluate(
   classifier: Classifier,
   codec: Codec,
   params: Params,
-  held_out: sources.Source,
+  held_out: Source,
   times: UniformTimes,
   batch_size: int,
   devices: Devices,

@@ -12,8 +12,8 @@ import jax
 from jax import Array
 import numpy as np
 
-from data import sources
 from data.batches import train_batches
+from data.images import Source
 from models.score import Params
 from runtime import processes
 from runtime.devices import Devices, Keys
@@ -97,8 +97,8 @@ def train(
   devices: Devices,
   keys: Keys,
   root: epath.Path,
-  source: sources.Source,
-  held_out: sources.Source,
+  source: Source,
+  held_out: Source,
   at_start: Callable[[TrainState], None] = lambda state: None,
   at_snapshot: Callable[[TrainState, Stop], None] = lambda state, stop: None,
   notes: Notes | None = None,
@@ -241,7 +241,7 @@ def updates(
   schedule: Schedule,
   devices: Devices,
   keys: Keys,
-  source: sources.Source,
+  source: Source,
   state: TrainState,
 ) -> Iterator[tuple[TrainState, int, Metrics]]:
   """Trains to the end; yields state, step and metrics after every call of the device.
@@ -273,7 +273,7 @@ def several_steps(
 
 
 def _held_out_batches(
-  task: Task, devices: Devices, keys: Keys, held_out: sources.Source, *, start: int
+  task: Task, devices: Devices, keys: Keys, held_out: Source, *, start: int
 ) -> Iterator[tuple[Batch, Array]]:
   """Batches of held-out images on the devices, without end, each with a key."""
   choices = {'seed': keys.seed, 'start': start, **processes.share()}

@@ -230,7 +230,7 @@ def test_damaged_images_are_left_out_counted_and_always_the_same(tmp_path, caplo
 
 @pytest.mark.parametrize('lost', ['folder', 'class', 'image', 'disk'])
 def test_what_is_lost_in_mid_run_is_the_machines_failure(tmp_path, monkeypatch, lost):
-  monkeypatch.setattr(sources, '_MEMORY_LIMIT', 0)  # every image is read anew
+  monkeypatch.setattr('data.images._MEMORY_LIMIT', 0)  # every image is read anew
   root = make(tmp_path / 'all', 'cat/1.png', 'dog/1.png')
   train, _ = both(root)
   target = {'class': root / 'cat', 'image': root / 'cat' / '1.png'}.get(lost, root)

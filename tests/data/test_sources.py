@@ -19,7 +19,8 @@ import pytest
 from data import geometry, sources, tfds
 from data.batches import eval_batches, train_batches
 from data.folder import image_files
-from data.sources import ImageSource, load
+from data.images import ImageSource
+from data.sources import load
 from runtime.errors import Failure, UserError
 
 
@@ -133,7 +134,7 @@ def test_images_are_decoded_once_and_only_while_they_fit_in_memory(monkeypatch):
   assert calls == list(range(6))
   source[0][:] = 99  # a copy: the user's changes do not reach the memory
   assert source[-6].max() == 0
-  monkeypatch.setattr(sources, '_MEMORY_LIMIT', 6 * 4 - 1)
+  monkeypatch.setattr('data.images._MEMORY_LIMIT', 6 * 4 - 1)
   calls.clear()
   source = numbered(6, read)
   assert (source.gather(np.array([4, 4, 1]))[:, 0, 0, 0] == [4, 4, 1]).all() and len(calls) == 3

@@ -14,7 +14,7 @@ from builders.evaluation import make_sample_quality, reference_file
 from builders.setup import build, Setup
 from configs.vp.digits import get_config
 from data import sources
-from data.sources import ImageSource
+from data.images import ImageSource
 from evaluation import metrics
 from evaluation.labels import count_classes, in_turn, LabelLaw
 from evaluation.sample_quality import SampleQuality

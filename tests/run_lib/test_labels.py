@@ -19,7 +19,9 @@ from configs import base, own
 from data import sources
 from data.batches import eval_batches, train_batches
 from data.codec import ImageCodec
-from data.sources import ImageSource, load
+from data.images import ImageSource
+from data.records import Records
+from data.sources import load
 from losses import Objective, UniformTimes
 from models.ddpm import DDPM
 from models.mlp import MLP
@@ -49,7 +51,7 @@ def labelled(n: int) -> ImageSource:
 @pytest.mark.parametrize('processes', [1, 4])
 def test_labels_stay_with_their_images(monkeypatch, in_memory, processes):
   if not in_memory:
-    monkeypatch.setattr(sources, '_MEMORY_LIMIT', 0)
+    monkeypatch.setattr('data.images._MEMORY_LIMIT', 0)
   seen = set()
   for p in range(processes):
     own = {'process_index': p, 'process_count': processes}
@@ -97,9 +99,7 @@ def test_subfolders_of_a_folder_are_classes(tmp_path):
 
 def test_secret_labels_are_no_labels(monkeypatch):
   """TFDS has -1 for the label of every image in a split whose labels are not published."""
-  records = sources.Records(
-    3, lambda i: (Image.new('L', (4, 4)), -1), str, lambda image, size: image, 'ab'
-  )
+  records = Records(3, lambda i: (Image.new('L', (4, 4)), -1), str, lambda image, size: image, 'ab')
   monkeypatch.setattr(sources, '_open', lambda *_: records)
   assert load('secret', 'test', image_size=4, num_channels=1).num_classes == 0
 
