@@ -67,6 +67,9 @@ _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'One of the processes of 
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0; pods know it.')
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many there are; likewise.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this one, from 0; likewise.')
+_START_TIMEOUT = flags.DEFINE_integer(
+  'start_timeout', 300, 'Seconds that the other processes have to start.', lower_bound=1
+)
 _DETERMINISTIC = flags.DEFINE_bool('deterministic', False, 'GPUs compute the same bits each time.')
 _CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Released checkpoint, or exported folder.')
 _INIT_FROM = flags.DEFINE_string('init_from', None, 'Workdir whose parameters a new run takes.')
@@ -96,7 +99,7 @@ _MODE = flags.DEFINE_enum('mode', None, list(_MODES), 'What to do.')
 _FLAGS = (
   _CONFIG, _MODE, _WORKDIR, _EVAL_FOLDER, _SAMPLE_FOLDER, _IMAGES, _EXPORT_FOLDER, _LICENCE,
   _CHECKPOINT, _INIT_FROM, _TEACHER, _PACKED, _DETERMINISTIC, _DISTRIBUTED, _COORDINATOR,
-  _NUM_PROCESSES, _PROCESS_ID,
+  _NUM_PROCESSES, _PROCESS_ID, _START_TIMEOUT,
 )  # fmt: skip
 
 
@@ -259,8 +262,11 @@ def main(argv: Sequence[str]) -> None:
   import jax
 
   if _DISTRIBUTED.value:
+    from runtime import processes
+
+    known = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     try:
-      jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+      processes.join(*known, seconds=_START_TIMEOUT.value)
     except ValueError as error:  # it found no cluster, or the three don't go together
       raise UserError(
         f'--distributed: {error} Outside a pod or SLURM job give --coordinator=HOST:PORT, '

@@ -1,5 +1,8 @@
 """What the processes of a run share out, and what they must agree on; trivial for one process."""
 
+import os
+import sys
+import threading
 from typing import Any
 
 import jax
@@ -7,6 +10,41 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 import numpy as np
+
+
+def join(coordinator: str | None, count: int | None, number: int | None, seconds: int) -> None:
+  """Becomes one of the processes of a run, once all of them are there.
+
+  They need not start together. JAX gives up in C++, with a page that does not say why; so after
+  `seconds` this process ends itself, with 1, in one line.
+
+  Args:
+    coordinator: host:port of process 0; None, like the next two, where the cluster tells.
+    count: of the processes.
+    number: of this one, from 0.
+    seconds: that the others have to start.
+
+  Raises:
+    ValueError: if it finds no cluster, or the three don't go together.
+  """
+
+  def leave() -> None:
+    print(
+      f'error: not all {f"{count} " if count else ""}processes are there after {seconds} s. Start '
+      'all of them, with the same --coordinator and each with its own --process_id; where machines '
+      'come later, allow more with --start_timeout',
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(1)  # the thread that waits cannot be told
+
+  patience = threading.Timer(seconds, leave)
+  patience.daemon = True
+  patience.start()
+  try:
+    jax.distributed.initialize(coordinator, count, number, initialization_timeout=2 * seconds + 60)
+  finally:
+    patience.cancel()
 
 
 def share() -> dict[str, int]:

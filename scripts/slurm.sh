@@ -6,6 +6,8 @@
 #     --config configs/ve/cifar10.py --mode train --workdir runs/cifar10
 #
 # SIGTERM two minutes before the end of the time writes a checkpoint; the job, submitted again, goes on.
+# Tried: what it gives to srun, and two processes that find each other by SLURM's variables. Not tried:
+# on a cluster.
 #SBATCH --job-name=score_sde
 #SBATCH --signal=TERM@120
 #SBATCH --open-mode=append

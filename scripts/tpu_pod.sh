@@ -7,10 +7,12 @@
 # `setup` copies the last commit here to ~/score_sde of every host and installs it; do it again
 # after a change. PYTHON names the hosts' Python, 3.11 or newer, by default python3. `run` starts
 # main.py on all of them; interrupted, it may be given again as it was.
+#
+# Tried: the commands that it gives to gcloud, by a test. Not tried: on a pod.
 set -euo pipefail
 
 usage() {
-  sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 
@@ -31,7 +33,7 @@ case $action in
     gcloud compute tpus tpu-vm scp "$archive" "$name:" --zone "$zone" --worker=all
     on_all_hosts 'mkdir -p score_sde && tar -xzf score_sde.tar.gz -C score_sde && cd score_sde &&
       '"${PYTHON:-python3}"' -m venv .venv &&
-      .venv/bin/pip install --quiet -r requirements.txt gcsfs google-cloud-storage "jax[tpu]>=0.10.0,<0.11"'
+      .venv/bin/pip install --quiet -r requirements.txt gcsfs google-cloud-storage "jax[tpu]>=0.10.0,<0.13"'
     ;;
   run)
     on_all_hosts "cd score_sde && .venv/bin/python main.py --distributed $(printf '%q ' "$@")"
