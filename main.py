@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK: completed by the shell, see configs/completion.py
 """Score-based generative modelling through SDEs: what --mode says, of a config, in a workdir.
 
   train             train, or go on with, a score model
@@ -333,14 +334,24 @@ BEGIN = """Begin with handwritten digits; each of these takes a few minutes on t
   python main.py --config configs/vp/digits.py --mode train
   python main.py --config configs/vp/digits.py --mode sample
 
+A small model of them comes with the code; this draws from it, without any training:
+
+  python main.py --config configs/edm/digits.py --mode import --checkpoint assets/edm/digits
+  python main.py --config configs/edm/digits.py --mode sample
+
 What else there is:
 
   python main.py --help     modes and flags, with examples
   python -m configs         configs, with their networks
   docs/your_data.md         images of your own
+  notebooks/                the same from Python, step by step
 """
 
 if __name__ == '__main__':
+  if '_ARGCOMPLETE' in os.environ:  # the shell asks what may come next
+    from configs import completion
+
+    completion.complete({flag.name: _MODES if flag is _MODE else None for flag in _FLAGS})
   if not sys.argv[1:]:
     print(BEGIN, end='')
     sys.exit(2)
