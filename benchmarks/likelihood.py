@@ -10,7 +10,10 @@ machine; the first runs compile and are not timed.
 Two ratios matter. That of one evaluation is what the layers and the shared pass save. That of whole
 solutions adds what surrounds the evaluations.
 
-  python -m benchmarks.likelihood [--network NAME] [--batch N] [--json PATH]
+With the workdir of a trained model, the exact value and the bound without an ODE are timed in turns
+instead, on held-out images and with the tolerance and the times that its config has.
+
+  python -m benchmarks.likelihood [--network NAME | --workdir FOLDER] [--batch N] [--json PATH]
 """
 
 from functools import partial
@@ -23,8 +26,11 @@ import numpy as np
 from scipy import integrate
 
 from benchmarks import common, released
+from builders.data import load_source
+from builders.evaluation import make_bits_per_dim, make_bound
 from data.codec import LEVELS
 from likelihood import bits_per_dim, draw_probes, Likelihood, VolumeChange
+import run_lib
 from sampling import ProbabilityFlow
 from sde_lib import SDE
 
@@ -126,10 +132,50 @@ def table(results: dict[str, dict[str, float]]) -> str:
   return common.table(['', 'released', 'here', 'ratio'], rows)
 
 
+def measure_bound(workdir: str, batch: int) -> dict[str, dict[str, float]]:
+  """For the exact value and the bound of a trained model: evaluations, bits/dim, seconds."""
+  setup, params = run_lib.load(workdir)
+  estimators = {'exact': make_bits_per_dim(setup).estimator, 'bound': make_bound(setup).estimator}
+  held_out, score_fn = load_source(setup.config, 'test'), setup.model.bind(params)
+  rng_noise, rng = jax.random.split(jax.random.key(0))
+  images = held_out.batch(np.arange(min(batch, len(held_out))))['data']
+  x0 = setup.codec.dequantized(rng_noise, jnp.asarray(images))
+  runs = {
+    name: partial(estimator.density.estimates, rng, score_fn, x0)
+    for name, estimator in estimators.items()
+  }
+  return {
+    name: {
+      'evaluations': int(evaluations),
+      'bits/dim': float(
+        bits_per_dim(logp.mean(0), setup.codec.dim, setup.codec.level_width).mean()
+      ),
+      'ms': 1e3 * seconds / len(x0),
+    }
+    for name, (seconds, (logp, evaluations)) in common.timed(runs, SOLUTIONS).items()
+  }
+
+
+def table_of_bound(results: dict[str, dict[str, float]]) -> str:
+  """What `measure_bound` returns, as text."""
+  exact, bound = results['exact'], results['bound']
+  rows = [
+    ['evaluations of the score', exact['evaluations'], bound['evaluations'], ''],
+    ['bits/dim', exact['bits/dim'], bound['bits/dim'], ''],
+    ['ms per image', exact['ms'], bound['ms'], f'{exact["ms"] / bound["ms"]:.2f}'],
+  ]
+  return common.table(['', 'exact', 'bound', 'ratio'], rows)
+
+
 def main() -> None:
-  args = common.network_parser(__doc__).parse_args()
-  results = measure(args.network, args.batch)
-  common.report(table(results), results, args.json)
+  parser = common.network_parser(__doc__)
+  parser.add_argument('--workdir', help='of a trained model: its exact value and its bound')
+  args = parser.parse_args()
+  results = (
+    measure_bound(args.workdir, args.batch) if args.workdir else measure(args.network, args.batch)
+  )
+  text = table_of_bound(results) if args.workdir else table(results)
+  common.report(text, results, args.json)
 
 
 if __name__ == '__main__':

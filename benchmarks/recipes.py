@@ -20,23 +20,21 @@ import math
 from pathlib import Path
 import shutil
 import sys
-import time
 from typing import Any
-import zlib
 
 from etils import epath
 import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from benchmarks import common, results_page, small_classifier
+from benchmarks import common, results_page, runs, small_classifier
 from builders.data import load_source
 from builders.evaluation import make_bits_per_dim, make_drawing
 from builders.setup import build, Setup
 from builders.training import make_schedule, score_task
 from configs import own
 from configs.base import Changes
-from data.images import Batch, ImageSource, Source
+from data.images import ImageSource
 from evaluation import features
 from evaluation.evaluate import Measurement
 from evaluation.features import FeatureNetwork
@@ -49,7 +47,6 @@ from runtime import start
 from runtime.devices import all_devices
 from runtime.errors import UserError
 from training import loop
-from training.checkpoints import identity
 from workdir import artifacts
 from workdir.reports import Report
 
@@ -200,24 +197,6 @@ QUICK = Trial(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class FirstImages(Source):
-  """The first n images of a source."""
-
-  source: Source
-  n: int
-
-  @property
-  def class_names(self) -> Sequence[str]:  # type: ignore[override]  # a property is read as well
-    return self.source.class_names
-
-  def __len__(self) -> int:
-    return min(self.n, len(self.source))
-
-  def batch(self, indices: np.ndarray) -> Batch:
-    return self.source.batch(indices)
-
-
 def config_of(trial: Trial, recipe: Recipe, seed: int, data: Changes) -> ConfigDict:
   """What is trained."""
   config = trial.config(recipe.sde)
@@ -245,7 +224,7 @@ class Bench:
   def row(self, recipe: Recipe, seed: int) -> Report:
     """Trains and measures a run, as far as that was not done."""
     workdir = self.folder / f'{recipe.sde}_{seed}'
-    seconds = self._train(recipe, seed, workdir)
+    seconds = runs.train(config_of(self.trial, recipe, seed, self.data), workdir)
     setup, params = run_lib.load(str(workdir))
     run, training = Run(self, setup, params, workdir / 'measured'), setup.config.training
     distances = {
@@ -272,23 +251,6 @@ class Bench:
       'step_ms': artifacts.read_json(self._times) if self._times.exists() else {},
       'rows': sorted(rows, key=lambda row: (row['seed'], _NAMES.index(row['recipe']))),
     }
-
-  def _train(self, recipe: Recipe, seed: int, workdir: epath.Path) -> float:
-    """Seconds of training, of all the times that it was begun."""
-    path, seconds, n_iters = workdir / 'trained.json', 0.0, self.trial.n_iters
-    if path.exists():
-      done = artifacts.read_json(path)
-      if done['step'] == n_iters:
-        return done['seconds']
-      seconds = done['seconds']
-    began, step = time.monotonic(), 0
-    try:
-      run_lib.train(config_of(self.trial, recipe, seed, self.data), str(workdir))
-      step = n_iters
-    finally:  # also when it is stopped
-      seconds += time.monotonic() - began
-      artifacts.write_json(path, {'step': step, 'seconds': seconds})
-    return seconds
 
   def source(self, split: str) -> ImageSource:
     """The images, with their classes, whichever recipe sees them."""
@@ -375,7 +337,7 @@ class Run:
   def bits_per_dim(self) -> Report:
     """Of the first held-out images, each dequantised once."""
     whole, trial = make_bits_per_dim(self.setup), self.bench.trial
-    source = FirstImages(whole.source, trial.likelihoods)
+    source = runs.FirstImages(whole.source, trial.likelihoods)
     size = min(trial.batch_size, len(source))  # what fills a batch up would cost as much
     measurement = dataclasses.replace(whole, source=source, repeats=1, batch_size=size)
     return self._kept('bits', {'images': len(source)}, [measurement])
@@ -398,22 +360,15 @@ class Run:
 
   def _kept(self, name: str, settings: Report, measurements: Iterable[Measurement]) -> Report:
     """What was measured of this checkpoint with these settings, or is now."""
-    settings = settings | {'checkpoint': identity(self.params)}
-    mark = zlib.crc32(artifacts.json_text(settings).encode())
-    folder = self.folder / f'{name}-{mark:08x}'
-    path, report = folder / 'report.json', settings
-    if not path.exists():
-      for measurement in measurements:
-        report |= measurement.measure(self.params, self.bench.trial.n_iters, folder)
-      artifacts.write_json(path, report | {'folder': str(folder)})
-    return artifacts.read_json(path)
+    step = self.bench.trial.n_iters
+    return runs.measured(self.folder, name, settings, measurements, self.params, step)
 
 
 def write(bench: Bench, rows: Sequence[Report], docs: Path) -> None:
   """The page and its pictures, with what was measured until now."""
-  runs, outcome = bench.folder.parent, bench.outcome(rows)
+  root, outcome = bench.folder.parent, bench.outcome(rows)
   artifacts.write_json(bench.folder / OUTCOME, outcome)
-  paths = [runs / t.name.lower() / OUTCOME for t in TRIALS if t.name != bench.trial.name]
+  paths = [root / t.name.lower() / OUTCOME for t in TRIALS if t.name != bench.trial.name]
   others = [artifacts.read_json(path) for path in paths if path.exists()]
   results_page.write(outcome, others, docs)
 
@@ -431,16 +386,16 @@ def main(argv: Sequence[str] | None = None) -> None:
   args = parser.parse_args(argv)
   logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', level=logging.WARNING)
   logging.getLogger('score_sde').setLevel(logging.INFO)
-  runs, docs = epath.Path(args.runs).resolve(), DOCS
+  root, docs = epath.Path(args.runs).resolve(), DOCS
   trials = [t for t in TRIALS if args.dataset in (None, t.name.lower())]
   if args.quick:
-    trials, runs = [QUICK], runs / 'quick'
-    docs = Path(runs)
+    trials, root = [QUICK], root / 'quick'
+    docs = Path(root)
     docs.mkdir(parents=True, exist_ok=True)
     shutil.copy(DOCS / results_page.PAGE, docs)
   where = {'data.path': args.path, 'data.tfds_dir': args.data_dir}
   for trial in trials:
-    bench = Bench(trial, runs / trial.name.lower(), where if trial.needs_path else {})
+    bench = Bench(trial, root / trial.name.lower(), where if trial.needs_path else {})
     rows = list[Report]()
     for seed in trial.seeds:
       for recipe in sorted(trial.recipes, key=lambda recipe: recipe.sde != 'edm'):

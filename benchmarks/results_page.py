@@ -45,7 +45,7 @@ def distance_table(outcome: Outcome) -> list[str]:
   last = rows[-1]['distances'][counts[-1]]
   floors = [last[f'{key}_floor'] for key in _FRECHET.values() for _ in counts]
   lines.append(['data', '', '', *map(three_figures, floors)])
-  return _table(['recipe', 'seed', 'bits/dim', *heads], lines)
+  return table(['recipe', 'seed', 'bits/dim', *heads], lines)
 
 
 def cost_table(outcome: Outcome) -> list[str]:
@@ -58,7 +58,7 @@ def cost_table(outcome: Outcome) -> list[str]:
     lines.append([row['recipe'], size, three_figures(step_ms), seconds, nfe, *drawn])
   counts = outcome['rows'][0]['distances']
   heads = ['recipe', 'parameters', 'ms a step', 'seconds', 'evaluations of bits/dim']
-  return _table([*heads, *(f'sampler, {n}' for n in counts)], lines)
+  return table([*heads, *(f'sampler, {n}' for n in counts)], lines)
 
 
 def caption(outcome: Outcome) -> str:
@@ -75,7 +75,7 @@ def caption(outcome: Outcome) -> str:
   )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
   lines = [head, ['---'] * len(head), *rows]
   return [f'| {" | ".join(map(str, cells))} |' for cells in lines]
 

@@ -22,7 +22,7 @@ from data.classes import numbers_of
 from data.images import ImageSource
 from evaluation import features
 from evaluation.average import LateAverage
-from evaluation.bits_per_dim import BitsPerDim, Estimator
+from evaluation.bits_per_dim import BitsPerDim, Estimator, Uniform
 from evaluation.draw import Drawing, Guide
 from evaluation.evaluate import CheckpointRange, Measurement
 from evaluation.held_out_loss import HeldOutLoss, Loss
@@ -181,6 +181,7 @@ def _of_images(setup: Setup, estimator: Estimator) -> BitsPerDim:
     model=setup.model,
     estimator=estimator,
     codec=setup.codec,
+    dequantization=Uniform(setup.codec),
     source=load_source(setup.config, wanted.bpd_dataset),
     split=wanted.bpd_dataset,
     repeats=wanted.bpd_repeats,

@@ -173,8 +173,7 @@ class ImageCodec(Codec):
     return self._from_unit_interval((data.astype(jnp.float32) + u) / LEVELS)
 
   def dequantized(self, rng: Array, data: Array) -> Array:
-    _, rng_level = jax.random.split(rng)
-    return self.between_levels(data, jax.random.uniform(rng_level, data.shape))
+    return self.between_levels(data, level_noise(rng, data))
 
   def for_training(self, rng: Array, data: Array) -> Array:
     if self.random_flip:
@@ -196,6 +195,12 @@ class ImageCodec(Codec):
     # What is known of an image is on a level, where truncation would go by rounding errors.
     nearest = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
     return np.where(self.scaled(nearest) == x, nearest, stored)
+
+
+def level_noise(rng: Array, data: Array) -> Array:
+  """Uniform noise in [0, 1) for each value of data, of a key that also decides on flips."""
+  _, rng_level = jax.random.split(rng)
+  return jax.random.uniform(rng_level, data.shape)
 
 
 @dataclasses.dataclass(frozen=True)

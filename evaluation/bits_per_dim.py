@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 from functools import cached_property, partial
 import math
+from typing import Protocol
 
 from etils import epath
 import jax
@@ -52,9 +53,26 @@ class Estimator:
     return '' if self.n == self.usual and self.name == 'bpd' else f'{self.n} {self.of}, {told}'
 
 
+class Dequantization(Protocol):
+  """How x_0 is drawn of stored images: the noise between their levels."""
+
+  def __call__(self, rngs: Array, images: Array) -> tuple[Array, Array]:
+    """(keys [B], images [B, ...]) -> x_0, like them, and log q [B] of that noise, per level."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+  """Noise of density 1 over a level (Sec. 4.3)."""
+
+  codec: Codec
+
+  def __call__(self, rngs: Array, images: Array) -> tuple[Array, Array]:
+    return jax.vmap(self.codec.dequantized)(rngs, images), jnp.zeros(len(images))
+
+
 @dataclasses.dataclass(frozen=True)
 class BitsPerDim(Measurement):
-  """Bits per dimension of uniformly dequantised images (Sec. 4.3), each counted once per repeat.
+  """Bits per dimension of dequantised images (Sec. 4.3), each counted once per repeat.
 
   The noise and the probes of an image are a function of the seed, the repeat and the image's
   number, so that the size of the batches matters only within the tolerance of the solver. The
@@ -68,7 +86,8 @@ class BitsPerDim(Measurement):
   Attributes:
     model: the score model.
     estimator: measures log p(x_0).
-    codec: makes x_0 of the images, and says how wide their levels are.
+    codec: says how wide the levels of images are.
+    dequantization: makes x_0 of the images.
     source: the images.
     split: 'train' or 'test', of which they are.
     repeats: how often each image is dequantised.
@@ -81,6 +100,7 @@ class BitsPerDim(Measurement):
   model: ScoreModel
   estimator: Estimator
   codec: Codec
+  dequantization: Dequantization
   source: Source
   split: str
   repeats: int
@@ -156,17 +176,18 @@ class BitsPerDim(Measurement):
     labels = self.devices.put(batch['label']) if told else None
     score_fn = self.model.bind(params, labels=labels)
     rngs = self._keys_of(self.keys.key('bpd', repeat), first, images)
-    logp, nfe = [], 0
+    logp, log_q, nfe = [], [], 0
     for sample in range(self.samples):
       rngs_noise = rngs[:, 0]
       if sample:
         rng = self.keys.key('bpd_samples', repeat * self.samples + sample)
         rngs_noise = self._keys_of(rng, first, images)[:, 0]
-      x0 = self._dequantized(rngs_noise, images)
+      x0, density = self._dequantized(rngs_noise, images)
       estimates, evaluations = self.estimator.density.estimates(rngs[:, 1], score_fn, x0)
       logp.append(estimates)
+      log_q.append(density)
       nfe += evaluations
-    logp = importance_weighted(jnp.stack(logp), np.zeros((self.samples, len(images)), np.float32))
+    logp = importance_weighted(jnp.stack(logp), jnp.stack(log_q))
     bits = bits_per_dim(logp, self.codec.dim, self.codec.level_width)
     there = len(self.source) - first
     each = processes.gather(bits).T[:there]  # of all processes, which cannot be iterated over
@@ -183,9 +204,9 @@ class BitsPerDim(Measurement):
     return jax.jit(keys, out_shardings=self.devices.batch)
 
   @cached_property
-  def _dequantized(self) -> Callable[[Array, Array], Array]:
-    """(keys [B], images [B, H, W, C]) -> x_0, like them."""
-    return jax.jit(jax.vmap(self.codec.dequantized), out_shardings=self.devices.batch)
+  def _dequantized(self) -> Callable[[Array, Array], tuple[Array, Array]]:
+    """`dequantization`, compiled."""
+    return jax.jit(self.dequantization, out_shardings=self.devices.batch)
 
 
 def parts_of_error(values: np.ndarray, of: str) -> dict[str, float | None]:

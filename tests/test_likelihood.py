@@ -16,6 +16,7 @@ from scipy.stats.distributions import rv_frozen
 from test_golden_sde import DATA, golden, numbers
 from test_time_laws import of_score_flow
 
+from benchmarks import dequantization
 from builders.evaluation import make_bits_per_dim
 from builders.setup import build
 from configs import base, own
@@ -325,7 +326,7 @@ def test_more_samples_of_the_noise_lower_bits_per_dimension(tmp_path):
   """Each repeat has its own samples, with the probe that one sample had."""
   config, known = own.digits(base.vp('ddpmpp')), KnownDensity(0.003)  # about a third of a level
   config.eval.update(enable_bpd=True, bpd_repeats=2, batch_size=4)
-  black = sources.ImageSource((8, 8, 1), 10, lambda i: (np.full((8, 8, 1), 128, np.uint8), 0))
+  black = ImageSource((8, 8, 1), 10, lambda i: (np.full((8, 8, 1), 128, np.uint8), 0))
 
   def measured(samples: int) -> tuple[BitsPerDim, dict]:
     config.eval.bpd_importance_samples = samples
@@ -383,3 +384,24 @@ def test_the_exact_likelihood_is_that_of_score_flow(monkeypatch):
   np.testing.assert_allclose(bits, file[f'{key}/bpd'], atol=5e-4)
   np.testing.assert_allclose(z, file[f'{key}/z'], atol=5e-4)
   assert abs(nfe - file[f'{key}/nfe']) <= 6
+
+
+def test_learned_noise_begins_as_uniform_noise_and_its_density_is_exact():
+  """Whatever its place and scale, the mean of p / q is the probability of the level."""
+  y, exact, law = levels_of_a_gaussian(0.4)
+  rng = np.random.default_rng(2)
+  v = jnp.asarray(rng.uniform(size=(16, *y.shape)), jnp.float32)
+  below = {}
+  # The density falls away from 0.3, in the levels beside it to one of their ends.
+  for name, slope, log_scale in (('uniform', 0.0, 0.0), ('wrong', 1.5, 0.2), ('near', -1.5, -0.2)):
+    told = jnp.stack([jnp.float32(slope * y), jnp.full(y.shape, log_scale)], -1)
+    draws = [dequantization.noise_of(told, row) for row in v]
+    u, log_q = (np.asarray(jnp.stack(values), np.float64) for values in zip(*draws, strict=True))
+    log_ratio = law.logpdf(y + u).sum(-1) - log_q - exact
+    ratio = np.exp(log_ratio).mean(0)
+    assert abs(ratio.mean() - 1) < 5 * ratio.std() / math.sqrt(len(y))
+    below[name] = -log_ratio.mean()
+    if name == 'uniform':
+      np.testing.assert_allclose(u, v, atol=1e-6)
+      np.testing.assert_allclose(log_q, 0, atol=1e-5)
+  assert 0 < below['near'] < below['uniform'] < below['wrong']
