@@ -29,8 +29,9 @@ from models.score import Params
 from samplers.steps import ChainStep
 from sampling import CORRECTORS, PREDICTORS
 from sde_lib import ScoreFn, subVPSDE, VESDE, VPSDE
-from training import released_checkpoints
-from training.released_checkpoints import from_jax, network_parameters
+from training import flat_tables
+from training.flat_tables import network_parameters
+from training.released_checkpoints import from_jax
 
 FOLDER = Path(__file__).parent.parent / 'tests' / 'golden'
 NETWORKS = (
@@ -105,7 +106,7 @@ def parameters(arrays: Arrays, setup: Setup) -> Params:
   """The averaged parameters of a case, as those of a released checkpoint come in."""
   shapes = network_parameters(setup.model, (1, *setup.data_shape))
   average = from_jax(released_state(arrays)).ema_params
-  return released_checkpoints.fit(average, shapes, 'moving averages')
+  return flat_tables.fit(average, shapes, 'moving averages')
 
 
 @jax.jit

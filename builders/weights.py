@@ -14,9 +14,9 @@ from builders.training import abstract_state, settled_rate, task_of
 from configs.base import saved
 from models.score import Params
 from runtime.errors import UserError
-from training import exported, released_checkpoints
+from training import exported, flat_tables, released_checkpoints
 from training.checkpoints import Notes
-from training.released_checkpoints import Shapes
+from training.flat_tables import Shapes
 from training.step import TrainState
 from workdir import same_config, versions
 
@@ -114,4 +114,4 @@ def _of_weights(setup: Setup, folder: epath.Path) -> tuple[TrainState, Notes]:
 
 
 def _parameters(setup: Setup) -> Shapes:
-  return released_checkpoints.network_parameters(setup.model, (1, *setup.data_shape))
+  return flat_tables.network_parameters(setup.model, (1, *setup.data_shape))

@@ -20,7 +20,7 @@ import numpy as np
 
 from evaluation.inception import CLASSES, FEATURES, InceptionV3
 from runtime.errors import UserError
-from training.released_checkpoints import read_torch
+from training.released_torch import read_torch
 
 logger = logging.getLogger('score_sde')
 

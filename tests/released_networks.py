@@ -6,15 +6,15 @@ import numpy as np
 
 from benchmarks.golden import config_of
 from builders.setup import build, Setup
-from training import released_checkpoints
-from training.released_checkpoints import network_parameters
+from training import flat_tables
+from training.flat_tables import network_parameters
 
 
 def setup_of(arrays: dict[str, np.ndarray]) -> Setup:
   return build(config_of(arrays))
 
 
-def shapes_of(setup: Setup) -> released_checkpoints.Shapes:
+def shapes_of(setup: Setup) -> flat_tables.Shapes:
   return shapes_once(setup.model, (1, *setup.data_shape))
 
 

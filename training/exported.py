@@ -19,7 +19,8 @@ from safetensors.numpy import save as to_bytes
 from models.score import Params
 from runtime.errors import UserError
 from training import checkpoints
-from training.released_checkpoints import fit, flat, Shapes, to_torch
+from training.flat_tables import fit, flat, Shapes
+from training.released_torch import to_torch
 from workdir import artifacts
 
 CARD = 'card.json'

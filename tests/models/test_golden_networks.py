@@ -24,8 +24,9 @@ from benchmarks.golden import (
 )
 from builders.training import make_averages
 import losses
-from training import released_checkpoints
-from training.released_checkpoints import from_jax, from_torch
+from training import flat_tables, released_checkpoints
+from training.released_checkpoints import from_jax
+from training.released_torch import from_torch
 from training.step import optimize
 
 
@@ -113,7 +114,7 @@ def test_three_training_steps_from_a_released_checkpoint(case, tmp_path):
     prefix = f'end_{what}/'
     end = {f'ema/{k.removeprefix(prefix)}': arrays[k] for k in arrays if k.startswith(prefix)}
     average = from_jax(released_state(end)).ema_params
-    theirs = released_checkpoints.fit(average, shapes_of(setup), what)
+    theirs = flat_tables.fit(average, shapes_of(setup), what)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
       agreement.error(a, b, quantity=f'{what} after three steps')
       np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
@@ -124,7 +125,7 @@ def test_scores_of_pytorch_checkpoints(case):
   arrays = load(case)
   setup = setup_of(arrays)
   found = from_torch(torch_content(arrays), shapes_of(setup))
-  params = released_checkpoints.fit(found.ema_params, shapes_of(setup), 'moving averages')
+  params = flat_tables.fit(found.ema_params, shapes_of(setup), 'moving averages')
   x, t = arrays['io/x'].transpose(0, 2, 3, 1), arrays['io/t']
   score = score_of(setup.model.bind(params), x, t)
   theirs = arrays['io/score_ema'].transpose(0, 2, 3, 1)

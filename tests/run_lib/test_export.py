@@ -18,7 +18,8 @@ from configs import base, own
 import run_lib
 from runtime.errors import UserError
 from training.checkpoints import Checkpoints, Notes
-from training.released_checkpoints import flat, from_torch, to_torch
+from training.flat_tables import flat
+from training.released_torch import from_torch, to_torch
 
 CLASSES = ('cat', 'dog')
 

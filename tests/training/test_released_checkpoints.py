@@ -18,7 +18,7 @@ from configs import base, own
 import run_lib
 from runtime.errors import UserError
 from training import released_checkpoints
-from training.released_checkpoints import from_torch
+from training.released_torch import from_torch
 
 PIXELS = 8
 
