@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jax import Array
 from jax.experimental.compilation_cache import compilation_cache
+from ml_collections import ConfigDict
 import numpy as np
 
 from builders.setup import build, Setup
@@ -47,10 +48,17 @@ _IMAGES = (16, 32, 32, 128)  # shape of what is convolved for it
 
 def network(name: str, changes: dict[str, Any]) -> Setup:
   """What one of `NETWORKS` is built of, with changes {'section.field': value} to its config."""
-  path, variant, own = NETWORKS[name]
-  config = importlib.import_module(f'configs.{path}').get_config(variant)
-  config.update_from_flattened_dict(own | changes)
+  config = config_of(name)
+  config.update_from_flattened_dict(changes)
   return build(config)
+
+
+def config_of(name: str) -> ConfigDict:
+  """The config of one of `NETWORKS`."""
+  path, variant, own = NETWORKS[name]
+  config: ConfigDict = importlib.import_module(f'configs.{path}').get_config(variant)
+  config.update_from_flattened_dict(own)
+  return config
 
 
 def images(setup: Setup, batch: int) -> np.ndarray:

@@ -7,8 +7,9 @@ would run there: the memory of a device, the kernels and the bytes that they mov
   python -m benchmarks.compile_for tpu v5e:2x2 configs/ve/cifar10.py:ncsnpp_deep_continuous
   python -m benchmarks.compile_for cpu 1 configs/vp/digits.py --what step,sampler,likelihood
 
-The target is `h100` with the number of cards, `tpu` with a topology, chip:AxB, or `cpu` with 1,
-this machine. The programs:
+The target is `h100` with the number of cards, `tpu` with a topology, chip:AxB, or with several
+slices of it, Nxchip:AxB, or `cpu` with 1, this machine. The state lies on them as
+config.training.fsdp says. The programs:
 
   step        one training step of the whole batch, config.training.batch_size
   sampler     the first segment of config.sampling for config.eval.batch_size samples, with its
@@ -22,13 +23,16 @@ the version of JAX that is here. It needs no driver and no card.
 How to read it. The bytes are what each kernel reads and writes, added up: what caches save is not
 taken off. FLOP are those of the program before it is optimised, shared by the devices. The floors
 are bytes over the bandwidth of the memory and FLOP over the peak of a matrix product, as the vendor
-states them; no step is faster than the larger of the two. The body of a loop is counted once, as is
-each branch. It cannot tell how long cuDNN takes, whose algorithms are chosen on the card, nor the
-gaps between kernels, nor what waits for the host.
+states them; no step is faster than the larger of the two. The body of a loop counts as often as it
+runs, where the compiler knows how often, and each branch once. Of collectives, a device sends their
+bytes along a ring; those that are covered are under way while products or convolutions run. It
+cannot tell how long cuDNN takes, whose algorithms are chosen on the card, nor the gaps between
+kernels, nor what waits for the host.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 import dataclasses
 from functools import partial
 import importlib.util
@@ -44,17 +48,17 @@ from absl import flags
 import jax
 from jax import Array
 from jax.experimental import topologies
+from jax.extend.core import Jaxpr, jaxpr_as_fun, jaxprs_in_params
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
-import numpy as np
 
 from benchmarks import common, hlo
 from builders.setup import build, Setup
 from builders.training import score_task
 import likelihood
 import main as command
-from runtime.devices import Devices
+from runtime.devices import out_of_memory
 from runtime.errors import unknown, UserError
 from samplers import base
 import sampling
@@ -108,11 +112,14 @@ def devices_of(target: str, slice_name: str) -> list[jax.Device]:
       raise UserError(f'this machine has {len(jax.devices("cpu"))} device; got {slice_name}')
     return jax.devices('cpu')[: int(slice_name)]
   if target == 'tpu':
-    chip = slice_name.partition(':')[0]
+    slices, topology = _slices(slice_name)
+    chip = topology.partition(':')[0]
     if chip not in CHIPS:
       raise unknown('the TPU', chip, [name for name in CHIPS if name != 'h100'])
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # else it looks for its cloud
-    choices: dict[str, Any] = {'topology_name': slice_name, 'platform': 'tpu'}
+    os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # no chip is taken
+    choices: dict[str, Any] = {'topology_name': topology, 'platform': 'tpu'}
+    choices |= {'num_slices': slices} if slices > 1 else {}
   else:
     choices = {'topology_name': '', 'platform': 'cuda', 'topology': f'1x1x{slice_name}'}
     choices['target_config'] = Path(__file__).with_name('h100.txtpb').read_text()
@@ -121,6 +128,12 @@ def devices_of(target: str, slice_name: str) -> list[jax.Device]:
   except (RuntimeError, NotImplementedError, ValueError) as error:
     reason = str(error).partition('\n')[0][:200]
     raise UserError(f'{target} {slice_name!r} is no topology that it knows: {reason}') from error
+
+
+def _slices(name: str) -> tuple[int, str]:
+  """How many slices, and the topology of each: 2 and v5e:16x16 of 2xv5e:16x16."""
+  found = re.fullmatch(r'([1-9][0-9]*)x(v.*)', name)
+  return (int(found[1]), found[2]) if found else (1, name)
 
 
 def _installed(module: str) -> bool:
@@ -147,26 +160,27 @@ def _shapes(tree: Any, where: NamedSharding) -> Any:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
 
-def _key() -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+def _key(setup: Setup) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=setup.devices.replicated)
 
 
-def training_step(setup: Setup, everywhere: NamedSharding, split: NamedSharding) -> Program:
+def training_step(setup: Setup) -> Program:
   """One step, as the training loop compiles it."""
-  task, config = score_task(setup), setup.config
+  task, config, devices = score_task(setup), setup.config, setup.devices
   n, points = config.training.batch_size, bool(config.data.dim)
   batch = {'data': jax.ShapeDtypeStruct((n, *setup.data_shape), 'float32' if points else 'uint8')}
   if setup.model.num_classes:
     batch['label'] = jax.ShapeDtypeStruct((n,), 'int32')
-  initial = jax.eval_shape(task.init, _key())
-  state = jax.eval_shape(partial(loop.as_trained, devices=Devices(everywhere.mesh)), initial)
-  state = _shapes(state, everywhere)
+  initial = jax.eval_shape(task.init, _key(setup))
+  state = jax.eval_shape(partial(loop.as_trained, devices=devices), initial)
+  shardings = devices.state_shardings(state)
+  state = jax.tree.map(_shapes, state, shardings)
   update = partial(finite_step, task.update) if config.training.skip_nonfinite else task.update
-  arguments = (state, None, _shapes(batch, split), _shapes(_key(), everywhere))
-  return Program(update, arguments, (0,), (everywhere, everywhere))
+  arguments = (state, None, _shapes(batch, devices.batch), _key(setup))
+  return Program(update, arguments, (0,), (shardings, devices.replicated))
 
 
-def sampler_segment(setup: Setup, everywhere: NamedSharding, split: NamedSharding) -> Program:
+def sampler_segment(setup: Setup) -> Program:
   """The sampler, stopped after the first of the segments that it is cut into."""
 
   def first(advance: Callable, state: Any, n: int, observe: Any) -> Any:
@@ -175,15 +189,15 @@ def sampler_segment(setup: Setup, everywhere: NamedSharding, split: NamedShardin
   def draw(params: Any, rng: Array) -> Array:
     score_fn = setup.model.bind(params)
     with mock.patch.object(base, 'in_segments', first):
-      return setup.sampler(rng, score_fn, shape, sharding=split)[0]
+      return setup.sampler(rng, score_fn, shape, sharding=setup.devices.batch)[0]
 
   shape = (setup.config.eval.batch_size, *setup.data_shape)
-  return Program(draw, (_params(setup, everywhere), _shapes(_key(), everywhere)), (), split)
+  return Program(draw, (_params(setup), _key(setup)), (), setup.devices.batch)
 
 
-def likelihood_step(setup: Setup, everywhere: NamedSharding, split: NamedSharding) -> Program:
+def likelihood_step(setup: Setup) -> Program:
   """Drift and divergence of the probability flow, as a solver of the likelihood asks for them."""
-  n = setup.config.eval.batch_size
+  n, devices = setup.config.eval.batch_size, setup.devices
 
   def drift(params: Any, x: Array, v: Array, t: Array) -> tuple[Array, Array]:
     flow = sampling.ProbabilityFlow(setup.model.bind(params), setup.model.sde)
@@ -191,18 +205,18 @@ def likelihood_step(setup: Setup, everywhere: NamedSharding, split: NamedShardin
 
   x = jax.ShapeDtypeStruct((n, *setup.data_shape), 'float32')
   v = jax.ShapeDtypeStruct((1, *x.shape), 'float32')  # one probe
-  of_probes = NamedSharding(split.mesh, PartitionSpec(None, *split.spec))
-  t = jax.ShapeDtypeStruct((), 'float32', sharding=everywhere)
-  arguments = (_params(setup, everywhere), _shapes(x, split), _shapes(v, of_probes), t)
-  return Program(drift, arguments)
+  t = jax.ShapeDtypeStruct((), 'float32', sharding=devices.replicated)
+  return Program(drift, (_params(setup), _shapes(x, devices.batch), _shapes(v, devices.batches), t))
 
 
-def _params(setup: Setup, where: NamedSharding) -> Any:
+def _params(setup: Setup) -> Any:
+  """The average, as evaluation restores it."""
   init = partial(setup.model.init, shape=(1, *setup.data_shape))
-  return _shapes(jax.eval_shape(init, _key()), where)
+  params = jax.eval_shape(init, _key(setup))
+  return jax.tree.map(_shapes, params, setup.devices.state_shardings(params))
 
 
-PROGRAMS: dict[str, Callable[[Setup, NamedSharding, NamedSharding], Program]] = {
+PROGRAMS: dict[str, Callable[[Setup], Program]] = {
   'step': training_step,
   'sampler': sampler_segment,
   'likelihood': likelihood_step,
@@ -221,7 +235,7 @@ def compile_program(program: Program) -> tuple[Any, dict[str, Any]]:
       'it; --config.sampling.method=pc has one'
     ) from None
   traced = time.perf_counter()
-  with common.no_cache():
+  with common.no_cache(), _what_does_not_fit():
     compiled = lowered.compile()
   memory, took = compiled.memory_analysis(), time.perf_counter() - traced
   return compiled, {
@@ -232,29 +246,64 @@ def compile_program(program: Program) -> tuple[Any, dict[str, Any]]:
   }
 
 
+@contextmanager
+def _what_does_not_fit() -> Iterator[None]:
+  """Says in one line what XLA says of a program that is too large for a device."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if not out_of_memory(error):
+      raise
+    reason = str(error).partition('\n')[0].rpartition('CompileTimeHbmOom: ')[2]
+    raise UserError(f'the program does not fit a device: {reason}') from error
+
+
+def _on_this_machine(config: ConfigDict) -> Setup:
+  """A config's parts for one device of this machine, where XLA can count FLOP."""
+  whole = config.copy_and_resolve_references()
+  whole.training.fsdp = 1
+  return build(whole, jax.devices('cpu')[:1])
+
+
 def flop(program: Program) -> float:
-  """FLOP of all devices together, before the program is optimised; one turn of each loop."""
+  """FLOP of a program on a device of this machine, before it is optimised."""
   bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.arguments)
-  return float(jax.jit(program.function).lower(*bare).cost_analysis()['flops'])
+  traced = jax.jit(program.function).trace(*bare)
+  return float(traced.lower().cost_analysis()['flops']) + _further_turns(traced.jaxpr.jaxpr)
+
+
+def _further_turns(jaxpr: Jaxpr) -> float:
+  """FLOP of all turns but the first of the scans in a program, which XLA counts once."""
+  total = 0.0
+  for equation in jaxpr.eqns:
+    for inner in jaxprs_in_params(equation.params):
+      total += _further_turns(inner)
+    if equation.primitive.name == 'scan':
+      body = equation.params['jaxpr']
+      shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in body.in_avals]
+      lowered = jax.jit(jaxpr_as_fun(body)).lower(*shapes)
+      turn = float(lowered.cost_analysis()['flops']) + _further_turns(body.jaxpr)
+      total += (equation.params['length'] - 1) * turn
+  return total
 
 
 # The command.
 
 
-def measure(target: str, slice_name: str, setup: Setup, what: str) -> tuple[dict[str, Any], str]:
-  """What the compiler says of one program, and the program's text."""
+def measure(
+  target: str, slice_name: str, config: ConfigDict, what: str
+) -> tuple[dict[str, Any], str]:
+  """What the compiler says of one program of a config, and the program's text."""
   devices = devices_of(target, slice_name)
   n = len(devices)
+  setup = build(config, devices)
   for name in ('training.batch_size', 'eval.batch_size'):
     section, _, field = name.partition('.')
     if setup.config[section][field] % n:
       raise UserError(
         f'config.{name} = {setup.config[section][field]} must be a multiple of the {n} devices'
       )
-  mesh = Mesh(np.array(devices), ('data',))
-  everywhere = NamedSharding(mesh, PartitionSpec())
-  split = NamedSharding(mesh, PartitionSpec('data'))
-  program = PROGRAMS[what](setup, everywhere, split)
+  program = PROGRAMS[what](setup)
   compiled, result = compile_program(program)
   text = compiled.as_text()
   parsed = hlo.parse(text)
@@ -262,13 +311,13 @@ def measure(target: str, slice_name: str, setup: Setup, what: str) -> tuple[dict
   result |= {
     'what': what,
     'devices': n,
-    'flop': flop(program) / n,
+    'flop': flop(PROGRAMS[what](_on_this_machine(config))) / n,
     'bytes': sum(moved for _, moved in kinds.values()),
     'kernels': sum(count for count, _ in kinds.values()),
     'kinds': kinds,
-    'collectives': hlo.collectives(parsed),
+    'collectives': hlo.collectives_by_kind(parsed),
   }
-  chip = CHIPS.get('h100' if target == 'h100' else slice_name.partition(':')[0])
+  chip = CHIPS.get('h100' if target == 'h100' else _slices(slice_name)[1].partition(':')[0])
   if chip is not None:
     peak = getattr(chip, setup.config.model.dtype)
     result |= {'floor_bytes': result['bytes'] / chip.bandwidth, 'floor_flop': result['flop'] / peak}
@@ -291,10 +340,15 @@ def table(result: dict[str, Any]) -> str:
       f'floors               {1e3 * result["floor_bytes"]:.1f} ms for the bytes, '
       f'{1e3 * result["floor_flop"]:.1f} ms for the FLOP'
     )
-  found = ', '.join(f'{count} {kind}' for kind, count in result['collectives'].items())
-  lines.append(f'collectives          {found or "none"}\n')
   rows = [[kind, str(count), moved / 1e9] for kind, (count, moved) in result['kinds'].items()]
-  return '\n'.join(lines) + '\n' + common.table(['kernels', 'number', 'GB'], rows)
+  lines += ['', common.table(['kernels', 'number', 'GB'], rows), '']
+  told = [
+    [row.kind, str(row.group or 'pairs'), str(row.number), row.sent / 1e9, row.covered / 1e9]
+    for row in result['collectives']
+  ]
+  head = ['collectives', 'devices', 'number', 'GB sent', 'GB covered']
+  lines.append(common.table(head, told) if told else 'collectives          none')
+  return '\n'.join(lines)
 
 
 def config_of(path: str, overrides: Sequence[str]) -> ConfigDict:
@@ -321,13 +375,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   results = []
   try:
     devices_of(args.target, args.slice)
-    setup = build(config_of(args.config, overrides))
+    config = config_of(args.config, overrides)
     wanted = args.what.split(',')
     for what in wanted:
       if what not in PROGRAMS:
         raise unknown('--what', what, PROGRAMS)
     for what in wanted:
-      result, text = measure(args.target, args.slice, setup, what)
+      result, text = measure(args.target, args.slice, config, what)
       results.append(result)
       print(f'{table(result)}\n', flush=True)
       if args.hlo:

@@ -1,7 +1,15 @@
 """What a compiled program does, read off its HLO: kernels by kind, their bytes, collectives.
 
-`Compiled.as_text` prints one instruction a line. In the entry computation, and in the bodies of its
-loops, each is a kernel of the device, or free. A kernel reads its operands and writes its result.
+`Compiled.as_text` prints one instruction a line, in the order in which a device starts them. In the
+entry computation, and in the bodies of its loops, each is a kernel of the device, or free. A kernel
+reads its operands and writes its result. The body of a loop counts as often as it runs, where the
+compiler knows how often.
+
+A collective either keeps a device waiting, or is begun and awaited by two instructions, between
+which the device works. XLA writes the latter as `<op>-start` and `<op>-done`; for TPUs also as
+fusions around the custom calls `AsyncCollectiveStart` and `AsyncCollectiveDone`, and those that
+carry it on between them hold it once more, under its number of a channel. A reduction that is
+scattered is there a fusion `all-reduce-scatter`.
 """
 
 from collections.abc import Iterator
@@ -30,6 +38,12 @@ _LINE = re.compile(r'\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)')
 _ARRAY = re.compile(r'\b([a-z]+[0-9]*)\[([0-9,]*)\](?:\{([^}]*)\})?')
 _CALLED = re.compile(r'(?:calls|body|condition|to_apply|\w+_computation)=%?([\w.\-]+)')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CHANNEL = re.compile(r'channel_id=(\d+)')
+# Groups of devices: {{0,1},{2,3}}, or [2,2]<=[4], or mesh['data'=2,'fsdp'=2] {'fsdp'}.
+_GROUPS = re.compile(
+  r'replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] \{([^}]*)\})'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +56,9 @@ class Instruction:
   operands: tuple[str, ...]
   called: tuple[str, ...]  # computations
   target: str  # of a custom call
+  turns: int  # of a loop, 0 where the compiler does not tell
+  channel: str  # of a collective; empty for none
+  group: int  # of a collective: the devices that it goes over, 0 where that is not said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,38 +94,92 @@ def _instruction(name: str, shape: str, op: str, rest: str) -> Instruction:
   branches = ','.join(_BRANCHES.findall(attributes)).replace('%', '')
   called = _CALLED.findall(attributes) + [one.strip() for one in branches.split(',') if one]
   target = re.search(r'custom_call_target="([^"]+)"', attributes)
-  operands = tuple(re.findall(r'%?([A-Za-z_][\w.\-]*)', rest[:end]))
-  return Instruction(name, shape, op, operands, tuple(called), target[1] if target else '')
+  listed = re.sub(r'/\*.*?\*/', '', rest[:end])
+  operands = tuple(re.findall(r'%?([A-Za-z_][\w.\-]*)', listed))
+  if op == 'constant':
+    operands = (listed,)  # its value
+  turns, channel = _TURNS.search(attributes), _CHANNEL.search(attributes)
+  return Instruction(
+    name,
+    shape,
+    op,
+    operands,
+    tuple(called),
+    target=target[1] if target else '',
+    turns=int(turns[1]) if turns else 0,
+    channel=channel[1] if channel else '',
+    group=_group(attributes),
+  )
 
 
-def nbytes(shape: str) -> int:
+def _group(attributes: str) -> int:
+  """How many devices a collective goes over."""
+  found = _GROUPS.search(attributes)
+  if not found:
+    return 0
+  listed, of_each, axes, over = found.groups()
+  if listed is not None:
+    return listed.count(',') + 1
+  if of_each:
+    return int(of_each)
+  sizes = {name.strip("' "): int(n) for name, n in (axis.split('=') for axis in axes.split(','))}
+  return math.prod(sizes[name.strip("' ")] for name in over.split(','))
+
+
+def nbytes(shape: str, on_chip: bool = False) -> int:
   """Bytes of an array, or of the arrays of a tuple, as HLO writes them: f32[8,3]{1,0}.
 
-  Only those in the main memory of a device count, not those that S(1) puts on the chip.
+  Only those in the main memory of a device count; with `on_chip`, also what S(1) puts on the chip.
   """
   return sum(
     BYTES.get(kind, 0) * math.prod(int(n) for n in dims.split(',') if n)
     for kind, dims, layout in _ARRAY.findall(shape)
-    if not re.search(r'S\([1-9]', layout)
+    if on_chip or not re.search(r'S\([1-9]', layout)
   )
 
 
-def kernels(hlo: Hlo) -> Iterator[tuple[str, int, Instruction]]:
-  """Kind, bytes read and written, and instruction of each kernel of a turn of each loop."""
-  seen, waiting = set(), [hlo.entry]
+def running(hlo: Hlo) -> Iterator[tuple[str, int]]:
+  """The computations that a device steps through, and how often: the entry, and bodies of loops."""
+  seen, waiting = set(), [(hlo.entry, 1)]
   while waiting:
-    name = waiting.pop()
+    name, turns = waiting.pop()
     if name in seen:
       continue
     seen.add(name)
-    shapes = {one.name: nbytes(_written(one)) for one in hlo.computations[name]}
+    yield name, turns
     for one in hlo.computations[name]:
       if one.op in ('while', 'conditional', 'call'):
-        waiting += one.called
-      if one.op in _FREE or one.op.endswith(('-done', '-update')):
-        continue
-      moved = shapes[one.name] + sum(shapes.get(operand, 0) for operand in one.operands)
-      yield kind_of(hlo, one), moved, one
+        waiting += [(called, turns * (_turns(hlo, one) or 1)) for called in one.called]
+
+
+def _turns(hlo: Hlo, loop: Instruction) -> int:
+  """How often a loop runs; 0 if that cannot be told.
+
+  For TPUs it is read off the condition, i < n, of a loop that counts from 0, as those of
+  `jax.lax.scan` do.
+  """
+  if loop.turns or loop.op != 'while':
+    return loop.turns
+  for name in loop.called:
+    *lines, last = hlo.computations[name]
+    limits = [x.operands[0] for x in lines if x.op == 'constant' and x.name in last.operands]
+    if last.op == 'compare' and len(limits) == 1 and limits[0].isdecimal():
+      return int(limits[0])
+  return 0
+
+
+def kernels(hlo: Hlo) -> Iterator[tuple[str, int, int, Instruction]]:
+  """Kind, number of runs, bytes that a run reads and writes, and instruction of each kernel."""
+  for name, turns in running(hlo):
+    shapes = {one.name: nbytes(_written(one)) for one in hlo.computations[name]}
+    for one in hlo.computations[name]:
+      if not _is_free(one):
+        moved = shapes[one.name] + sum(shapes.get(operand, 0) for operand in one.operands)
+        yield kind_of(hlo, one), turns, moved, one
+
+
+def _is_free(one: Instruction) -> bool:
+  return one.op in _FREE or one.op.endswith(('-done', '-update'))
 
 
 def _written(one: Instruction) -> str:
@@ -144,16 +215,140 @@ def _ops(hlo: Hlo, one: Instruction) -> Iterator[str]:
       yield from _ops(hlo, inner)
 
 
-def collectives(hlo: Hlo) -> dict[str, int]:
-  """How many there are, by kind, in all computations."""
-  ops = [one.op.removesuffix('-start') for lines in hlo.computations.values() for one in lines]
-  return {kind: ops.count(kind) for kind in COLLECTIVES if kind in ops}
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """What devices tell each other at once.
+
+  Attributes:
+    kind: one of `COLLECTIVES`.
+    group: of how many devices; 0 for pairs.
+    turns: how often it runs.
+    nbytes: of its result on a device; of a reduction that is scattered, of what is reduced.
+    covered: products and convolutions that run between its beginning and its end; None where the
+      device waits for it.
+  """
+
+  kind: str
+  group: int
+  turns: int
+  nbytes: int
+  covered: int | None
+
+  @property
+  def sent(self) -> float:
+    """Bytes that a device sends each time, along a ring."""
+    share = (self.group - 1) / self.group if self.group else 1.0
+    return self.nbytes * share * (2 if self.kind == 'all-reduce' else 1)
+
+
+def collectives(hlo: Hlo) -> list[Collective]:
+  """All of them, in the order in which they begin in each computation."""
+  found = []
+  for name, turns in running(hlo):
+    lines, begun = hlo.computations[name], set[str]()
+    for place, one in enumerate(lines):
+      inner = _collective_in(hlo, one)
+      if inner is None or one.op.endswith(('-done', '-update')):
+        continue
+      if inner.channel in begun:  # it is carried on, or awaited
+        continue
+      end = _awaited(hlo, lines[place + 1 :], one, inner)
+      if end is not None and inner.channel:
+        begun.add(inner.channel)
+      between = None if end is None else lines[place + 1 : place + 1 + end]
+      found.append(
+        Collective(
+          _kind(hlo, one, inner),
+          inner.group,
+          turns,
+          _told(inner),
+          None if between is None else sum(_multiplies(hlo, other) for other in between),
+        )
+      )
+  return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+  """The collectives of one kind over as many devices: how many run, and what a device sends.
+
+  Attributes:
+    kind, group: as of a `Collective`.
+    number: of those that run.
+    sent: bytes that a device sends.
+    covered: those of them that are under way while a device multiplies.
+  """
+
+  kind: str
+  group: int
+  number: int
+  sent: float
+  covered: float
+
+
+def collectives_by_kind(hlo: Hlo) -> list[Told]:
+  """The collectives by kind and number of devices, those with most bytes first."""
+  rows: dict[tuple[str, int], Told] = {}
+  for one in collectives(hlo):
+    key, sent = (one.kind, one.group), one.turns * one.sent
+    row = rows.get(key, Told(*key, 0, 0.0, 0.0))
+    covered = row.covered + (sent if one.covered else 0.0)
+    rows[key] = Told(*key, row.number + one.turns, row.sent + sent, covered)
+  return sorted(rows.values(), key=lambda row: -row.sent)
+
+
+def _collective_in(hlo: Hlo, one: Instruction) -> Instruction | None:
+  """The collective that an instruction is, or that is fused in it."""
+  lines = [one]
+  if one.op in ('fusion', 'async-start'):
+    lines = [inner for name in one.called for inner in hlo.computations.get(name, [])]
+  return next((x for x in lines if x.op.removesuffix('-start') in COLLECTIVES), None)
+
+
+def _awaited(
+  hlo: Hlo, after: list[Instruction], one: Instruction, inner: Instruction
+) -> int | None:
+  """How many instructions after its beginning a collective is awaited; None if it is at once."""
+  if one.op.endswith('-start'):
+    ends = (i for i, x in enumerate(after) if x.op.endswith('-done') and one.name in x.operands)
+    return next(ends, None)
+  if 'AsyncCollectiveStart' not in _targets(hlo, one):
+    return None
+  for i, other in enumerate(after):
+    carried = _collective_in(hlo, other)
+    same = carried is not None and carried.channel == inner.channel
+    if same and 'AsyncCollectiveDone' in _targets(hlo, other):
+      return i
+  return None
+
+
+def _targets(hlo: Hlo, one: Instruction) -> set[str]:
+  """Of the custom calls that are fused in an instruction."""
+  return {inner.target for name in one.called for inner in hlo.computations.get(name, [])}
+
+
+def _kind(hlo: Hlo, one: Instruction, inner: Instruction) -> str:
+  scattered = one.op == 'fusion' and any('all-reduce-scatter' in name for name in one.called)
+  return 'reduce-scatter' if scattered else inner.op.removesuffix('-start')
+
+
+def _told(inner: Instruction) -> int:
+  """Bytes of the result of a collective, or of all that a reduction which is scattered takes."""
+  arrays, n = [shape[0] for shape in _ARRAY.finditer(inner.shape)], len(inner.operands)
+  if inner.op.endswith('-start') and len(arrays) >= 2 * n:  # (operands, results, ...)
+    arrays = arrays[n : 2 * n]
+  whole = inner.group if inner.op.removesuffix('-start') == 'reduce-scatter' else 1
+  return whole * sum(nbytes(shape, on_chip=True) for shape in arrays)
+
+
+def _multiplies(hlo: Hlo, one: Instruction) -> bool:
+  return not _is_free(one) and kind_of(hlo, one) == _MATMUL
 
 
 def by_kind(hlo: Hlo) -> dict[str, tuple[int, int]]:
   """Kernels and bytes of each kind, most bytes first."""
   counts: dict[str, tuple[int, int]] = {}
-  for kind, moved, _ in kernels(hlo):
+  for kind, turns, moved, _ in kernels(hlo):
     n, total = counts.get(kind, (0, 0))
-    counts[kind] = n + 1, total + moved
+    counts[kind] = n + turns, total + turns * moved
   return dict(sorted(counts.items(), key=lambda item: -item[1][1]))

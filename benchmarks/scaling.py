@@ -4,11 +4,15 @@ The step is compiled for simulated devices, as a pod would run it, and not run. 
 is modelled as 16 bytes for each parameter (itself, its average, two moments of Adam), of which each
 of a group of `training.fsdp` devices has its part of the large ones, and m_0 + m_1 b for the b
 images that it holds, where m_0 and m_1 are those of one device with 1 and 2 images; the table has
-the model beside XLA's plan. Bytes of collectives are those of their results on one device.
+the model beside XLA's plan. Bytes of collectives are those of their results on one device, and of a
+reduction that is scattered those of what is reduced.
 
   python -m benchmarks.scaling [--network NAME] [--batches N ...] [--devices N ...] [--fsdp N ...]
+  python -m benchmarks.scaling --batches --devices --fits 16 24 40 80
+  python -m benchmarks.scaling --config configs/flow/imagenet_64.py:dit_xl --devices 64 --fsdp 1 64
 """
 
+from collections.abc import Sequence
 import json
 import math
 import os
@@ -17,27 +21,27 @@ import sys
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
-from benchmarks import common, hlo
-from builders.training import abstract_state, score_task
+from benchmarks import common, compile_for, hlo
+from builders.setup import build
+from runtime.devices import everywhere, InParts
 from training import loop
 
+GROUPS = (1, 8, 64, 256)  # devices that share the state
 
-def plan(name: str, batch: int, fsdp: int) -> dict[str, Any]:
+
+def plan(config: ConfigDict, batch: int, fsdp: int) -> dict[str, Any]:
   """Bytes on each of this process's devices, where `batch` images are shared by all of them."""
   fixed = {'training.batch_size': batch, 'training.n_jitted_steps': 1, 'training.fsdp': fsdp}
   # Other batches must be shared by the devices too.
-  fixed |= {'training.snapshot_samples': batch, 'eval.batch_size': 64}
-  setup = common.network(name, fixed)
-  task, rng = score_task(setup), setup.keys.key('train')
-  images = setup.devices.put({'data': common.images(setup, batch)})
-  state = abstract_state(setup)
-  shardings = (setup.devices.state_shardings(state), setup.devices.replicated)
-  step = jax.jit(task.update, donate_argnums=0, out_shardings=shardings).lower(
-    state, None, images, rng
-  )
+  fixed |= {'training.snapshot_samples': batch, 'eval.batch_size': batch}
+  config.update_from_flattened_dict(fixed | {'eval.num_samples': 16 * batch})
+  program = compile_for.training_step(build(config))
+  state = program.arguments[0]
+  step = jax.jit(program.function, donate_argnums=program.donated, out_shardings=program.results)
   with common.no_cache():
-    compiled = step.compile(loop.compiler_options())
+    compiled = step.lower(*program.arguments).compile(loop.compiler_options())
   memory = compiled.memory_analysis()
   return {
     'devices': jax.device_count(),
@@ -45,6 +49,7 @@ def plan(name: str, batch: int, fsdp: int) -> dict[str, Any]:
     'batch': batch,
     'parameters': sum(x.size for x in jax.tree.leaves(state.params)),
     'state': sum(_bytes_on_a_device(x) for x in jax.tree.leaves(state)),
+    'in_groups': {n: state_in_groups(state, n) for n in GROUPS},
     'memory': memory.argument_size_in_bytes + memory.temp_size_in_bytes,
     'collectives': collectives(compiled.as_text()),
   }
@@ -54,20 +59,27 @@ def _bytes_on_a_device(x: jax.ShapeDtypeStruct) -> int:
   return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
+def state_in_groups(state: Any, n: int) -> int:
+  """Bytes of a state on each device, where groups of n share its large arrays."""
+  split = InParts(n) if n > 1 else everywhere
+  return sum(
+    x.size * x.dtype.itemsize // (n if any(split(path, x)) else 1)
+    for path, x in jax.tree_util.tree_leaves_with_path(state)
+  )
+
+
 def collectives(program: str) -> dict[str, int]:
   """Kind of a collective operation -> bytes of the results of all of them, on a device."""
   total: dict[str, int] = {}
-  for kind, _, one in hlo.kernels(hlo.parse(program)):
-    if kind == 'collective':
-      name = one.op.removesuffix('-start')
-      total[name] = total.get(name, 0) + hlo.nbytes(one.shape)
+  for one in hlo.collectives(hlo.parse(program)):
+    total[one.kind] = total.get(one.kind, 0) + one.turns * one.nbytes
   return total
 
 
-def measure(name: str, batch: int, devices: int, fsdp: int) -> dict[str, Any]:
-  """`plan` in a process that has so many devices."""
+def measure(which: Sequence[str], batch: int, devices: int, fsdp: int) -> dict[str, Any]:
+  """`plan` in a process that has so many devices; `which` are the flags that say of what."""
   flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'
-  own = ['-m', 'benchmarks.scaling', '--network', name, '--batches', str(batch)]
+  own = ['-m', 'benchmarks.scaling', *which, '--batches', str(batch)]
   done = subprocess.run(
     [sys.executable, *own, '--fsdp', str(fsdp), '--plan'],
     env=os.environ | {'XLA_FLAGS': flags}, capture_output=True, text=True, check=False,
@@ -77,11 +89,26 @@ def measure(name: str, batch: int, devices: int, fsdp: int) -> dict[str, Any]:
   return json.loads(done.stdout)
 
 
-def table(results: list[dict[str, Any]]) -> str:
-  """The plans beside the model, which the first two of them make."""
+def model_of(results: list[dict[str, Any]]) -> tuple[int, int]:
+  """m_0 and m_1, of the plans for one and for two images, which come first."""
   one, two = results[:2]
   per_image = two['memory'] - one['memory']
-  fixed = one['memory'] - per_image - one['state']
+  return one['memory'] - per_image - one['state'], per_image
+
+
+def what_fits(results: list[dict[str, Any]], sizes: Sequence[int]) -> str:
+  """How many images of a step fit a device of so many GB, of which a tenth is left free."""
+  fixed, per_image = model_of(results)
+  rows = []
+  for size in sizes:
+    left = [0.9e9 * size - fixed - state for state in results[0]['in_groups'].values()]
+    rows.append([f'{size} GB', *(str(max(0, int(free // per_image))) for free in left)])
+  return common.table(['images that fit', *(f'fsdp {n}' for n in GROUPS)], rows)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+  """The plans beside the model, which the first two of them make."""
+  one, (fixed, per_image) = results[0], model_of(results)
   kinds = sorted({kind for row in results for kind in row['collectives']})
   rows = []
   for row in results:
@@ -104,21 +131,29 @@ def table(results: list[dict[str, Any]]) -> str:
 def main() -> None:
   parser = common.parser(__doc__)
   parser.add_argument('--network', choices=common.NETWORKS, default='reduced ncsnpp')
-  parser.add_argument('--batches', type=int, nargs='+', default=[4, 8, 16], help='on one device')
-  parser.add_argument('--devices', type=int, nargs='+', default=[8, 64], help='for 4 images each')
+  parser.add_argument('--config', help='in place of a network: file[:variant], and its fields')
+  parser.add_argument('--batches', type=int, nargs='*', default=[4, 8, 16], help='on one device')
+  parser.add_argument('--devices', type=int, nargs='*', default=[8, 64], help='for 4 images each')
   parser.add_argument('--fsdp', type=int, nargs='+', default=[1, 8], help='devices of a group')
+  parser.add_argument('--fits', type=int, nargs='*', default=[], help='GB: how many images fit')
   parser.add_argument('--plan', action='store_true', help='of this very process: JSON (internal)')
-  args = parser.parse_args()
+  args, overrides = parser.parse_known_args()
   if args.plan:
-    print(json.dumps(plan(args.network, args.batches[0], args.fsdp[0])))
+    of_file = compile_for.config_of(args.config, overrides) if args.config else None
+    config = of_file or common.config_of(args.network)
+    print(json.dumps(plan(config, args.batches[0], args.fsdp[0])))
     return
+  which = ['--config', args.config, *overrides] if args.config else ['--network', args.network]
   cases = [(1, batch, 1) for batch in (1, 2, *args.batches)]
   cases += [(n, n * args.batches[0], fsdp) for n in args.devices for fsdp in args.fsdp]
   results = []
   for devices, batch, fsdp in cases:
-    results.append(measure(args.network, batch, devices, fsdp))
+    results.append(measure(which, batch, devices, fsdp))
     print(f'{devices} devices, {batch} images, fsdp {fsdp}: done', file=sys.stderr)
-  common.report(table(results), results, args.json)
+  text = table(results)
+  if args.fits:
+    text += f'\n\n{what_fits(results, args.fits)}'
+  common.report(text, results, args.json)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,11 @@
 """From a config to the parts of a run: `build` is where names in a config get their meaning."""
 
+from collections.abc import Sequence
 import dataclasses
 
 from etils import epath
+import jax
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict, FrozenConfigDict
 import optax
 
@@ -63,8 +66,12 @@ class Setup:
     return self.codec.model_shape
 
 
-def build(config: ConfigDict) -> Setup:
+def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Setup:
   """Makes the parts of a run: model, SDE, loss, optimiser and sampler.
+
+  Args:
+    config: what is asked for.
+    devices: that it runs on, by default all of all processes.
 
   Raises:
     UserError: if a value is not allowed, or values don't go together.
@@ -72,16 +79,16 @@ def build(config: ConfigDict) -> Setup:
   config = FrozenConfigDict(values.spelled_as_here(config))
   values.check(config)
   training, optim = config.training, config.optim
+  spread = in_groups(training.fsdp, devices=devices)
   try:
     sde = SDES[training.sde](config.model)
     values.check_times(config, sde)
-    model = _score_model(config, sde)
+    model = _score_model(config, sde, spread.rows)
     true_score_fn = _true_score_fn(config, sde)
     sampler = make_sampler(config, model.chain)
     objective = make_objective(config, model, true_score_fn)
   except ValueError as error:  # an SDE that can't be
     raise UserError(str(error)) from None
-  devices = in_groups(training.fsdp)
   return Setup(
     config=config,
     codec=make_codec(config),
@@ -90,8 +97,8 @@ def build(config: ConfigDict) -> Setup:
     objective=objective,
     tx=make_optimizer(config, make_learning_rate(config), optim.weight_decay),
     sampler=sampler,
-    devices=devices,
-    keys=Keys(config.seed, devices),
+    devices=spread,
+    keys=Keys(config.seed, spread),
   )
 
 
@@ -128,7 +135,7 @@ _CONDITIONINGS: dict[tuple[bool, bool, bool], Conditioning] = {
 }
 
 
-def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
+def _score_model(config: FrozenConfigDict, sde: SDE, rows: NamedSharding | None) -> ScoreModel:
   model, training = config.model, config.training
   make, _ = NETWORKS[model.name]
   ve = training.sde == 'vesde'
@@ -166,6 +173,7 @@ def _score_model(config: FrozenConfigDict, sde: SDE) -> ScoreModel:
     model.num_classes,
     precision,
     augmented,
+    rows,
   )
 
 

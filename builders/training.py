@@ -152,7 +152,7 @@ def make_classifier(setup: Setup) -> Classifier:
     choice.channel_multiplier,
     setup.config.model.dtype,
   )
-  return Classifier(net, setup.model.sde, setup.model.precision)
+  return Classifier(net, setup.model.sde, setup.model.precision, setup.model.rows)
 
 
 def classifier_times(setup: Setup) -> UniformTimes:

@@ -59,6 +59,9 @@ NETWORKS = {
   'dit_b': _DIT | {'nf': 768, 'num_layers': 12, 'num_heads': 12},
   'dit_l': _DIT | {'nf': 1024, 'num_layers': 24, 'num_heads': 16},
   'dit_xl': _DIT | {'nf': 1152, 'num_layers': 28, 'num_heads': 16},
+  # Not of the paper: 1.3 billion parameters; widths of layers and heads are multiples of 128, which
+  # is what TPUs multiply at a time.
+  'dit_1b': _DIT | {'nf': 1536, 'num_layers': 30, 'num_heads': 12},
 }
 
 _ANNEALED = ('ncsn', 'ncsnv2_64', 'ncsnv2_128', 'ncsnv2_256')

@@ -8,8 +8,10 @@ import flax.linen as nn
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Float
 
+from models.rows import rows_stay
 from models.score import Params
 from runtime.precision import products_at
 from runtime.shapes import Data, Key, Labels, PerRow
@@ -27,11 +29,13 @@ class Classifier:
     net: the network; its output are logits [B, K].
     sde: the SDE that perturbs the images.
     precision: of the network's products, one of `runtime.precision.PRECISIONS`.
+    rows: where the rows of a batch lie, if the parameters lie in parts; see `models.rows`.
   """
 
   net: nn.Module
   sde: SDE
   precision: str = 'default'
+  rows: NamedSharding | None = None
 
   def init(self, rng: Key, shape: tuple[int, ...]) -> Params:
     """Draws parameters for data of `shape`, a batch's."""
@@ -59,6 +63,6 @@ class ClassLogProb:
   def of_all(self, x: Data, t: PerRow) -> Float[Array, ' b classes']:
     """log p_t(y | x) of every class y."""
     net, sde = self.classifier.net, self.classifier.sde
-    with products_at(self.classifier.precision):
+    with products_at(self.classifier.precision), rows_stay(self.classifier.rows, len(x)):
       logits: Any = net.apply({'params': self.params}, x, -sde.log_snr(t), False)
     return jax.nn.log_softmax(logits)

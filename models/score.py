@@ -11,8 +11,10 @@ from typing import Any
 import flax
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from models.preconditioning import Jump, Network, Preconditioning
+from models.rows import rows_stay
 from runtime.precision import products_at
 from runtime.shapes import Data, Features, Key, Labels, PerRow, PerRowExpanded, Time
 from sde_lib import Chain, expand, SDE
@@ -88,6 +90,7 @@ class ScoreModel:
     num_classes: of the labels that the network takes; 0 if it takes none.
     precision: of the network's products, one of `runtime.precision.PRECISIONS`.
     augmented: the network takes labels that say how images were augmented.
+    rows: where the rows of a batch lie, if the parameters lie in parts; see `models.rows`.
   """
 
   net: nn.Module
@@ -99,6 +102,7 @@ class ScoreModel:
   num_classes: int = 0
   precision: str = 'default'
   augmented: bool = False
+  rows: NamedSharding | None = None
 
   @property
   def sde(self) -> SDE:
@@ -199,7 +203,7 @@ class ModelScore:
 
     def network(x: Data) -> tuple[Data, Data]:
       seen = x if model.centered else 2 * x - 1
-      with products_at(model.precision):
+      with products_at(model.precision), rows_stay(model.rows, len(x)):
         output: Any = model.net.apply(
           {'params': self.params},
           seen,

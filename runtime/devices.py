@@ -7,7 +7,8 @@ device, or in parts over groups of devices, which XLA brings together where a la
 mathematics knows nothing of it.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 import dataclasses
 from functools import partial
 from typing import Any
@@ -87,6 +88,11 @@ class Devices:
     return NamedSharding(self.mesh, rows_over(self.mesh))
 
   @property
+  def rows(self) -> NamedSharding | None:
+    """`batch`, where large arrays of the state lie in parts; elsewhere None."""
+    return None if self.placement is everywhere else self.batch
+
+  @property
   def batches(self) -> NamedSharding:
     """Of several batches [n, B, ...]: each device has a part of the rows of every one."""
     return NamedSharding(self.mesh, PartitionSpec(None, *rows_over(self.mesh)))
@@ -123,21 +129,39 @@ def all_devices(placement: Placement = everywhere) -> Devices:
   return Devices(Mesh(np.array(jax.devices()), ('data',)), placement)
 
 
-def in_groups(n: int, least: int = LARGE) -> Devices:
-  """All devices of all processes in groups of n that share the large arrays of a training state.
+def in_groups(n: int, least: int = LARGE, devices: Sequence[jax.Device] | None = None) -> Devices:
+  """Devices in groups of n that share the large arrays of a training state.
 
-  Those of a group are neighbours, of one process where they can be.
+  Those of a group are neighbours: of one process where they can be, and of one slice of a TPU pod,
+  between whose chips are fast links. Between slices, and between groups, only gradients travel.
+
+  Args:
+    n: devices of a group.
+    least: numbers of the smallest array that is split.
+    devices: by default all of all processes.
 
   Raises:
     UserError: if the devices do not make such groups.
   """
+  found = sorted(devices or jax.devices(), key=slice_of)  # which leaves their order in a slice
   if n == 1:
-    return all_devices()
-  devices = jax.devices()
-  if len(devices) % n:
-    raise UserError(f'config.training.fsdp = {n} must divide the number of devices, {len(devices)}')
-  mesh = Mesh(np.array(devices).reshape(-1, n), ('data', 'fsdp'))
+    return Devices(Mesh(np.array(found), ('data',)))
+  if len(found) % n:
+    raise UserError(f'config.training.fsdp = {n} must divide the number of devices, {len(found)}')
+  slices = Counter(map(slice_of, found))
+  for chips in slices.values():
+    if chips % n:
+      raise UserError(
+        f'config.training.fsdp = {n} must divide the number of devices of each slice, {chips} of '
+        f'{len(found)}: the arrays of a group are not split over slices'
+      )
+  mesh = Mesh(np.array(found).reshape(-1, n), ('data', 'fsdp'))
   return Devices(mesh, InParts(n, least))
+
+
+def slice_of(device: jax.Device) -> int:
+  """The TPU slice that a device is in, of those that work together; elsewhere there is one."""
+  return int(getattr(device, 'slice_index', 0) or 0) if device.platform == 'tpu' else 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 import pytest
 
 from benchmarks import compile_for, hlo
@@ -62,11 +63,11 @@ ENTRY %main (x.1: f32[8,4]) -> f32[] {
 def test_kernels_of_a_text() -> None:
   parsed = hlo.parse(HLO)
   assert parsed.entry == 'main'
-  assert hlo.collectives(parsed) == {'all-reduce': 1}
+  assert hlo.collectives(parsed) == [hlo.Collective('all-reduce', 2, 1, 128, covered=0)]
   assert hlo.by_kind(parsed) == {
     'collective': (1, 3 * 128),  # a pair of arrays of its, and its operand
     'convolution or product': (1, 128 + 16 + 128 + 64),
-    'element-wise': (2, 2 * 128 + 1 + 4 + 4),  # the sine of the loop, and its comparison
+    'element-wise': (6, 3 * (2 * 128 + 1 + 4 + 4)),  # of three turns the sine and the comparison
     'copy': (1, 128 + 64),
     'reduction': (1, 128 + 4),
   }
@@ -79,16 +80,100 @@ def test_bytes_of_shapes() -> None:
   assert hlo.nbytes('(f32[8]{0:T(128)S(1)}, f32[2]{0:T(128)})') == 8  # S(1) is on the chip
 
 
+# As libtpu writes it: begun, carried on by a product, awaited; and a reduction that is scattered.
+OVERLAP = """HloModule jit_step, is_scheduled=true
+
+%begin (p: bf16[8,4]) -> (bf16[8,4], bf16[32,4], s32[2]) {
+  %p = bf16[8,4]{1,0:S(1)} parameter(0)
+  %all-gather.1 = bf16[32,4]{1,0:S(1)} all-gather(%p), channel_id=7, replica_groups=[4,4]<=[16], dimensions={0}
+  ROOT %c = (bf16[8,4]{1,0}, bf16[32,4]{1,0}, s32[2]{0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (q: bf16[8,4], r: f32[4,4]) -> f32[4,4] {
+  %q = bf16[8,4]{1,0} parameter(0)
+  %r = f32[4,4]{1,0} parameter(1)
+  %all-gather.2 = bf16[32,4]{1,0:S(1)} all-gather(%q), channel_id=7, replica_groups=[4,4]<=[16], dimensions={0}
+  ROOT %dot = f32[4,4]{1,0} convolution(%r, %r), dim_labels=bf_io->bf
+}
+
+%end (s: bf16[8,4]) -> bf16[32,4] {
+  %s = bf16[8,4]{1,0} parameter(0)
+  %all-gather.3 = bf16[32,4]{1,0:S(1)} all-gather(%s), channel_id=7, replica_groups=[4,4]<=[16], dimensions={0}
+  ROOT %d = bf16[32,4]{1,0} custom-call(%s, %all-gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+%all-reduce-scatter.1 (t: f32[16,4]) -> f32[4,4] {
+  %t = f32[16,4]{1,0} parameter(0)
+  %all-reduce.9 = f32[16,4]{1,0} all-reduce(%t), channel_id=8, replica_groups=mesh['data'=4,'fsdp'=4] {'fsdp'}, to_apply=%add
+  ROOT %part = f32[4,4]{1,0} dynamic-slice(%all-reduce.9), dynamic_slice_sizes={4,4}
+}
+
+%body (state: (s32[], bf16[8,4], f32[4,4])) -> (s32[], bf16[8,4], f32[4,4]) {
+  %state = (s32[], bf16[8,4]{1,0}, f32[4,4]{1,0}) parameter(0)
+  %x = bf16[8,4]{1,0} get-tuple-element(%state), index=1
+  %w = f32[4,4]{1,0} get-tuple-element(%state), index=2
+  %async-collective-start = (bf16[8,4]{1,0}, bf16[32,4]{1,0}, s32[2]{0}) fusion(%x), kind=kCustom, calls=%begin
+  %y = bf16[8,4]{1,0} get-tuple-element(%async-collective-start), index=0
+  %fusion.1 = f32[4,4]{1,0} fusion(%y, %w), kind=kOutput, calls=%async_collective_fusion.1
+  %async-collective-done = bf16[32,4]{1,0} fusion(%y), kind=kCustom, calls=%end
+  %fusion.2 = f32[4,4]{1,0} fusion(%fusion.1), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %next = (s32[], bf16[8,4]{1,0}, f32[4,4]{1,0}) tuple(%x, %y, %fusion.2)
+}
+
+%condition (state.1: (s32[], bf16[8,4], f32[4,4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(28)
+  %state.1 = (s32[], bf16[8,4]{1,0}, f32[4,4]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%state.1), index=0
+  ROOT %less = pred[] compare(%j, %limit), direction=LT
+}
+
+ENTRY %main (a: (s32[], bf16[8,4], f32[4,4])) -> f32[4,4] {
+  %a = (s32[], bf16[8,4]{1,0}, f32[4,4]{1,0}) parameter(0)
+  %loop = (s32[], bf16[8,4]{1,0}, f32[4,4]{1,0}) while(%a), condition=%condition, body=%body
+  %z = f32[4,4]{1,0} get-tuple-element(%loop), index=2
+  %all-reduce-start.1 = f32[4,4]{1,0} all-reduce-start(%z), channel_id=9, replica_groups={{0,4,8,12},{1,5,9,13}}, to_apply=%add
+  ROOT %all-reduce-done.1 = f32[4,4]{1,0} all-reduce-done(%all-reduce-start.1)
+}
+"""  # noqa: E501
+
+
+def test_what_is_told_while_a_device_multiplies() -> None:
+  parsed = hlo.parse(OVERLAP)
+  assert hlo.collectives(parsed) == [
+    hlo.Collective('all-reduce', 4, 1, 64, covered=0),
+    hlo.Collective('all-gather', 4, 28, 32 * 4 * 2, covered=1),
+    hlo.Collective('reduce-scatter', 4, 28, 16 * 4 * 4, covered=None),
+  ]
+  # Of what is gathered or scattered, a device sends three quarters; of a sum twice as much.
+  assert hlo.collectives_by_kind(parsed) == [
+    hlo.Told('all-gather', 4, number=28, sent=28 * 192, covered=28 * 192),
+    hlo.Told('reduce-scatter', 4, number=28, sent=28 * 192, covered=0),
+    hlo.Told('all-reduce', 4, number=1, sent=96, covered=0),
+  ]
+
+
 @pytest.mark.parametrize('turns', [2, 7])
-def test_a_loop_counts_once_however_many_turns(turns: int) -> None:
+def test_a_loop_counts_as_often_as_it_runs(turns: int) -> None:
   def function(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, turns, lambda i, y: jnp.sin(y @ w), x)
 
   x = jnp.ones((16, 16))
   parsed = hlo.parse(jax.jit(function).lower(x, x).compile().as_text())
   kinds = hlo.by_kind(parsed)
-  assert kinds['convolution or product'][0] == 1
-  assert kinds['convolution or product'][1] == 3 * 4 * 16 * 16
+  assert kinds['convolution or product'] == (turns, turns * 3 * 4 * 16 * 16)
+
+
+def test_flop_of_a_scan_are_those_of_all_its_turns() -> None:
+  def step(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+    y, _ = jax.lax.scan(lambda y, _: (y @ w, None), x, length=3)
+    return y + w, None
+
+  def function(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jax.lax.scan(lambda x, _: step(x, w), x, length=5)[0]
+
+  x = jax.ShapeDtypeStruct((64, 64), 'float32')
+  found = compile_for.flop(compile_for.Program(function, (x, x)))
+  assert found == pytest.approx(5 * 3 * 2 * 64**3, rel=0.01)
 
 
 def test_no_computation_that_is_run_is_lost() -> None:
@@ -99,18 +184,20 @@ def test_no_computation_that_is_run_is_lost() -> None:
   assert hlo.by_kind(parsed)['convolution or product'][0] == 2
 
 
-def _tiny() -> compile_for.Setup:
+def _tiny() -> ConfigDict:
   config = digits.get_config()
   config.update_from_flattened_dict({
     'model.nf': 8, 'model.ch_mult': (1,), 'model.num_res_blocks': 1, 'model.attn_resolutions': (),
     'training.batch_size': 4, 'eval.batch_size': 4,
   })  # fmt: skip
-  return build(config)
+  return config
 
 
 def test_each_program_of_a_config() -> None:
-  setup = _tiny()
-  results = {what: compile_for.measure('cpu', '1', setup, what)[0] for what in compile_for.PROGRAMS}
+  config = _tiny()
+  results = {
+    what: compile_for.measure('cpu', '1', config, what)[0] for what in compile_for.PROGRAMS
+  }
   for what, result in results.items():
     assert result['kinds']['convolution or product'][0] > 0, what
     assert result['bytes'] > 4 * 4 * 8 * 8 * 8 and result['temporary'] > 0, what
@@ -125,10 +212,7 @@ def test_each_program_of_a_config() -> None:
 
 @pytest.mark.parametrize('what', compile_for.PROGRAMS)
 def test_what_is_for_cpus_stays_there(what: str) -> None:
-  mesh = jax.sharding.Mesh(jax.devices()[:1], ('data',))
-  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
-  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  program = compile_for.PROGRAMS[what](_tiny(), everywhere, split)
+  program = compile_for.PROGRAMS[what](build(_tiny(), jax.devices()[:1]))
   bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.arguments)
   traced = jax.jit(program.function).trace(*bare)
   barriers = {
@@ -180,4 +264,4 @@ def test_a_sampler_that_python_drives_has_no_program() -> None:
   config = digits.get_config()
   config.update_from_flattened_dict({'sampling.method': 'ode', 'eval.batch_size': 4})
   with pytest.raises(UserError, match='Python drives the sampler'):
-    compile_for.measure('cpu', '1', build(config), 'sampler')
+    compile_for.measure('cpu', '1', config, 'sampler')

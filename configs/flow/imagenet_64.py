@@ -25,7 +25,7 @@ _IMAGENET: Changes = {
   'eval.end_ckpt': 8,
 }
 
-VARIANTS = ('dit_s', 'dit_b', 'dit_l', 'dit_xl')
+VARIANTS = ('dit_s', 'dit_b', 'dit_l', 'dit_xl', 'dit_1b')
 
 
 def get_config(variant: str = 'dit_b') -> ConfigDict:

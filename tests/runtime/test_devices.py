@@ -1,5 +1,7 @@
 """Where the arrays of a run lie, and the keys of its parts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -74,3 +76,40 @@ def test_groups_that_the_devices_do_not_make_are_refused():
   with pytest.raises(UserError, match=r'fsdp = 3 must divide the number of devices'):
     in_groups(3)
   assert in_groups(1).mesh.axis_names == ('data',)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """As much of a TPU chip as a mesh asks for."""
+
+  id: int
+  slice_index: int
+  platform: str = 'tpu'
+  process_index: int = 0
+  device_kind: str = 'TPU v5 lite'
+
+
+def test_groups_lie_inside_slices():
+  """Of two slices of eight chips, which come in any order."""
+  chips = [Chip(i, slice_index=i % 2) for i in range(16)]
+  devices = in_groups(4, devices=chips)
+  slices = [[chip.slice_index for chip in group] for group in devices.mesh.devices]
+  assert devices.mesh.axis_names == ('data', 'fsdp') and slices == 2 * [4 * [0]] + 2 * [4 * [1]]
+  with pytest.raises(UserError, match=r'fsdp = 16 must .* each slice, 8 of 16'):
+    in_groups(16, devices=chips)
+  uneven = [*chips[:12], *(Chip(i, slice_index=0) for i in range(16, 20))]  # of ten and six
+  with pytest.raises(UserError, match=r'fsdp = 4 must .* each slice, 10 of 16'):
+    in_groups(4, devices=uneven)
+
+
+def test_slices_are_of_tpus_alone():
+  """Each machine with GPUs calls itself one, and groups may be of several."""
+  cards = [Chip(i, slice_index=i // 4, platform='gpu') for i in range(8)]
+  assert in_groups(8, devices=cards).mesh.shape == {'data': 1, 'fsdp': 8}
+
+
+def test_layers_are_told_where_rows_are_only_where_parameters_lie_in_parts():
+  chips = [Chip(i, slice_index=0) for i in range(4)]
+  assert in_groups(1, devices=chips).rows is None
+  split = in_groups(2, devices=chips)
+  assert split.rows == split.batch and split.batch.spec == PartitionSpec(('data', 'fsdp'))
