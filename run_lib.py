@@ -54,7 +54,7 @@ from builders.training import (
   task_of,
 )
 from builders.values import check_shared
-from builders.weights import imported, read_weights, write_weights
+from builders.weights import imported, nothing_trained, read_weights, write_weights
 from data.check import SplitReport
 from data.classes import numbers_of
 from data.folder import fingerprint, shown
@@ -238,7 +238,7 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   setup, root = build(config), artifacts.root_of(workdir)
   out = root / eval_folder
   if not checkpoints_lib.exist(root) and not setup.config.eval.wait:
-    raise UserError(f'{root} holds no checkpoints to evaluate; train first (--mode train)')
+    raise nothing_trained(root, setup)
   check_model(root, setup)
   if setup.model.num_classes:
     class_names(setup, root)  # which says so if they are others
@@ -420,12 +420,17 @@ def load(workdir: str) -> tuple[Setup, Params]:
   The same of a folder that `export` wrote.
 
   Raises:
-    UserError: if the workdir holds no checkpoint.
+    UserError: if it is neither, or the workdir holds no checkpoint.
   """
   root = artifacts.root_of(workdir)
   if exported.is_here(root):
     setup, _, _, params = read_weights(root)
     return setup, params
+  if not (root / 'config.json').exists() and not checkpoints_lib.exist(root):
+    raise UserError(
+      f'{root} is neither the workdir of a run nor a folder of exported weights; name one, for '
+      "example 'assets/edm/digits', which comes with the code"
+    )
   setup = saved_setup(root, 'the workdir of a run')
   return setup, _newest(setup, root)[1]
 
@@ -433,7 +438,7 @@ def load(workdir: str) -> tuple[Setup, Params]:
 def _newest(setup: Setup, root: epath.Path) -> tuple[int, Params]:
   """Step and parameters of the newest checkpoint."""
   if not checkpoints_lib.exist(root):
-    raise UserError(f'{root} holds no checkpoints; train first (--mode train)')
+    raise nothing_trained(root, setup)
   check_model(root, setup)
   with Checkpoints(root) as checkpoints:
     newest = checkpoints.restore_latest_averages(abstract_state(setup), [setup.config.ema.use])
@@ -448,7 +453,8 @@ def export(
 ) -> epath.Path:
   """Writes the newest average of a workdir as safetensors, with a card, to `<workdir>/<folder>`.
 
-  See `training.exported`. `load` reads such a folder, and `import_released` makes a workdir of it.
+  The card says by which command it was trained, and what `<workdir>/eval` found of it. See
+  `training.exported`. `load` reads such a folder, and `import_released` makes a workdir of it.
 
   Returns:
     That folder.
@@ -459,8 +465,15 @@ def export(
   setup, root = build(config), artifacts.root_of(workdir)
   step, params = _newest(setup, root)
   out = root / folder
+  machine, identity = root / 'machine.json', checkpoints_lib.identity(params)
+  trained_with = artifacts.read_json(machine) if machine.exists() else {}
+  measured = reports.read(root / 'eval', step)
+  if measured.get('checkpoint') != identity:  # of no evaluation, or of a former run
+    measured = {}
   with open_workdir(out):
-    write_weights(out, setup, params, step, checkpoints_lib.notes(root), licence)
+    write_weights(
+      out, setup, params, step, checkpoints_lib.notes(root), trained_with, measured, licence
+    )
   logger.info('weights of step %d are in %s', step, out)
   return out
 

@@ -61,14 +61,14 @@ def check_results(out: epath.Path, setup: Setup) -> None:
 
 
 def note_machine(root: epath.Path) -> None:
-  """Writes down what a run is trained with and on; says so if it had other devices before."""
+  """Writes down by what, with and on a run is trained; says so if it had other devices before."""
   path, here = root / 'machine.json', versions.here()
   before = artifacts.read_json(path) if path.exists() else here
   names = ('devices', 'processes')
   if any(before.get(name) != here[name] for name in names):
     was, now = (', '.join(f'{n} {m.get(n)}' for n in names) for m in (before, here))
     logger.info('%s, before %s: the same run but for the order of sums', now, was)
-  artifacts.write_json(path, here)
+  artifacts.write_json(path, here | {'command': versions.command()})
 
 
 # What to do where classes have other names than those that a model was trained with.

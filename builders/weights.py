@@ -1,7 +1,11 @@
 """Weights that leave a run or come into one: exported folders, checkpoints of released codes."""
 
+from collections.abc import Mapping
 import dataclasses
 import logging
+from pathlib import Path
+import shlex
+from typing import Any
 
 from etils import epath
 import jax
@@ -22,15 +26,27 @@ from workdir import same_config, versions
 
 logger = logging.getLogger('score_sde')
 
+# Exported weights that come with the code: those of configs/edm/digits.py in edm/digits.
+SHIPPED = Path(__file__).parent.parent / 'assets'
+
 
 def write_weights(
-  folder: epath.Path, setup: Setup, params: Params, step: int, notes: Notes, licence: str
+  folder: epath.Path,
+  setup: Setup,
+  params: Params,
+  step: int,
+  notes: Notes,
+  trained_with: Mapping[str, Any],
+  measured: Mapping[str, Any],
+  licence: str,
 ) -> None:
   """Writes one average of the parameters, with its card; see `training.exported`.
 
   Args:
     folder: where to.
     setup, params, step, notes: of the checkpoint.
+    trained_with: the command, versions and devices that it was trained with, if they are known.
+    measured: the report of its evaluation, if there is one.
     licence: under which others may use the weights; empty if nobody has said.
 
   Raises:
@@ -51,7 +67,9 @@ def write_weights(
     'dataset': config.data.dataset,
     'classes': notes.classes,
     'begun_from': notes.begun_from,
-    'made_with': versions.here(),
+    'trained_with': dict(trained_with),
+    'made_with': versions.here() | {'command': versions.command()},
+    'measured': dict(measured),
     'licence': licence or 'not stated',
   }
   sigmas = np.geomspace(model.sigma_max, model.sigma_min, model.num_scales)
@@ -100,9 +118,7 @@ def imported(setup: Setup, checkpoint: epath.PathLike) -> tuple[TrainState, Note
 
 def _of_weights(setup: Setup, folder: epath.Path) -> tuple[TrainState, Notes]:
   of_weights, notes, step, params = read_weights(folder)
-  different = same_config.differences(of_weights.config.to_dict(), setup.config.to_dict())
-  of_model = {k: v for k, v in different.items() if same_config.is_among(k, same_config.MODEL)}
-  if of_model:
+  if of_model := _differences_of_model(of_weights.config.to_dict(), setup):
     raise UserError(
       f'{folder} does not fit the config: {same_config.told(of_model)}. Give these the values there'
     )
@@ -115,3 +131,22 @@ def _of_weights(setup: Setup, folder: epath.Path) -> tuple[TrainState, Notes]:
 
 def _parameters(setup: Setup) -> Shapes:
   return flat_tables.network_parameters(setup.model, (1, *setup.data_shape))
+
+
+def _differences_of_model(there: Mapping[str, Any], setup: Setup) -> same_config.Changes:
+  """What differs between a config and that of a setup, of what parameters are read by."""
+  different = same_config.differences(there, setup.config.to_dict())
+  return {k: v for k, v in different.items() if same_config.is_among(k, same_config.MODEL)}
+
+
+def nothing_trained(root: epath.Path, setup: Setup) -> UserError:
+  """The error for a workdir without checkpoints; it names weights of its data that are at hand."""
+  ways = [f'train first (--mode {"distill" if setup.config.distill.method else "train"})']
+  for path in sorted(SHIPPED.glob(f'*/*/{exported.CARD}')):
+    card, name = exported.read_card(epath.Path(path)), path.parent.relative_to(SHIPPED)
+    if card['dataset'] == setup.config.data.dataset:
+      command = f'--config configs/{name}.py --mode import --checkpoint {SHIPPED.name}/{name}'
+      if str(root) != f'runs/{name}' and not _differences_of_model(card['config'], setup):
+        command += f' --workdir {shlex.quote(str(root))}'
+      ways.append(f'take the weights that come with the code: python main.py {command}')
+  return UserError(f'{root} holds no checkpoints: nothing is trained there; {", or ".join(ways)}')

@@ -3,7 +3,9 @@
 import importlib.metadata
 from pathlib import Path
 import platform
+import shlex
 import subprocess
+import sys
 
 import jax
 
@@ -20,6 +22,14 @@ def here() -> dict[str, str | int]:
     'devices': jax.device_count(),
     'processes': jax.process_count(),
   }
+
+
+def command() -> str:
+  """The command line that runs here; empty where it is not main.py, but Python of a user's own."""
+  program, *arguments = sys.argv
+  if Path(program).name != 'main.py':
+    return ''
+  return shlex.join(['python', 'main.py', *arguments])
 
 
 def _commit() -> str:

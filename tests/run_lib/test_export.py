@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 from etils import epath
 import jax
@@ -11,15 +12,16 @@ from released_networks import setup_of, shapes_of, torch_content
 from safetensors.numpy import load_file
 
 from benchmarks.golden import load as load_golden
-from builders.continuity import write_config
+from builders.continuity import note_machine, write_config
 from builders.setup import build
 from builders.training import score_task
 from configs import base, own
 import run_lib
 from runtime.errors import UserError
-from training.checkpoints import Checkpoints, Notes
+from training.checkpoints import Checkpoints, identity, Notes
 from training.flat_tables import flat
 from training.released_torch import from_torch, to_torch
+from workdir import artifacts
 
 CLASSES = ('cat', 'dog')
 
@@ -73,6 +75,24 @@ def test_the_card_says_what_the_weights_are(run):
   assert (card['step'], card['images_seen']) == (7, 7 * config().training.batch_size)
   assert (card['sde'], card['network'], card['licence']) == ('vpsde', 'ncsnpp', 'CC0')
   assert (card['classes'], card['data_shape']) == (list(CLASSES), [8, 8, 1])
+  assert card['made_with']['command'] == ''  # pytest, not main.py
+  assert card['trained_with'] == card['measured'] == {}
+
+
+def test_the_card_has_the_command_and_the_report_of_these_weights(run, tmp_path, monkeypatch):
+  workdir, average, _ = run
+  workdir = shutil.copytree(workdir, tmp_path / 'evaluated')
+  monkeypatch.setattr('sys.argv', ['./main.py', '--config', 'a b.py', '--mode', 'train'])
+  note_machine(epath.Path(workdir))
+  of_these = {'step': 7, 'checkpoint': identity(average), 'bpd_test': 4.5}
+  of_a_former_run = of_these | {'checkpoint': '0'}
+  for report, told in ((of_these, of_these), (of_a_former_run, {})):
+    artifacts.write_json(workdir / 'eval' / 'report_7.json', report)
+    folder = run_lib.export(config(), str(workdir), f'export_{len(told)}')
+    card = json.loads((folder / 'card.json').read_text())
+    assert card['measured'] == told
+    assert card['trained_with']['command'] == "python main.py --config 'a b.py' --mode train"
+    assert card['trained_with']['jax'] == jax.__version__
 
 
 def test_weights_become_a_workdir_that_is_evaluated_and_trained_on(run, tmp_path, caplog):
