@@ -143,7 +143,8 @@ def nothing_trained(root: epath.Path, setup: Setup) -> UserError:
   """The error for a workdir without checkpoints; it names weights of its data that are at hand."""
   ways = [f'train first (--mode {"distill" if setup.config.distill.method else "train"})']
   for path in sorted(SHIPPED.glob(f'*/*/{exported.CARD}')):
-    card, name = exported.read_card(epath.Path(path)), path.parent.relative_to(SHIPPED)
+    folder, name = epath.Path(path.parent), path.parent.relative_to(SHIPPED)
+    card = exported.read_card(folder)
     if card['dataset'] == setup.config.data.dataset:
       command = f'--config configs/{name}.py --mode import --checkpoint {SHIPPED.name}/{name}'
       if str(root) != f'runs/{name}' and not _differences_of_model(card['config'], setup):
