@@ -1,8 +1,8 @@
 """Held-out bits/dim of ways to train for it, with an equal budget: weights and laws of times.
 
 Networks of the VP SDE, the same but for the loss, are trained on uniformly dequantised images. Then
-held-out images get their bits/dim by the probability flow, the same with several samples of the
-noise between levels, and the bound of the reverse SDE. What is trained and measured stays under
+held-out images get their bits/dim by the probability flow, and the bound of the reverse SDE; of the
+last way also with other noise between levels. What is trained and measured stays under
 runs/likelihood, and is not done again: the command can be stopped at any moment. It writes the
 tables of docs/results.md, which grow as it goes on.
 
@@ -12,23 +12,26 @@ Fashion-MNIST: `--path /usr/share/datasets/fashion-mnist`, as in `benchmarks.rec
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 import csv
 import dataclasses
+from functools import cache
 import importlib
 import logging
 import math
 from pathlib import Path
 import shutil
 import sys
+from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 import numpy as np
 
-from benchmarks import results_page, runs
+from benchmarks import dequantization, results_page, runs
 from benchmarks.recipes import DOCS
 from builders.evaluation import make_bits_per_dim, make_bound
+from builders.setup import Setup
 from configs.base import Changes
 from evaluation.bits_per_dim import BitsPerDim
 from models.score import Params
@@ -38,6 +41,7 @@ from runtime.errors import UserError
 from workdir.reports import Report
 
 SEED = 1
+UNIFORM = 'uniform'  # noise
 _IMPORTANCE: Changes = {'training.time_law': 'likelihood'}
 
 
@@ -71,8 +75,10 @@ class Trial:
     dataset: of the config configs/vp/<dataset>.py.
     changes: of it.
     n_iters: steps of training.
-    images: held-out ones that are measured, the first ones.
-    samples: of the noise between levels, for the tighter bound.
+    exact_images: held-out ones, the first ones, whose exact bits/dim are measured.
+    bound_images: whose bound is.
+    samples: K of the noise between levels, for the tighter bound; 1 for none.
+    noise_steps: of training the noise of `benchmarks.dequantization`.
     variants: that are trained.
     needs_path: the images do not come with the code.
   """
@@ -80,8 +86,10 @@ class Trial:
   name: str
   dataset: str
   n_iters: int
-  images: int
+  exact_images: int
+  bound_images: int
   samples: int = 4
+  noise_steps: int = 400
   changes: Changes = dataclasses.field(default_factory=dict)
   variants: tuple[Variant, ...] = VARIANTS
   needs_path: bool = False
@@ -93,15 +101,24 @@ class Trial:
 
 
 TRIALS = (
-  Trial('digits', 'digits', n_iters=2000, images=297),
-  Trial('Fashion-MNIST', 'fashion_mnist', n_iters=500, images=96, needs_path=True),
+  Trial('digits', 'digits', n_iters=2000, exact_images=64, bound_images=297),
+  Trial(
+    'Fashion-MNIST',
+    'fashion_mnist',
+    n_iters=300,
+    exact_images=16,
+    bound_images=128,
+    needs_path=True,
+  ),
 )
 QUICK = Trial(
   'digits',
   'digits',
   n_iters=10,
-  images=8,
+  exact_images=8,
+  bound_images=8,
   samples=2,
+  noise_steps=2,
   changes={
     'model.nf': 8,
     'model.ch_mult': (1,),
@@ -124,71 +141,116 @@ def config_of(trial: Trial, variant: Variant, data: Changes) -> ConfigDict:
 
 
 def row(trial: Trial, variant: Variant, folder: epath.Path, data: Changes) -> Report:
-  """Trains a way and measures it, as far as that was not done."""
+  """Trains a way and measures it, as far as that was not done.
+
+  Of the last way, the noise between levels is varied too.
+  """
   workdir = folder / f'{variant.folder}_{SEED}'
   seconds = runs.train(config_of(trial, variant, data), workdir)
   setup, params = run_lib.load(str(workdir))
-
-  def measured(name: str, measurement: BitsPerDim) -> Report:
-    return _measured(trial, workdir, name, measurement, params)
-
-  bits, bound = make_bits_per_dim(setup), make_bound(setup)
+  run = _Run(trial, setup, params, workdir / 'measured')
   return {
     'variant': variant.name,
     'seconds': seconds,
     'images_seen': trial.n_iters * setup.config.training.batch_size,
-    'bits': measured('bits', bits),
-    'samples': measured('samples', dataclasses.replace(bits, samples=trial.samples)),
-    'bound': measured('bound', bound),
+    'noises': run.noises() if variant == trial.variants[-1] else {UNIFORM: run.uniform()},
   }
 
 
-def _measured(
-  trial: Trial, workdir: epath.Path, name: str, measurement: BitsPerDim, params: Params
-) -> Report:
-  """Of the first held-out images, each dequantised once; the table of each of them is kept."""
-  source = runs.FirstImages(measurement.source, trial.images)
-  measurement = dataclasses.replace(measurement, source=source, repeats=1, batch_size=len(source))
-  settings = {'images': len(source), 'samples': measurement.samples}
-  return runs.measured(workdir / 'measured', name, settings, [measurement], params, trial.n_iters)
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """A trained model, and what is measured of it, each image dequantised once.
+
+  Attributes:
+    trial: that it is of.
+    setup: its parts.
+    params: the average that is evaluated.
+    folder: of what was measured.
+  """
+
+  trial: Trial
+  setup: Setup
+  params: Params
+  folder: epath.Path
+
+  def noises(self) -> Report:
+    """What is measured with each noise between levels, by what it is called."""
+    found = {UNIFORM: self.uniform()}
+    if self.trial.samples > 1:
+      found[f'uniform, K = {self.trial.samples}'] = self.uniform(self.trial.samples)
+    return found | {'learned': self.learned()}
+
+  def uniform(self, samples: int = 1) -> Report:
+    name = 'bits' if samples == 1 else 'samples'
+    return self._kept(name, {'samples': samples}, lambda: {'samples': samples})
+
+  def learned(self) -> Report:
+    steps = self.trial.noise_steps
+
+    @cache
+    def noise() -> dequantization.Learned:
+      return dequantization.Learned(
+        self.setup.codec, dequantization.train(self.setup, self.params, steps)
+      )
+
+    return self._kept('learned', {'steps': steps}, lambda: {'dequantization': noise()})
+
+  def _kept(self, name: str, settings: Report, changes: Callable[[], dict[str, Any]]) -> Report:
+    """The exact value and the bound, with changes to what measures them, unless they are there."""
+
+    def measurements() -> Iterator[BitsPerDim]:
+      for bits, n in (
+        (make_bound(self.setup), self.trial.bound_images),
+        (make_bits_per_dim(self.setup), self.trial.exact_images),
+      ):
+        source = runs.FirstImages(bits.source, n)
+        own = {'source': source, 'repeats': 1, 'batch_size': len(source)}
+        yield dataclasses.replace(bits, **own, **changes())
+
+    settings = settings | {'images': [self.trial.exact_images, self.trial.bound_images]}
+    step = self.trial.n_iters
+    return runs.measured(self.folder, name, settings, measurements(), self.params, step)
 
 
-def _of_each(report: Report, name: str) -> np.ndarray:
+def _each(report: Report, name: str) -> np.ndarray:
   """Bits/dim of each image, in the order of their numbers."""
   with (epath.Path(report['folder']) / f'{name}.csv').open() as file:
     return np.array([float(line['bits_per_dim']) for line in csv.DictReader(file)])
 
 
-def _difference(each: np.ndarray, other: np.ndarray) -> str:
-  """Mean of differences of the same images with the same noise, and its standard error."""
-  gain = each - other
-  return f'{gain.mean():+.4f} ± {gain.std(ddof=1) / math.sqrt(len(gain)):.4f}'
+def _cells(report: Report, first: Report) -> list[str]:
+  """The exact value and the bound, with their errors, and how much less the first has of each.
+
+  The difference is of the same images with the same chance, and so is its error.
+  """
+  cells = []
+  for name in ('bpd_test', 'bound_test'):
+    cells.append(f'{report[name]:.3f} ± {report[f"{name}_std_error"]:.3f}')
+    change = _each(report, name) - _each(first, name)
+    error = change.std(ddof=1) / math.sqrt(len(change))
+    cells.append('' if report is first else f'{change.mean():+.4f} ± {error:.4f}')
+  return cells
 
 
-def table(trial: Trial, rows: Sequence[Report]) -> list[str]:
-  """What docs/results.md shows of a trial, with its caption."""
-  first = _of_each(rows[0]['bits'], 'bpd_test')
-  lines = []
-  for of in rows:
-    bits, bound = of['bits'], of['bound']
-    each = _of_each(bits, 'bpd_test')
-    lines.append([
-      of['variant'],
-      f'{bits["bpd_test"]:.3f} ± {bits["bpd_test_std_error"]:.3f}',
-      '' if of is rows[0] else _difference(each, first),
-      _difference(_of_each(of['samples'], 'bpd_test'), each),
-      f'{bound["bound_test"]:.3f} ± {bound["bound_test_std_error"]:.3f}',
-      f'{of["seconds"]:.0f}',
-    ])  # fmt: skip
-  heads = [
-    'weight, times', 'bits/dim', 'less the first row',
-    f'{trial.samples} samples of the noise change it by', 'bound', 'seconds of training',
-  ]  # fmt: skip
-  caption = (
-    f'{trial.name}, VP, {rows[0]["images_seen"]:,} images seen. Held-out images: '
-    f'{rows[0]["bits"]["images"]}.'
-  )
-  return [caption, '', *results_page.table(heads, lines)]
+def tables(trial: Trial, rows: Sequence[Report]) -> list[str]:
+  """What docs/results.md shows of a trial."""
+  heads = ['bits/dim', 'difference', 'bound', 'difference']
+  first, noises = rows[0]['noises'][UNIFORM], rows[-1]['noises']
+  ways = [
+    [of['variant'], *_cells(of['noises'][UNIFORM], first), f'{of["seconds"]:.0f}'] for of in rows
+  ]
+  lines = [
+    f'{trial.name}, VP, {rows[0]["images_seen"]:,} images seen. Bits/dim of '
+    f'{first["bpd_test_images"]} held-out images, bound of {first["bound_test_images"]}. '
+    'Differences are from the first row.',
+    '',
+    *results_page.table(['weight, times', *heads, 'seconds of training'], ways),
+  ]
+  if len(noises) > 1:
+    others = [[name, *_cells(report, noises[UNIFORM])] for name, report in noises.items()]
+    lines += ['', 'The last of these, by the noise between the levels of the held-out images:', '']
+    lines += results_page.table(['noise', *heads], others)
+  return lines
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -217,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder, data, rows = root / trial.dataset, where if trial.needs_path else {}, list[Report]()
     for variant in trial.variants:
       rows.append(row(trial, variant, folder, data))
-      lines = table(trial, rows)
+      lines = tables(trial, rows)
       page.write_text(results_page.put(page.read_text(), trial.mark, lines))
       print('\n'.join(['', *lines]), flush=True)
 

@@ -26,26 +26,32 @@ def test_ways_to_train_differ_in_the_loss_alone():
 
 def test_differences_are_of_the_same_images(tmp_path):
   """Their error is that of the differences: here 0.1, +- 0, though images differ by 2."""
-  trial, rows = TRIALS[0], []
-  for i, variant in enumerate(VARIANTS[:2]):
-    row = {'variant': variant.name, 'seconds': 9.0, 'images_seen': 128_000}
-    for name, less in (('bits', 0.1 * i), ('samples', 0.1 * i + 0.02), ('bound', 0.0)):
-      folder = epath.Path(tmp_path / f'{name}{i}')
-      folder.mkdir()
+
+  def report(name: str, less: float) -> dict:
+    folder, found = epath.Path(tmp_path / name), {'bpd_test_images': 2, 'bound_test_images': 2}
+    folder.mkdir()
+    for key in ('bpd_test', 'bound_test'):
       lines = [f'{j},{j - less:.6f},' for j in (3, 5)]
-      (folder / 'bpd_test.csv').write_text('\n'.join(['image,bits_per_dim,std_error', *lines]))
-      key = 'bound_test' if name == 'bound' else 'bpd_test'
-      row[name] = {key: 4.0 - less, f'{key}_std_error': 1.0, 'folder': str(folder), 'images': 2}
-    rows.append(row)
-  caption, _, _, _, first, second = likelihood_training.table(trial, rows)
-  assert '128,000 images seen' in caption
-  cells = [[cell.strip() for cell in line.split('|')[1:-1]] for line in (first, second)]
-  assert [cell[:2] for cell in cells] == [
-    ['sigma^2, uniform', '4.000 ± 1.000'],
-    ['likelihood, uniform', '3.900 ± 1.000'],
+      (folder / f'{key}.csv').write_text('\n'.join(['image,bits_per_dim,std_error', *lines]))
+      found |= {key: 4.0 - less, f'{key}_std_error': 1.0}
+    return {**found, 'folder': str(folder)}
+
+  def way(i: int, **noises: dict) -> dict:
+    return {'variant': VARIANTS[i].name, 'seconds': 9.0, 'images_seen': 128_000, 'noises': noises}
+
+  rows = [
+    way(0, uniform=report('a', 0.0)),
+    way(1, uniform=report('b', 0.1), learned=report('c', 0.12)),
   ]
-  assert [cell[2] for cell in cells] == ['', '-0.1000 ± 0.0000']
-  assert {cell[3] for cell in cells} == {'-0.0200 ± 0.0000'}
+  lines = likelihood_training.tables(TRIALS[0], rows)
+  assert '128,000 images seen' in lines[0]
+  cells = [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines if '±' in line]
+  assert cells == [
+    ['sigma^2, uniform', *2 * ['4.000 ± 1.000', ''], '9'],
+    ['likelihood, uniform', *2 * ['3.900 ± 1.000', '-0.1000 ± 0.0000'], '9'],
+    ['uniform', *2 * ['3.900 ± 1.000', '']],
+    ['learned', *2 * ['3.880 ± 1.000', '-0.0200 ± 0.0000']],
+  ]
 
 
 def test_a_dataset_that_there_is_not_is_told(capsys):
