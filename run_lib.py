@@ -42,7 +42,12 @@ from builders.evaluation import (
 )
 from builders.guide import load_guide
 from builders.setup import build, saved_setup, Setup
-from builders.snapshots import draw_snapshot, hint_of_average
+from builders.snapshots import (
+  draw_snapshot,
+  hint_of_average,
+  make_snapshot_quality,
+  measure_snapshot,
+)
 from builders.teachers import load_teacher
 from builders.training import (
   abstract_state,
@@ -64,6 +69,7 @@ from data.packed import Packed
 from evaluation.evaluate import Measurement, step_folder
 from evaluation.likelihoods import measure as measure_images
 from evaluation.sample import draw_samples
+from evaluation.sample_quality import SampleQuality
 from evaluation.stats import examples, noise_scales
 from models.score import Params
 from runtime.errors import cannot_write, UserError
@@ -73,7 +79,7 @@ from training.averages import Power
 from training.checkpoints import Checkpoints, Notes
 from training.post_hoc import averages_of_snapshots
 from training.step import TrainState
-from workdir import artifacts, page, reports, same_config
+from workdir import artifacts, best, page, reports, same_config
 from workdir.origin import set_aside_former
 from workdir.progress import Stop
 from workdir.reports import Report
@@ -175,10 +181,11 @@ def _train(
   begin: Callable[[TrainState], TrainState] | None,
 ) -> None:
   """Trains in a workdir to the end; see `loop.train`."""
+  quality = make_snapshot_quality(setup, root)
   with open_workdir(root):
     loop.train(
-      task, make_schedule(setup.config), setup.devices, setup.keys,
-      root, source, held_out, partial(_at_start, setup, root), partial(_at_snapshot, setup, root),
+      task, make_schedule(setup.config), setup.devices, setup.keys, root, source, held_out,
+      partial(_at_start, setup, root), partial(_at_snapshot, setup, root, quality),
       notes, begin,
     )  # fmt: skip
     page.write(root)  # now that the last checkpoint is there
@@ -247,7 +254,8 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   late_average = make_late_average(setup, measurements)
   check_results(out, setup)
   with open_workdir(out), Checkpoints(root) as checkpoints:
-    for step in checkpoint_range(setup.config).steps(checkpoints):
+    wanted = checkpoint_range(setup.config)
+    for step in [best.step_of(root)] if setup.config.eval.best else wanted.steps(checkpoints):
       used = [setup.config.ema.use]
       (params,) = checkpoints.restore_averages(step, abstract_state(setup), used)
       check_classes(setup, root, step, measurements)
@@ -436,12 +444,16 @@ def load(workdir: str) -> tuple[Setup, Params]:
 
 
 def _newest(setup: Setup, root: epath.Path) -> tuple[int, Params]:
-  """Step and parameters of the newest checkpoint."""
+  """Step and parameters of the newest checkpoint or, with `eval.best`, of the best one."""
   if not checkpoints_lib.exist(root):
     raise nothing_trained(root, setup)
   check_model(root, setup)
+  like, used = abstract_state(setup), [setup.config.ema.use]
   with Checkpoints(root) as checkpoints:
-    newest = checkpoints.restore_latest_averages(abstract_state(setup), [setup.config.ema.use])
+    if setup.config.eval.best:
+      step = best.step_of(root)
+      return step, checkpoints.restore_averages(step, like, used)[0]
+    newest = checkpoints.restore_latest_averages(like, used)
   if newest is None:  # an object store shows those that broke off
     raise UserError(f'{root} holds no whole checkpoint; train first (--mode train)')
   step, (params,) = newest
@@ -643,6 +655,10 @@ def _at_start(setup: Setup, root: epath.Path, state: TrainState) -> None:
   note_machine(root)
 
 
-def _at_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop) -> None:
+def _at_snapshot(
+  setup: Setup, root: epath.Path, quality: SampleQuality | None, state: TrainState, stop: Stop
+) -> None:
   draw_snapshot(setup, root, state, stop)
+  if quality:
+    measure_snapshot(setup, root, quality, state, stop)
   page.write(root)

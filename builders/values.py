@@ -106,6 +106,14 @@ def check(config: FrozenConfigDict) -> None:
       f'config.eval.num_samples = {config.eval.num_samples}, where less than a batch, must be a '
       f'multiple of the number of devices, {devices}'
     )
+  compared = config.training.fid_samples
+  if config.training.fid_freq and compared < config.eval.batch_size and compared % devices:
+    raise UserError(
+      f'config.training.fid_samples = {compared}, where less than config.eval.batch_size, must be '
+      f'a multiple of the number of devices, {devices}'
+    )
+  if config.training.fid_freq and compared < FEWEST:
+    raise UserError(f'config.training.fid_samples = {compared} must be at least {FEWEST}')
   multiple, why = divisor(config.model)
   if config.data.image_size % multiple:
     raise UserError(

@@ -152,6 +152,10 @@ def _default() -> ConfigDict:
   training.wandb = ''  # project of Weights & Biases that metrics also go to
   training.snapshot_sampling = True  # draw samples at each snapshot
   training.snapshot_samples = 64  # in the grid of each snapshot, classes in turn
+  # Snapshots from one to the next whose samples are compared with data, as eval.features says; 0:
+  # never. The best is named.
+  training.fid_freq = 0
+  training.fid_samples = 10_000  # that are compared, of all devices together
 
   config.optim = optim = ConfigDict()  # the optimiser and its learning rate
   optim.optimizer = 'Adam'  # Adam, AdamW or RAdam
@@ -263,6 +267,7 @@ def _default() -> ConfigDict:
   config.eval = evaluation = ConfigDict()  # what is measured
   evaluation.begin_ckpt = 1  # checkpoints are numbered in units of training.snapshot_freq
   evaluation.end_ckpt = 26  # the last one
+  evaluation.best = False  # take the checkpoint that training.fid_freq found to be the best instead
   evaluation.batch_size = 1024  # images in a round of evaluation or sampling, of all devices
   evaluation.enable_loss = True  # the held-out loss
   evaluation.enable_bpd = False  # bits/dim by the probability flow

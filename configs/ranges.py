@@ -15,7 +15,8 @@ _POSITIVE = (
   'model.fourier_scale', 'training.batch_size', 'training.n_iters', 'training.n_jitted_steps',
   'training.grad_accum', 'training.fsdp', 'training.log_freq', 'training.eval_freq',
   'training.snapshot_freq',
-  'training.snapshot_freq_for_preemption', 'training.snapshot_samples', 'training.eps', 'optim.lr',
+  'training.snapshot_freq_for_preemption', 'training.snapshot_samples', 'training.fid_samples',
+  'training.eps', 'optim.lr',
   'optim.eps', 'sampling.n_steps_each', 'sampling.snr', 'sampling.eps', 'sampling.rtol',
   'sampling.atol', 'sampling.sde_rtol', 'sampling.sde_atol', 'sampling.rho', 'sampling.factor',
   'sampling.num_samples', 'sampling.blur_std', 'sampling.step_size', 'ebm.n_steps',
@@ -27,7 +28,8 @@ _POSITIVE = (
   'distill.rho', 'distill.doublings',
 )  # fmt: skip
 _NOT_NEGATIVE = (
-  'seed', 'data.dim', 'training.keep_snapshots', 'training.coupling_batch', 'model.init_scale',
+  'seed', 'data.dim', 'training.keep_snapshots', 'training.fid_freq', 'training.coupling_batch',
+  'model.init_scale',
   'model.num_classes',
   'optim.weight_decay', 'optim.warmup',
   'optim.decay_until', 'ema.half_life', 'ema.use',

@@ -93,6 +93,7 @@ class SampleQuality(Measurement):
     keys: of the run.
     law: of the classes of the samples, where the model is told them.
     comparison: with data, if any.
+    watch: is called while samples are drawn; what it raises breaks off, and leaves whole rounds.
   """
 
   drawing: Drawing
@@ -101,6 +102,7 @@ class SampleQuality(Measurement):
   keys: Keys
   law: LabelLaw | None = None
   comparison: Comparison | None = None
+  watch: Callable[[], None] = lambda: None
 
   def is_in(self, report: Report) -> bool:
     compared = self.comparison is None or self.comparison.is_in(report)
@@ -129,7 +131,7 @@ class SampleQuality(Measurement):
         n = min(size, self.n - first)
         of_round = None if labels is None else labels[first : first + size]
         make = partial(
-          self._draw_round, params, step, i, size, n, of_round, partial(_show, bar, first, n)
+          self._draw_round, params, step, i, size, n, of_round, partial(self._show, bar, first, n)
         )
         arrays = rounds.kept_or_made(folder / f'samples_{i}.npz', 'samples', n, make, mark)
         samples = arrays['samples']
@@ -156,6 +158,11 @@ class SampleQuality(Measurement):
       report |= {'feature_seconds': feature_seconds, 'distance_seconds': time.monotonic() - began}
     return report
 
+  def _show(self, bar: Bar, done: int, n: int, fraction: float) -> None:
+    """Moves a bar to `done` and a fraction of the next n."""
+    bar.update(done + fraction * n)
+    self.watch()
+
   def _labels(self, size: int) -> np.ndarray | None:
     """The classes of all samples, those of the last round that are not kept among them."""
     return self.law.labels(math.ceil(self.n / size) * size) if self.law else None
@@ -181,8 +188,3 @@ def _features_round(extract: Callable[[np.ndarray], np.ndarray], images: np.ndar
   n, devices = len(images), jax.device_count()
   rows = np.arange(math.ceil(n / devices) * devices).clip(max=n - 1)
   return {'features': extract(processes.own_rows(images[rows]))[:n]}
-
-
-def _show(bar: Bar, done: int, n: int, fraction: float) -> None:
-  """Moves a bar to `done` and a fraction of the next n."""
-  bar.update(done + fraction * n)

@@ -25,11 +25,17 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import (
+  AnyPreservationPolicy,
+  LatestN,
+  PreservationPolicy,
+)
 
 from models.score import Params
 from runtime import processes
 from runtime.errors import Failure, UserError
 from training.step import AnyState, TrainState
+from workdir import best
 from workdir.artifacts import is_remote
 from workdir.origin import Origin
 
@@ -197,7 +203,7 @@ class Checkpoints:
   Args:
     workdir: where they lie.
     notes: what is written down with each that is saved.
-    most: snapshots that are kept, the newest; 0 for all.
+    most: snapshots that are kept, the newest, and the best if one is named; 0 for all.
     create: their folders, if they are not there; they are needed to save.
   """
 
@@ -211,7 +217,9 @@ class Checkpoints:
     root = epath.Path(workdir)
     self._notes = dataclasses.asdict(notes or Notes())
     kept, meta = (root / name for name in FOLDERS)
-    self._kept, self._meta = _manager(kept, most or None, create), _manager(meta, 2, create)
+    newest = LatestN(n=most or None)
+    self._kept = _manager(kept, AnyPreservationPolicy([newest, _TheBest(root)]), create)
+    self._meta = _manager(meta, LatestN(n=2), create)
     self._damaged: list[epath.Path] = []
 
   def __enter__(self) -> 'Checkpoints':
@@ -369,8 +377,22 @@ def _free_name(folder: epath.Path) -> epath.Path:
   return next(path for path in map(folder.with_name, names) if not path.exists())
 
 
-def _manager(directory: epath.Path, max_to_keep: int | None, create: bool) -> ocp.CheckpointManager:
-  options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=create)
+class _TheBest(PreservationPolicy):
+  """Keeps the snapshot that `best.json` names, whenever another is saved."""
+
+  def __init__(self, root: epath.Path):
+    self._root = root
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    named = best.read(self._root)
+    return [named is not None and one.step == named.step for one in checkpoints]
+
+
+def _manager(
+  directory: epath.Path, kept: PreservationPolicy, create: bool
+) -> ocp.CheckpointManager:
+  options = ocp.CheckpointManagerOptions(preservation_policy=kept, create=create)
   if not is_remote(directory):  # of which epath would make a path below this folder
     directory = directory.resolve()
   return ocp.CheckpointManager(directory, options=options)

@@ -151,6 +151,8 @@ def train(
           log.saved = step
         if snapshot and not leave:
           at_snapshot(unpacked(state), stop)
+          # From here the same command goes on with what a signal broke off there.
+          leave = step < n_iters and jax.process_count() == 1 and stop.signal > 0
         if leave:
           break
   if step < n_iters:

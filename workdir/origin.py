@@ -103,7 +103,10 @@ def set_aside_former(root: epath.Path) -> None:
   results = [f for f in folders if any(_results(f))]
   if not processes.from_first(bool(results)):
     return
-  names = ('config.json', 'configs', 'machine.json', 'metrics.jsonl', 'tensorboard', 'index.html')
+  names = (
+    'config.json', 'configs', 'machine.json', 'metrics.jsonl', 'tensorboard', 'index.html',
+    'best.json',
+  )  # fmt: skip
   others = [root / name for name in names if (root / name).exists()]
   _set_aside(root, [*others, *results], 'run')
 

@@ -23,7 +23,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from workdir import artifacts, reports, same_config
+from workdir import artifacts, best, reports, same_config
 
 POINTS = 300  # of a curve at most; means of what lies between
 MOST_PICTURES = 24  # of samples over time
@@ -135,6 +135,7 @@ def write(root: epath.Path) -> None:
     ],
     drawn=[_drawn(root, folder) for folder in _folders(root, 'step_*/samples.npz')],
     curves=_curves(lines),
+    quality=_quality(root),
     classifier=_classifier(_json(root / 'classifier' / 'report.json')),
     fields=[(name, json.dumps(value)) for name, value in same_config.flatten(config)],
   )
@@ -315,6 +316,19 @@ def _curves(lines: Sequence[dict[str, float]]) -> list[Curve]:
   groups: list[tuple[str, ...]] = [(n, f'eval_{n}') for n in shared]
   groups += [(n,) for n in names if n not in shared and n.removeprefix('eval_') not in shared]
   return [_curve(lines, group) for group in groups]
+
+
+def _quality(root: epath.Path) -> list[Curve]:
+  """Distances of snapshots' samples from the data over steps, with those of data from data."""
+  found = [_json(path) for path in root.glob(f'{best.FOLDER}/report_*.json')]
+  lines = sorted((reports.scalars(one) | {'step': one['step']} for one in found if one), key=_step)
+  names = list(dict.fromkeys(name for line in lines for name in line))
+  pairs = [(name, f'{name}_floor') for name in names if f'{name}_floor' in names]
+  return [_curve(lines, pair) for pair in pairs]
+
+
+def _step(line: Mapping[str, float]) -> float:
+  return line['step']
 
 
 def _is_finite(value: Any) -> bool:

@@ -56,7 +56,8 @@ MAY_CHANGE = (
   'training.log_freq', 'training.eval_freq', 'training.snapshot_freq',
   'training.snapshot_freq_for_preemption', 'training.wandb', 'training.keep_snapshots',
   'training.snapshot_sampling',
-  'training.snapshot_samples', 'optim.lr', 'optim.beta1', 'optim.eps', 'optim.weight_decay',
+  'training.snapshot_samples', 'training.fid_freq', 'training.fid_samples',
+  'optim.lr', 'optim.beta1', 'optim.eps', 'optim.weight_decay',
   'optim.warmup', 'optim.decay', 'optim.decay_until', 'optim.unit',
   'optim.grad_clip', 'ema.half_life', 'ema.ramp_up', 'ema.sigma_rel', 'ema.sweep', 'ema.use',
   'ebm.n_steps', 'ebm.step_size', 'ebm.restart', 'classifier', 'sampling', 'eval',
@@ -72,6 +73,11 @@ FIXED_IN_EVAL = (
   'data.skip_damaged', 'data.uniform_dequantization', 'data.fit',
   'data.background', 'data.black', 'data.white', 'sampling', 'eval.batch_size', 'seed',
   'ema.use', 'distill',
+)  # fmt: skip
+# What the distances of a run's snapshots depend on, beside what it learns.
+FIXED_IN_QUALITY = (
+  *MODEL, 'model.dtype', 'model.precision', 'sampling', 'eval.batch_size', 'eval.features',
+  'eval.stats_split', 'eval.stats_path', 'training.fid_samples', 'ema.use',
 )  # fmt: skip
 # How images are perturbed; what a classifier of such images depends on; what it learns.
 FIXED_NOISE = (

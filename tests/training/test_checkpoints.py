@@ -6,6 +6,7 @@ from pathlib import Path
 import subprocess
 import sys
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,8 @@ from training import checkpoints as checkpoints_lib
 from training.checkpoints import Checkpoints
 from training.optim import adam, LearningRate
 from training.step import TrainState
+from workdir import best
+from workdir.best import Best
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -203,6 +206,20 @@ def test_the_newest_snapshots_are_kept(tmp_path, most, left):
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.steps() == left
   assert newest(tmp_path) == 4
+
+
+def test_the_best_snapshot_is_kept_beside_the_newest(tmp_path):
+  """As long as it is the best."""
+
+  def kept_after(step: int, named: int) -> list[int]:
+    best.write(epath.Path(tmp_path), Best(named, 'fid', 1.0, None, 10, 1, ''))
+    with Checkpoints(tmp_path, most=1) as checkpoints:
+      checkpoints.save(state_at(step), keep=True)
+      checkpoints.wait()
+      return checkpoints.steps()
+
+  assert [kept_after(step, 2) for step in (1, 2, 3, 4)] == [[1], [2], [2, 3], [2, 4]]
+  assert kept_after(5, 4) == [4, 5]
 
 
 def test_fewer_are_kept_where_a_run_goes_on_so(tmp_path):
