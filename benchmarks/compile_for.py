@@ -315,7 +315,7 @@ def measure(
     'bytes': sum(moved for _, moved in kinds.values()),
     'kernels': sum(count for count, _ in kinds.values()),
     'kinds': kinds,
-    'collectives': hlo.collectives_by_kind(parsed),
+    'collectives': [dataclasses.asdict(row) for row in hlo.collectives_by_kind(parsed)],
   }
   chip = CHIPS.get('h100' if target == 'h100' else _slices(slice_name)[1].partition(':')[0])
   if chip is not None:
@@ -342,8 +342,9 @@ def table(result: dict[str, Any]) -> str:
     )
   rows = [[kind, str(count), moved / 1e9] for kind, (count, moved) in result['kinds'].items()]
   lines += ['', common.table(['kernels', 'number', 'GB'], rows), '']
+  bytes_ = ('sent', 'covered')
   told = [
-    [row.kind, str(row.group or 'pairs'), str(row.number), row.sent / 1e9, row.covered / 1e9]
+    [row['kind'], str(row['group'] or 'pairs'), str(row['number']), *(row[k] / 1e9 for k in bytes_)]
     for row in result['collectives']
   ]
   head = ['collectives', 'devices', 'number', 'GB sent', 'GB covered']

@@ -2,8 +2,9 @@
 
 `Compiled.as_text` prints one instruction a line, in the order in which a device starts them. In the
 entry computation, and in the bodies of its loops, each is a kernel of the device, or free. A kernel
-reads its operands and writes its result. The body of a loop counts as often as it runs, where the
-compiler knows how often.
+reads its operands and writes its result, and where it reads or writes a slice of an array, such as
+the parameters of one of many blocks, that slice. The body of a loop counts as often as it runs,
+where the compiler knows how often.
 
 A collective either keeps a device waiting, or is begun and awaited by two instructions, between
 which the device works. XLA writes the latter as `<op>-start` and `<op>-done`; for TPUs also as
@@ -96,8 +97,8 @@ def _instruction(name: str, shape: str, op: str, rest: str) -> Instruction:
   target = re.search(r'custom_call_target="([^"]+)"', attributes)
   listed = re.sub(r'/\*.*?\*/', '', rest[:end])
   operands = tuple(re.findall(r'%?([A-Za-z_][\w.\-]*)', listed))
-  if op == 'constant':
-    operands = (listed,)  # its value
+  if op in ('constant', 'parameter'):
+    operands = (listed,)  # its value, or its number
   turns, channel = _TURNS.search(attributes), _CHANNEL.search(attributes)
   return Instruction(
     name,
@@ -174,12 +175,53 @@ def kernels(hlo: Hlo) -> Iterator[tuple[str, int, int, Instruction]]:
     shapes = {one.name: nbytes(_written(one)) for one in hlo.computations[name]}
     for one in hlo.computations[name]:
       if not _is_free(one):
-        moved = shapes[one.name] + sum(shapes.get(operand, 0) for operand in one.operands)
-        yield kind_of(hlo, one), turns, moved, one
+        yield kind_of(hlo, one), turns, _moved(hlo, one, shapes), one
+
+
+def _moved(hlo: Hlo, one: Instruction, shapes: dict[str, int]) -> int:
+  """Bytes that a kernel reads and writes, where the arrays of its computation have so many."""
+  inside = [one]
+  if one.op == 'fusion':
+    inside = [inner for name in one.called for inner in hlo.computations.get(name, [])]
+  by_name, written, read = {inner.name: inner for inner in inside}, shapes[one.name], 0
+  for last in inside[-1:]:  # the results, of which an updated array keeps all but a slice
+    for result in last.operands if last.op == 'tuple' else (last.name,):
+      update = _through_bitcasts(by_name, result)
+      if update is not None and update.op == 'dynamic-update-slice':
+        whole, new = (
+          nbytes(by_name[x].shape) if x in by_name else shapes.get(x, 0)
+          for x in update.operands[:2]
+        )
+        written -= min(written, max(whole - new, 0))
+  for place, operand in enumerate(one.operands):
+    begin = [x.name for x in inside if x.op == 'parameter' and x.operands == (str(place),)]
+    name = begin[0] if begin else operand
+    parts = [_part_read(inner, name) for inner in inside if name in inner.operands]
+    whole = shapes.get(operand, 0)
+    read += whole if None in parts or not parts else min(whole, sum(filter(None, parts)))
+  return written + read
+
+
+def _part_read(one: Instruction, name: str) -> int | None:
+  """Bytes of what an instruction reads of an array that it takes a slice of; None for all."""
+  if one.operands[0] != name or name in one.operands[1:]:
+    return None
+  if one.op == 'dynamic-slice':
+    return nbytes(one.shape, on_chip=True)
+  return 0 if one.op == 'dynamic-update-slice' else None
+
+
+def _through_bitcasts(by_name: dict[str, Instruction], name: str) -> Instruction | None:
+  """What made an array, before it was only read in another way."""
+  one = by_name.get(name)
+  while one is not None and one.op == 'bitcast':
+    one = by_name.get(one.operands[0])
+  return one
 
 
 def _is_free(one: Instruction) -> bool:
-  return one.op in _FREE or one.op.endswith(('-done', '-update'))
+  allocates = one.target == 'AllocateBuffer'
+  return allocates or one.op in _FREE or one.op.endswith(('-done', '-update'))
 
 
 def _written(one: Instruction) -> str:

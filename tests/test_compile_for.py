@@ -73,6 +73,35 @@ def test_kernels_of_a_text() -> None:
   }
 
 
+SLICES = """HloModule jit_step, is_scheduled=true
+
+%fused_update (p: f32[30,8,4], q: f32[30,8,4], r: f32[8,4], i: s32[]) -> f32[30,8,4] {
+  %p = f32[30,8,4]{2,1,0} parameter(0)
+  %q = f32[30,8,4]{2,1,0} parameter(1)
+  %r = f32[8,4]{1,0} parameter(2)
+  %i = s32[] parameter(3)
+  %block = f32[1,8,4]{2,1,0} dynamic-slice(%p, %i), dynamic_slice_sizes={1,8,4}
+  %one = f32[8,4]{1,0} bitcast(%block)
+  %sum = f32[8,4]{1,0} add(%one, %r)
+  %new = f32[1,8,4]{2,1,0} bitcast(%sum)
+  ROOT %all = f32[30,8,4]{2,1,0} dynamic-update-slice(%q, %new, %i)
+}
+
+ENTRY %main (a: f32[30,8,4], b: f32[30,8,4], c: f32[8,4], j: s32[]) -> f32[30,8,4] {
+  %a = f32[30,8,4]{2,1,0} parameter(0)
+  %b = f32[30,8,4]{2,1,0} parameter(1)
+  %c = f32[8,4]{1,0} parameter(2)
+  %j = s32[] parameter(3)
+  ROOT %fusion = f32[30,8,4]{2,1,0} fusion(%a, %b, %c, %j), kind=kLoop, calls=%fused_update
+}
+"""
+
+
+def test_of_an_array_a_kernel_moves_the_slice_that_it_works_on() -> None:
+  """A block of one is read, one of another is written; a whole matrix and a number are read."""
+  assert hlo.by_kind(hlo.parse(SLICES)) == {'element-wise': (1, 128 + 128 + 128 + 4)}
+
+
 def test_bytes_of_shapes() -> None:
   assert hlo.nbytes('bf16[128,32,3]{2,1,0:T(8,128)(2,1)}') == 2 * 128 * 32 * 3
   assert hlo.nbytes('(f32[], /*index=1*/pred[5]{0}, s64[0])') == 4 + 5
