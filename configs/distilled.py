@@ -38,12 +38,22 @@ _CONSISTENCY: Changes = {
 # The law of noise levels of the improved techniques and of easy tuning.
 _LATER_LAW: Changes = {'training.time_mean': -1.1, 'training.time_std': 2.0}
 _CD: Changes = {'distill.method': 'cd', 'optim.lr': 4e-4, 'model.dropout': 0.0}
+# As first published, but for its rate: with an average that is the target, and lags less and less.
+_CT: Changes = {
+  'distill.method': 'ct',
+  'distill.start_steps': 2,
+  'distill.end_steps': 150,
+  'distill.target_rate': 0.9,
+  'optim.lr': 4e-4,
+  'model.dropout': 0.0,
+}
 _ICT: Changes = {'distill.method': 'ict', 'distill.start_steps': 10, 'distill.end_steps': 1280}
 # By name: which of the teacher's configs a method begins with, and what it changes.
 METHODS: dict[str, tuple[str, Changes]] = {
   'progressive': ('vp', _PROGRESSIVE | {'model.output': 'v', 'distill.grid': 'cosine'}),
   'progressive_edm': ('edm', _PROGRESSIVE),
   'cd': ('edm', _CONSISTENCY | _CD),
+  'ct': ('edm', _CONSISTENCY | _CT),
   'ict': ('edm', _CONSISTENCY | _LATER_LAW | _ICT | {'optim.lr': 1e-4}),
   'ect': ('edm', _CONSISTENCY | _LATER_LAW | {'distill.method': 'ect', 'optim.lr': 1e-4}),
 }

@@ -15,6 +15,7 @@ _TEACHERS = {'vp': vp.get_config, 'edm': edm.get_config}
 _CHANGES: dict[str, base.Changes] = {
   'progressive': {'training.n_iters': 50_000, 'optim.lr': 1e-4, 'model.dropout': 0.0},
   'cd': {'training.n_iters': 800_000},
+  'ct': {'training.n_iters': 800_000, 'training.batch_size': 512},
   'ict': {'training.n_iters': 400_000, 'training.batch_size': 1024, 'model.dropout': 0.3},
   'ect': {'training.n_iters': 200_000, 'training.batch_size': 128, 'model.dropout': 0.2},
 }

@@ -19,12 +19,14 @@ _CHANGES: dict[str, base.Changes] = {
     'training.snapshot_freq': 500,
     'training.snapshot_freq_for_preemption': 250,
     'optim.lr': 1e-3,
+    'optim.decay': 'linear',
     'model.ema_rate': 0.999,
   },
   'progressive': {'training.n_iters': 500, 'model.ema_rate': 0.0},
-  'cd': {'training.n_iters': 3000},
-  'ict': {'training.n_iters': 4000, 'distill.end_steps': 160},
-  'ect': {'training.n_iters': 3000},
+  'cd': {'training.n_iters': 2000},
+  'ct': {'training.n_iters': 2000, 'distill.end_steps': 80},
+  'ict': {'training.n_iters': 2000, 'distill.end_steps': 160},
+  'ect': {'training.n_iters': 2000},
 }
 
 

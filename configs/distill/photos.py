@@ -19,6 +19,7 @@ _CHANGES: dict[str, dict[str, base.Changes]] = {
   'cpu': {
     'progressive': {'training.n_iters': 500, 'model.ema_rate': 0.0},
     '': {'optim.lr': 5e-4, 'model.ema_rate': 0.999},
+    'ct': {'distill.end_steps': 80},
     'ict': {'distill.end_steps': 160},
   },
   'gpu': {
