@@ -1,153 +1,359 @@
-"""Models of few steps beside their teachers: distance from the data, steps, and time of training.
+"""Models of few steps beside their teachers: distance from the data, steps, and cost of training.
 
-  python -m benchmarks.few_steps WORKDIR ... [--samples N] [--page docs/results.md]
+  python -m benchmarks.few_steps [--dataset NAME] [--path FOLDER] [--quick]
   python -m benchmarks.few_steps --memory
 
-Each workdir is one of a score model, which is sampled with 200, 35 and 18 evaluations, or of a
-student, which `--mode distill` made of it: a consistency model draws in 1, 2 and 4 steps, and
-progressive distillation in the steps of its stage. The distance is Frechet's between pixels of
-samples and of all training images. With --page the table goes to that page, and there lies a
-picture beside it: a row of samples of each row of the table.
+trains score models and, by `--mode distill`, students of each method, on digits and on
+Fashion-MNIST at 16x16, and compares samples with all training images. What is trained and measured
+stays under runs/few_steps, and is not done again: the command can be stopped at any moment. It
+writes tables into docs/results.md, and pictures beside it: a row of samples for each row of each.
+
+Fashion-MNIST: `--path /usr/share/datasets/fashion-mnist`, where Debian's dataset-fashion-mnist puts
+it; without it, it is downloaded.
 
 --memory prints what XLA plans for a step of digits, of each method and of plain training.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+from functools import cached_property
 import json
+import logging
 from pathlib import Path
+import shutil
+import sys
+from typing import Any
 
+from etils import epath
 import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from benchmarks import common, results_page
-from builders.data import load_source
+from benchmarks import common, results_page, runs, small_classifier
+from benchmarks.yardstick import Yardstick
 from builders.evaluation import make_drawing
-from builders.setup import build, Setup
+from builders.setup import build
 from builders.training import make_schedule, task_of
 from configs.base import Changes
-from configs.distill import digits
+from configs.distill import digits, fashion_mnist
 from configs.edm import digits as edm_digits
+from configs.edm import fashion_mnist as edm_fashion_mnist
 from configs.vp import digits as vp_digits
-from data.images import ImageSource
-from evaluation import features
-from evaluation.metrics import Floor, frechet_distance, Moments
+from evaluation.evaluate import Measurement
+from evaluation.metrics import frechet_distance, Moments
+from evaluation.sample_quality import SampleQuality
+from models.score import Params
 import run_lib
 from runtime import start
+from runtime.devices import all_devices
+from runtime.errors import UserError
 from training import loop
-from workdir.artifacts import json_text
+from training.checkpoints import steps_in
+from workdir import artifacts
+from workdir.reports import Report
 
-BATCH = 200  # samples that are drawn at a time
 SHOWN = 16  # samples of each row, in the picture
-MARK = 'few steps'
+COMPARED = 35  # evaluations of the teacher's that students are compared with
+DOCS = Path(__file__).parent.parent / 'docs'
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """A way to draw from a model.
+
+  Attributes:
+    name: in the table.
+    fields: of the config.
+    stage: of progressive distillation, the folder of its run within that of the model.
+  """
+
+  name: str
+  fields: Changes
+  stage: str = ''
+
+
 _FAST: Changes = {'sampling.method': 'dpm_solver++', 'sampling.corrector': 'none'}
-# Of score models, by SDE, and of consistency models: what a sampler is called, and its fields.
-_HEUN = {'Heun': ({'sampling.method': 'heun'}, (100, 18))}
-_MULTISTEP = {'DPM-Solver++ 2M': (_FAST, (200, 35, 18))}
-SCORES: dict[str, dict[str, tuple[Changes, tuple[int, ...]]]] = {
-  'edm': _HEUN | {'DPM-Solver++ 2M': (_FAST, (18,))}
-}
-JUMPS = (1, 2, 4)
 
 
-def samplers(config: ConfigDict) -> Iterator[tuple[str, Changes]]:
-  """What a model is sampled by: the name of a sampler, and fields of the config."""
-  if config.distill.method == 'progressive':
-    yield 'DDIM', {}
-  elif config.distill.method:
-    yield from (('jumps', {'sampling.num_steps': n}) for n in JUMPS)
-  else:
-    for name, (fields, counts) in SCORES.get(config.training.sde, _MULTISTEP).items():
-      yield from ((name, fields | {'sampling.num_steps': n}) for n in counts)
+def _heun(steps: int) -> Sampler:
+  return Sampler('Heun', {'sampling.method': 'heun', 'sampling.num_steps': steps})
 
 
-def drawn(setup: Setup, params, n: int) -> tuple[np.ndarray, int]:
-  """n samples as a dataset has them, and the evaluations that each took."""
-  drawing, parts, key = make_drawing(setup), [], setup.keys.key('sample')
-  for i in range(-(-n // BATCH)):
-    rng = jax.random.fold_in(key, i)
-    labels = drawing.classes_in_turn(BATCH)
-    samples, nfe = drawing.samples_of(params, rng, BATCH, labels, lambda fraction: None)
-    parts.append(samples)
-  return np.concatenate(parts)[:n], nfe
+def _multistep(steps: int) -> Sampler:
+  return Sampler('DPM-Solver++ 2M', {**_FAST, 'sampling.num_steps': steps})
 
 
-def pixels_of(images: np.ndarray) -> np.ndarray:
-  """The features of images: their pixels."""
-  network = features.load('pixels')
-  assert network is not None
-  return network.compile(build(vp_digits.get_config()).devices.mesh)(images)
+# Of EDM 199, 35 and 18 evaluations; of v 200, 35 and 18.
+OF_EDM = (_heun(100), _heun(18), _multistep(18))
+OF_V = tuple(map(_multistep, (200, 35, 18)))
+JUMPS = tuple(
+  Sampler('jumps', {'sampling.num_steps': n, 'sampling.consistency_times': ()}) for n in (1, 2, 4)
+)
+STAGES = (*(Sampler('DDIM', {}, f'stages/{n}') for n in (4, 2)), Sampler('DDIM', {}))
 
 
-def training_seconds(workdir: Path) -> float:
-  """What the steps of a run took, and of the stages before it, by its metrics."""
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model that is trained and drawn from.
+
+  Attributes:
+    name: in the table.
+    folder: of its run.
+    config: what trains it.
+    samplers: how it is drawn from.
+    teacher: the folder of the run that it learns from, or begins with; a student has a teacher
+      whose samples its own are compared with, `beside`, also if it learns from data alone.
+    beside: the folder of that teacher's run.
+  """
+
+  name: str
+  folder: str
+  config: Callable[[], ConfigDict]
+  samplers: tuple[Sampler, ...]
+  teacher: str = ''
+  beside: str = ''
+
+
+def _student(method: str, config: Callable[[str], ConfigDict]) -> Model:
+  teacher = '' if method in ('ct', 'ict') else 'edm'
+  return Model(method, method, lambda: config(method), JUMPS, teacher, 'edm')
+
+
+def _v_of_digits() -> ConfigDict:
+  config = vp_digits.get_config()
+  config.model.output = 'v'
+  return config
+
+
+def _one_step_of_digits() -> ConfigDict:
+  config = digits.get_config('progressive')
+  config.distill.end_steps = 1
+  return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """Models of a dataset.
+
+  Attributes:
+    name: of the data, and of the mark in the page.
+    models: teachers before their students.
+    samples: that are drawn in each way.
+    batch_size: in which they are.
+    classifier: how that is trained whose features tell samples from data.
+    needs_path: the images do not come with the code.
+  """
+
+  name: str
+  models: tuple[Model, ...]
+  samples: int
+  batch_size: int
+  classifier: small_classifier.Training
+  needs_path: bool = False
+
+
+_METHODS = ('cd', 'ct', 'ict', 'ect')
+DIGITS = Trial(
+  name='digits',
+  models=(
+    Model('teacher, EDM', 'edm', edm_digits.get_config, OF_EDM),
+    *(_student(method, digits.get_config) for method in _METHODS),
+    Model('teacher, VP with v', 'v', _v_of_digits, OF_V),
+    Model('progressive', 'progressive', _one_step_of_digits, STAGES, 'v', 'v'),
+  ),
+  samples=2000,
+  batch_size=500,
+  classifier=small_classifier.Training(images=30_000),
+)
+FASHION_MNIST = Trial(
+  name='Fashion-MNIST',
+  models=(
+    Model('teacher, EDM', 'edm', edm_fashion_mnist.get_config, OF_EDM),
+    *(_student(method, fashion_mnist.get_config) for method in ('cd', 'ect')),
+  ),
+  samples=1000,
+  batch_size=250,
+  classifier=small_classifier.Training(images=120_000),
+  needs_path=True,
+)
+TRIALS = (DIGITS, FASHION_MNIST)
+
+
+def _tiny(config: ConfigDict) -> ConfigDict:
+  config.model.nf, config.model.ch_mult = 8, (1,)
+  config.training.n_iters = config.training.snapshot_freq = 10
+  return config
+
+
+QUICK = Trial(
+  name='digits',
+  models=(
+    Model('teacher, EDM', 'edm', lambda: _tiny(edm_digits.get_config()), OF_EDM[1:2]),
+    _student('ect', lambda method: _tiny(digits.get_config(method))),
+  ),
+  samples=16,
+  batch_size=16,
+  classifier=small_classifier.Training(images=1280),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Distances(Measurement):
+  """Frechet distances of the samples that `SampleQuality` left, from all training images.
+
+  Attributes:
+    yardstick: by whose features.
+    n: how many samples.
+  """
+
+  yardstick: Yardstick
+  n: int
+
+  def is_in(self, report: Report) -> bool:
+    return 'frechet' in report
+
+  def measure(self, params: Params, step: int, folder: epath.Path) -> Report:
+    del params, step
+    images, distances, mesh = drawn(folder, self.n), {}, all_devices().mesh
+    for comparison in self.yardstick.comparisons:
+      network, data = comparison.network, comparison.reference
+      found = Moments.of(network.compile(mesh)(images))
+      distances[network.name] = frechet_distance(found.mean, found.cov, data.mean, data.cov)
+    return {'frechet': distances}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+  """A trial, and where it lies.
+
+  Attributes:
+    trial: what is compared.
+    folder: of its runs, and of what was measured.
+    data: fields of the config that say where the images are.
+  """
+
+  trial: Trial
+  folder: epath.Path
+  data: Changes
+
+  def config_of(self, model: Model) -> ConfigDict:
+    """What trains a model."""
+    config = model.config()
+    config.update_from_flattened_dict(self.data)
+    config.training.snapshot_sampling = False
+    return config
+
+  @cached_property
+  def yardstick(self) -> Yardstick:
+    """The images, and how samples are compared with them."""
+    config = self.config_of(self.trial.models[0])
+    return Yardstick(config, self.folder, self.trial.classifier)
+
+  def train(self, model: Model) -> None:
+    """Trains a model, as far as that was not done."""
+    workdir, config = self.folder / model.folder, self.config_of(model)
+    if config.training.n_iters in steps_in(workdir):
+      return
+    if config.distill.method:
+      teacher = str(self.folder / model.teacher) if model.teacher else ''
+      run_lib.distill(config, str(workdir), teacher)
+    else:
+      run_lib.train(config, str(workdir))
+
+  def row(self, model: Model, sampler: Sampler) -> Report:
+    """What is said of samples, as far as it was not measured."""
+    workdir = self.folder / model.folder / sampler.stage
+    setup, params = run_lib.load(str(workdir))
+    config, trial = ConfigDict(setup.config.to_dict()), self.trial
+    config.update_from_flattened_dict(sampler.fields)
+    settings: Report = {
+      'sampler': sampler.fields,
+      'samples': trial.samples,
+      'batch_size': trial.batch_size,
+      'features': [network.version for network in self.yardstick.networks],
+    }
+    drawing, n = make_drawing(build(config)), trial.samples
+    measurements = (
+      SampleQuality(drawing, n, trial.batch_size, setup.keys), Distances(self.yardstick, n)
+    )  # fmt: skip
+    report = runs.measured(
+      self.folder / 'measured', workdir.name, settings, measurements, params,
+      config.training.n_iters,
+    )  # fmt: skip
+    images, seconds = spent(workdir)
+    of_model = {'model': model.name, 'run': model.folder, 'beside': model.beside or model.folder}
+    return report | of_model | {'name': sampler.name, 'images': images, 'seconds': seconds}
+
+  def lines(self, rows: Sequence[Report]) -> list[str]:
+    """The caption and the table, in Markdown."""
+    n, yardstick = self.trial.samples, self.yardstick
+    floors = {c.network.name: c.floor(n) for c in yardstick.comparisons}
+    names = list(floors)
+    best = {row['run']: row['frechet'] for row in rows if round(row['nfe']) == COMPARED}
+    head = ['model', 'sampler', 'evaluations', *names, "of its teacher's", 'images seen', 'seconds']
+    cells = list[list[str]]()
+    for row in rows:
+      teacher, found = best.get(row['beside']), row['frechet']
+      ratios = [f'{found[k] / teacher[k]:.2f}' for k in names] if teacher else []
+      numbers = [common.three_figures(found[name]) for name in names]
+      cost = [f'{row["images"]:,}', f'{row["seconds"]:.0f}']
+      cells.append(
+        [row['model'], row['name'], f'{row["nfe"]:.0f}', *numbers, ', '.join(ratios), *cost]
+      )
+    of_data = [common.three_figures(floor.frechet) for floor in floors.values()]
+    cells.append(['data', '', '', *of_data, '', '', ''])
+    size, taken = yardstick.train_source.shape[0], next(iter(floors.values())).n
+    caption = (
+      f'{self.trial.name}, {size}x{size}. Frechet distances of {n:,} samples from all '
+      f'{len(yardstick.train_source):,} training images, by features of the classifier '
+      f'({100 * yardstick.classifier[1]:.1f} % right on held-out images) and by pixels. "Of its '
+      f'teacher\'s" are both distances divided by those of the teacher at {COMPARED} evaluations. '
+      f'The row "data" is {taken:,} training images from as many others. Images seen and seconds '
+      "of steps are the model's own, without those of its teacher."
+    )
+    return [caption, '', *results_page.table(head, cells)]
+
+  def write(self, rows: Sequence[Report], docs: Path) -> None:
+    """The table into the page and the picture beside it, with what was measured until now."""
+    page, name = docs / results_page.PAGE, self.trial.name
+    lines, picture = self.lines(rows), docs / page.stem / f'few_steps_{name.lower()}.png'
+    page.write_text(results_page.put(page.read_text(), f'few steps of {name}', lines))
+    picture.parent.mkdir(exist_ok=True)
+    shown = np.concatenate([drawn(epath.Path(row['folder']), SHOWN) for row in rows])
+    results_page.grid(shown, SHOWN).save(picture, optimize=True)
+    print('\n'.join(['', *lines]), flush=True)
+
+
+def drawn(folder: epath.Path, n: int) -> np.ndarray:
+  """The first n samples that `SampleQuality` left in a folder."""
+  rounds, parts, found = sorted(folder.glob('samples_*.npz'), key=_number), [], 0
+  for path in rounds:
+    if found < n:
+      parts.append(artifacts.read_npz(path)['samples'])
+      found += len(parts[-1])
+  return np.concatenate(parts)[:n]
+
+
+def _number(path: epath.Path) -> int:
+  return int(path.stem.rpartition('_')[2])
+
+
+def spent(workdir: epath.Path) -> tuple[int, float]:
+  """Images that a run saw, and the seconds of its steps; with the stages before it, if any."""
   lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
   seconds, before = 0.0, 0
   for line in sorted((line for line in lines if 'steps_per_s' in line), key=lambda v: v['step']):
     seconds += (line['step'] - before) / line['steps_per_s']
     before = line['step']
+  config: dict[str, Any] = artifacts.read_json(workdir / 'config.json')
+  images, own = config['training']['n_iters'] * config['training']['batch_size'], config['distill']
   stages = workdir / 'stages' if (workdir / 'stages').exists() else workdir.parent
-  own = json.loads((workdir / 'config.json').read_text())['distill']
-  if own['method'] == 'progressive' and stages.name == 'stages':
-    earlier = (s for s in stages.iterdir() if int(s.name) == 2 * own['end_steps'])
-    seconds += sum(map(training_seconds, earlier))
-  return seconds
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """A model, drawn from in one way.
-
-  Attributes:
-    model: how it was made.
-    sampler: and its evaluations for a sample.
-    evaluations: of the network.
-    distance: of the samples from the training images.
-    seconds: of training, without its teacher's.
-    samples: the first ones.
-  """
-
-  model: str
-  sampler: str
-  evaluations: int
-  distance: float
-  seconds: float
-  samples: np.ndarray
-
-  def cells(self) -> list[str]:
-    numbers = map(common.three_figures, (self.distance, self.seconds))
-    return [self.model, self.sampler, str(self.evaluations), *numbers]
-
-
-def rows(workdir: Path, n: int, data: Moments, most: int) -> Iterator[Row]:
-  """Of a run: one for each of its samplers, of at most so many steps."""
-  setup, params = run_lib.load(str(workdir))
-  config, seconds = ConfigDict(setup.config.to_dict()), training_seconds(workdir)
-  model = config.distill.method or f'teacher, {config.training.sde}'
-  for name, fields in samplers(config):
-    if fields.get('sampling.num_steps', 0) > most:
-      continue
-    changed = ConfigDict(config.to_dict())
-    changed.update_from_flattened_dict(fields)
-    images, nfe = drawn(build(changed), params, n)
-    found = Moments.of(pixels_of(images))
-    distance = frechet_distance(found.mean, found.cov, data.mean, data.cov)
-    yield Row(model, name, nfe, distance, seconds, images[:SHOWN])
-
-
-def table(found: Sequence[Row], n: int, floor: Floor) -> list[str]:
-  """The caption and the table, in Markdown."""
-  head = ['model', 'sampler', 'evaluations', 'Frechet distance', 'seconds of training']
-  lines = [head, ['---'] * len(head), *(row.cells() for row in found)]
-  lines.append(['data', '', '', common.three_figures(floor.frechet), ''])
-  caption = (
-    f'Frechet distances, by pixels, of {n} samples from all training images. The row "data" is the '
-    f'floor: {floor.n} training images from as many others. Seconds are of steps alone, on a '
-    "machine with other work; those of a student come after its teacher's."
-  )
-  return [caption, '', *(f'| {" | ".join(cells)} |' for cells in lines)]
+  earlier = stages / str(2 * own['end_steps'])
+  if own['method'] == 'progressive' and earlier.exists():
+    images_before, seconds_before = spent(earlier)
+    return images + images_before, seconds + seconds_before
+  return images, seconds
 
 
 def memory() -> Iterator[str]:
@@ -179,41 +385,44 @@ def _bytes(tree) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  parser.add_argument('workdirs', nargs='*', type=Path, metavar='WORKDIR')
-  parser.add_argument('--samples', type=int, default=1000, help='of each row (1000)')
-  parser.add_argument('--most', type=int, default=200, help='steps of a sampler (200)')
-  parser.add_argument('--page', type=Path, help='whose marks the table goes between')
-  parser.add_argument('--json', type=Path, help='also write the numbers here')
+  names = [trial.name.lower() for trial in TRIALS]
+  parser.add_argument('--dataset', choices=names, help='only this one')
+  parser.add_argument('--path', default='', help='folder or archive of the files of Fashion-MNIST')
+  parser.add_argument('--data-dir', default='', help='config.data.tfds_dir of Fashion-MNIST')
+  parser.add_argument('--runs', default='runs/few_steps', help='where runs lie (runs/few_steps)')
+  parser.add_argument(
+    '--quick', action='store_true', help='a few steps, in a folder quick/ of its own there'
+  )
   parser.add_argument('--memory', action='store_true', help='of a step, in place of all else')
-  args = parser.parse_args()
+  args = parser.parse_args(argv)
   if args.memory:
     for line in memory():
       print(line, flush=True)
     return
-  source = load_source(run_lib.load(str(args.workdirs[0]))[0].config, 'train')
-  assert isinstance(source, ImageSource)
-  of_data = pixels_of(source.gather(np.arange(len(source))))
-  floor, moments = Floor.of(of_data, args.samples), Moments.of(of_data)
-  found = list[Row]()
-  for workdir in args.workdirs:
-    for row in rows(workdir, args.samples, moments, args.most):
-      print(*row.cells(), flush=True)
-      found.append(row)
-  lines = table(found, args.samples, floor)
-  print('\n'.join(['', *lines]))
-  if args.json:
-    numbers = [{k: v for k, v in dataclasses.asdict(r).items() if k != 'samples'} for r in found]
-    args.json.write_text(json_text(numbers, indent=2) + '\n')
-  if args.page:
-    args.page.write_text(results_page.put(args.page.read_text(), MARK, lines))
-    folder = args.page.parent / args.page.stem
-    folder.mkdir(exist_ok=True)
-    picture = results_page.grid(np.concatenate([row.samples for row in found]), SHOWN)
-    picture.save(folder / 'few_steps.png', optimize=True)
+  logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', level=logging.WARNING)
+  logging.getLogger('score_sde').setLevel(logging.INFO)
+  root, docs = epath.Path(args.runs).resolve(), DOCS
+  trials = [trial for trial in TRIALS if args.dataset in (None, trial.name.lower())]
+  if args.quick:
+    trials, root = [QUICK], root / 'quick'
+    docs = Path(root)
+    docs.mkdir(parents=True, exist_ok=True)
+    shutil.copy(DOCS / results_page.PAGE, docs)
+  where = {'data.path': args.path, 'data.tfds_dir': args.data_dir}
+  for trial in trials:
+    bench = Bench(trial, root / trial.name.lower(), where if trial.needs_path else {})
+    rows = list[Report]()
+    for model in trial.models:
+      bench.train(model)
+      rows += [bench.row(model, sampler) for sampler in model.samplers]
+      bench.write(rows, docs)
 
 
 if __name__ == '__main__':
   start.use_large_pages()
-  main()
+  try:
+    main()
+  except UserError as error:
+    sys.exit(f'error: {error}')

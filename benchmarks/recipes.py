@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 from functools import cached_property
 import logging
-import math
 from pathlib import Path
 import shutil
 import sys
@@ -25,26 +24,19 @@ from typing import Any
 from etils import epath
 import jax
 from ml_collections import ConfigDict
-import numpy as np
 
 from benchmarks import common, results_page, runs, small_classifier
-from builders.data import load_source
+from benchmarks.yardstick import Yardstick
 from builders.evaluation import make_bits_per_dim, make_drawing
 from builders.setup import build, Setup
 from builders.training import make_schedule, score_task
 from configs import own
 from configs.base import Changes
-from data.images import ImageSource
-from evaluation import features
 from evaluation.evaluate import Measurement
-from evaluation.features import FeatureNetwork
-from evaluation.metrics import Moments
-from evaluation.reference import Reference
-from evaluation.sample_quality import Comparison, SampleQuality
+from evaluation.sample_quality import SampleQuality
 from models.score import Params
 import run_lib
 from runtime import start
-from runtime.devices import all_devices
 from runtime.errors import UserError
 from training import loop
 from workdir import artifacts
@@ -245,49 +237,18 @@ class Bench:
     """What the page is made of; times of steps once they are taken."""
     return {
       'name': self.trial.name,
-      'size': self.train_source.shape[0],
-      'train_images': len(self.train_source),
-      'accuracy': self.classifier[1],
+      'size': self.yardstick.train_source.shape[0],
+      'train_images': len(self.yardstick.train_source),
+      'accuracy': self.yardstick.classifier[1],
       'step_ms': artifacts.read_json(self._times) if self._times.exists() else {},
       'rows': sorted(rows, key=lambda row: (row['seed'], _NAMES.index(row['recipe']))),
     }
 
-  def source(self, split: str) -> ImageSource:
-    """The images, with their classes, whichever recipe sees them."""
+  @cached_property
+  def yardstick(self) -> Yardstick:
+    """The images, whichever recipe sees them, and how samples are compared with them."""
     config = config_of(self.trial, RECIPES[0], 0, self.data)
-    source = load_source(build(config).config, split)
-    assert isinstance(source, ImageSource)  # which all of `TRIALS` are
-    return source
-
-  @cached_property
-  def train_source(self) -> ImageSource:
-    return self.source('train')
-
-  @cached_property
-  def classifier(self) -> tuple[FeatureNetwork, float]:
-    """The classifier's features, and its accuracy on the held-out images."""
-    path = self.folder / f'classifier_{self.trial.classifier.images}.npz'
-    sources = self.train_source, self.source('test')
-    return small_classifier.features_of(path, *sources, self.trial.classifier)
-
-  @cached_property
-  def networks(self) -> tuple[FeatureNetwork, ...]:
-    """By whose features samples are compared with data."""
-    pixels = features.load('pixels')
-    assert pixels is not None
-    return self.classifier[0], pixels
-
-  @cached_property
-  def comparisons(self) -> tuple[Comparison, ...]:
-    """With all training images, by each network."""
-    return tuple(Comparison(network, self._reference(network)) for network in self.networks)
-
-  def _reference(self, network: FeatureNetwork) -> Reference:
-    extract, n = network.compile(all_devices().mesh), len(self.train_source)
-    parts = np.array_split(np.arange(n), math.ceil(n / 1000))
-    taken = np.concatenate([extract(self.train_source.gather(rows)) for rows in parts])
-    moments = Moments.of(taken)
-    return Reference(n, moments.mean, moments.cov, taken)
+    return Yardstick(config, self.folder, self.trial.classifier)
 
   @property
   def _times(self) -> epath.Path:
@@ -348,10 +309,10 @@ class Run:
     config.update_from_flattened_dict(sampler)
     drawing, trial, bench = make_drawing(build(config)), self.bench.trial, self.bench
     settings = {'sampler': sampler, 'samples': trial.samples, 'batch_size': trial.batch_size}
-    settings |= {'features': [network.version for network in bench.networks]}
+    settings |= {'features': [network.version for network in bench.yardstick.networks]}
 
     def measurements() -> Iterator[Measurement]:
-      for comparison in bench.comparisons:
+      for comparison in bench.yardstick.comparisons:
         yield SampleQuality(
           drawing, trial.samples, trial.batch_size, self.setup.keys, comparison=comparison
         )
