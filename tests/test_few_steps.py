@@ -1,5 +1,6 @@
 """`benchmarks.few_steps`: that students fit their teachers, its page, and what training cost."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -41,27 +42,31 @@ def test_a_student_has_the_network_of_the_teacher_that_it_is_compared_with(trial
   teacher = next(m for m in trial.models if m.folder == model.beside)
   different = same_config.differences(bench.config_of(teacher).to_dict(), config.to_dict())
   assert not set(different) & set(same_config.MODEL) - {'distill.method'}
-  assert few_steps.COMPARED in {evaluations(bench, teacher, s) for s in teacher.samplers}
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Free:
+  """A score and a consistency function that cost nothing."""
+
+  def __call__(self, x, t):
+    return -x
+
+  def consistency(self, x, t, eps):
+    return x
 
 
 def evaluations(bench: few_steps.Bench, model: few_steps.Model, sampler: few_steps.Sampler) -> int:
   """Those that a sample takes, by a score that costs nothing."""
-
-  def score(x, t):
-    return -x
-
-  score.consistency = lambda x, t, eps: x
   config = bench.config_of(model)
   config.update_from_flattened_dict(sampler.fields)
-  return build(config).sampler(jax.random.key(0), score, (2, 1))[1]
+  return build(config).sampler(jax.random.key(0), Free(), (2, 1))[1]
 
 
-def test_teachers_take_18_35_and_200_evaluations_and_jumps_are_1_2_and_4(tmp_path):
-  bench = bench_of(few_steps.DIGITS, tmp_path)
-  edm, *students, v, _ = few_steps.DIGITS.models
-  counts = {m.folder: [evaluations(bench, m, s) for s in m.samplers] for m in (edm, students[0], v)}
-  assert counts == {'edm': [199, 35, 18], 'cd': [1, 2, 4], 'v': [200, 35, 18]}
-  assert [m.name for m in students] == ['cd', 'ct', 'ict', 'ect']
+def test_a_teacher_takes_the_evaluations_that_students_are_compared_with(tmp_path):
+  bench, edm, cd = bench_of(few_steps.DIGITS, tmp_path), *few_steps.DIGITS.models[:2]
+  assert evaluations(bench, edm, few_steps.OF_EDM[1]) == few_steps.COMPARED
+  assert [evaluations(bench, cd, jumps) for jumps in few_steps.JUMPS] == [1, 2, 4]
 
 
 def run_of(folder: Path, steps: int, method: str, end_steps: int) -> None:
