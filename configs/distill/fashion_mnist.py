@@ -17,7 +17,7 @@ VARIANTS = {
 _ALL: base.Changes = {'optim.lr': 1e-3, 'optim.decay': 'linear', 'model.ema_rate': 0.999}
 _CHANGES: dict[str, dict[str, base.Changes]] = {
   '16': {
-    '': {'training.n_iters': 1000, 'training.snapshot_freq': 1000, **_ALL},
+    '': {'training.n_iters': 600, 'training.snapshot_freq': 600, **_ALL},
     'progressive': {'training.n_iters': 500, 'model.ema_rate': 0.0},
     'ct': {'distill.end_steps': 80},
     'ict': {'distill.end_steps': 160},
