@@ -28,7 +28,7 @@ from builders.continuity import (
   write_config,
 )
 from builders.data import check_data as check_images
-from builders.data import load_source
+from builders.data import load_images, load_source
 from builders.data import pack as pack_images
 from builders.distillation import check_distillation, stages
 from builders.evaluation import (
@@ -185,8 +185,8 @@ def _train(
   with open_workdir(root):
     loop.train(
       task, make_schedule(setup.config), setup.devices, setup.keys, root, source, held_out,
-      partial(_at_start, setup, root), partial(_at_snapshot, setup, root, quality),
-      notes, begin,
+      partial(_at_start, setup, root),
+      partial(_at_snapshot, setup, root, quality=quality, held_out=held_out), notes, begin,
     )  # fmt: skip
     page.write(root)  # now that the last checkpoint is there
 
@@ -379,8 +379,8 @@ def stats(config: ConfigDict) -> NoiseScales | None:
   """
   setup = build(config)
   fields, batch_size = setup.config, setup.config.eval.batch_size
-  train, file = load_source(fields, 'train'), reference_file(setup)
-  compared = load_source(fields, fields.eval.stats_split) if file else None
+  train, file = load_images(fields, 'train'), reference_file(setup)
+  compared = load_images(fields, fields.eval.stats_split) if file else None
   if file and compared:
     file.check(compared)
   chosen = None
@@ -656,9 +656,14 @@ def _at_start(setup: Setup, root: epath.Path, state: TrainState) -> None:
 
 
 def _at_snapshot(
-  setup: Setup, root: epath.Path, quality: SampleQuality | None, state: TrainState, stop: Stop
+  setup: Setup,
+  root: epath.Path,
+  state: TrainState,
+  stop: Stop,
+  quality: SampleQuality | None = None,
+  held_out: Source | None = None,
 ) -> None:
-  draw_snapshot(setup, root, state, stop)
+  draw_snapshot(setup, root, state, stop, held_out)
   if quality:
     measure_snapshot(setup, root, quality, state, stop)
   page.write(root)

@@ -10,8 +10,9 @@ import logging
 import os
 
 from etils import epath
+from ml_collections import FrozenConfigDict
 
-from builders.data import load_source
+from builders.data import load_images
 from builders.setup import saved_setup, Setup
 from builders.training import abstract_state
 from data.classes import check_same, describe
@@ -57,7 +58,13 @@ def check_results(out: epath.Path, setup: Setup) -> None:
   """Raises UserError if a folder holds results of another config."""
   if has_results(out):
     way_out = 'Give back these values, or choose another folder (--eval_folder, --sample_folder)'
-    check_unchanged(out / 'config.json', setup.config.to_dict(), FIXED_IN_EVAL, way_out)
+    path, config = out / 'config.json', setup.config.to_dict()
+    check_unchanged(path, config, FIXED_IN_EVAL, way_out)
+    if other := same_config.other_folder(path, config, 'data', 'condition'):
+      raise UserError(
+        f'{out} was made with another config: '
+        f'{same_config.told({"data.condition": other})}. {way_out}'
+      )
 
 
 def note_machine(root: epath.Path) -> None:
@@ -129,25 +136,33 @@ def _check_images(root: epath.Path, setup: Setup, there: str, now: str) -> None:
 
   Fingerprints tell the images, where those that the run began with were written down.
   """
-  path = setup.config.data.path
-  former, _ = same_config.changes(root / 'config.json', setup.config.to_dict()).get(
-    'data.path', (path, path)
+  config, names = setup.config, ('path', 'condition')
+  others = (
+    same_config.other_folder(root / 'config.json', config.to_dict(), 'data', name) for name in names
   )
-  moved = bool(former) and _place(former) != _place(path)
+  moved = {name: other for name, other in zip(names, others, strict=True) if other}
   if there == now or not (there or moved):
     return
   if not moved:
     logger.warning(
       'the images in %s are not those of before: files came, went or were changed. The run goes on '
-      'with what is there', path,
+      'with what is there', ' and '.join(_folders(config)),
     )  # fmt: skip
     return
+  [(name, (former, path)), *_] = moved.items()
   what = 'holds other images' if there else 'cannot be compared with it, as earlier code noted less'
   raise UserError(
-    f'{root} was trained with the images in config.data.path = {former!r}, and {path!r} {what}. '
+    f'{root} was trained with the images in config.data.{name} = {former!r}, and {path!r} {what}. '
     'What is learned must not change in mid-run: give back that path, or choose a new '
     f'--workdir; --init_from={root} begins that with the parameters that are here'
   )
+
+
+def _folders(config: FrozenConfigDict) -> list[str]:
+  """Where the images of a config lie, and their conditions, if they have a folder."""
+  condition = config.data.condition
+  paired = same_config.condition_kind(condition) != condition
+  return [config.data.path, *([condition] if paired else [])]
 
 
 def _place(path: str) -> str:
@@ -179,6 +194,6 @@ def class_names(setup: Setup, root: epath.Path) -> Sequence[str]:
   if not at_hand:
     return trained
   section = 'model' if setup.model.num_classes else 'classifier'
-  now = load_source(setup.config, 'train', section).class_names
+  now = load_images(setup.config, 'train', section).class_names
   check_same(trained, now, root, _RENAME)
   return now

@@ -1,17 +1,19 @@
 """From the section `data` of a config to sources of data, and to what a network sees of them."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from ml_collections import FrozenConfigDict
 
-from data import check, packing, points, sources
+from data import check, conditions, packing, points, sources
 from data.augmentation import Augmentation
 from data.codec import Codec, ImageCodec, PointCodec
+from data.conditions import Conditions, Gray, LowResolution, PairedFolder
 from data.decoding import Decoder
 from data.deep import Span
 from data.folder import fingerprint
-from data.images import Source
+from data.images import Images, Source
 from data.packed import Packed
 from data.records import Reader
 from runtime.errors import UserError
@@ -61,7 +63,47 @@ def make_decoder(config: FrozenConfigDict) -> Decoder:
   )
 
 
+def make_conditions(config: FrozenConfigDict) -> Conditions | None:
+  """What the images of a config go with, if they go with anything; no folder is looked at yet.
+
+  Raises:
+    UserError: if a field of the decoder has no such value.
+  """
+  data = config.data
+  if not data.condition:
+    return None
+  decoder, size = make_decoder(config), data.image_size
+  if data.condition == conditions.GRAY:
+    return Gray(decoder, size)
+  if found := conditions.LOW_RESOLUTION.fullmatch(data.condition):
+    return LowResolution(decoder, size, int(found[1]))
+  decoder = dataclasses.replace(decoder, num_channels=condition_channels(config))
+  return PairedFolder(data.condition, data.path, decoder, size, data.skip_damaged)
+
+
+def condition_channels(config: FrozenConfigDict) -> int:
+  """Of what the network is told beside the noisy images; 0 if it is told none."""
+  data = config.data
+  if not data.condition:
+    return 0
+  return 1 if data.condition == conditions.GRAY else data.condition_channels or data.num_channels
+
+
 def load_source(config: FrozenConfigDict, split: str, section: str = 'model') -> Source:
+  """The data of a split with all that a network is told of them; see `load_images`.
+
+  Raises:
+    UserError: the same, and if some have no condition where they should, or it cannot be read.
+  """
+  source = load_images(config, split, section)
+  of_images = make_conditions(config) if section == 'model' else None  # classifiers see none
+  if of_images is None:
+    return source
+  assert isinstance(source, Images)  # points have none: rules_of_training
+  return of_images.beside(source, of_training=split == 'train')
+
+
+def load_images(config: FrozenConfigDict, split: str, section: str = 'model') -> Source:
   """The data of a split, for the network that a section of the config describes.
 
   Raises:
@@ -116,6 +158,12 @@ def pack(config: FrozenConfigDict, name: str) -> Packed:
     raise UserError(f'--mode pack is for images, and config.data.dim = {data.dim}')
   if artifacts.is_remote(folder):
     raise UserError(f'--packed {name}: pack to a folder here, and copy that')
+  told = make_conditions(config)
+  if told and not told.computed:
+    raise UserError(
+      f'--mode pack packs images alone, and config.data.condition = {data.condition} gives each '
+      'another: train on the folders as they are, or pack with lowres:N or gray'
+    )
   labelled = config.model.num_classes > 0 or config.classifier.num_classes > 0
   splits = dict[str, Reader]()
   for split in ('train', 'test'):
@@ -146,12 +194,20 @@ def check_data(config: FrozenConfigDict) -> list[check.SplitReport]:
   data = config.data
   if data.dim:
     raise UserError(f'--mode check_data is for images, and config.data.dim = {data.dim}')
-  decoder, reports = make_decoder(config), []
+  decoder, reports, of_conditions = make_decoder(config), [], list[check.SplitReport]()
+  told = make_conditions(config)
   for split in ('train', 'test'):
     records = sources.open_records(
       data.dataset, split, data.path, data.tfds_dir, data.category, data.held_out
     )
     if not records.of_training:
       reports.append(check.check_split(split, records, decoder, data.image_size))
+      if told and records.file and (paired := told.files_of(records.files)):
+        their = dataclasses.replace(decoder, num_channels=told.channels)
+        of_conditions.append(
+          check.check_split(f'conditions of {split}', paired, their, data.image_size)
+        )
   check.tell(reports, data.path or data.dataset, data.skip_damaged)
-  return reports
+  if of_conditions:
+    check.tell(of_conditions, data.condition, data.skip_damaged)
+  return [*reports, *of_conditions]

@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import FrozenConfigDict
 import numpy as np
 
-from builders.data import load_source, make_decoder
+from builders.data import load_images, load_source, make_conditions, make_decoder
 from builders.distillation import make_consistency
 from builders.objectives import explicit_matching
 from builders.rules_of_students import CONSISTENCY
@@ -28,8 +28,8 @@ from evaluation.evaluate import CheckpointRange, Measurement
 from evaluation.held_out_loss import HeldOutLoss, Loss
 from evaluation.labels import count_classes, in_turn, LabelLaw
 from evaluation.reference import Images, Reference, ReferenceFile
-from evaluation.sample import SampleRequest
-from evaluation.sample_quality import Comparison, SampleQuality
+from evaluation.sample import Conditioned, SampleRequest
+from evaluation.sample_quality import Comparison, OfImages, SampleQuality
 from evaluation.tasks import (
   ByConstraint,
   ByPosterior,
@@ -39,6 +39,7 @@ from evaluation.tasks import (
   Inpaint,
   input_files,
   InverseProblem,
+  names_of,
   read_image,
   SuperResolve,
   Task,
@@ -162,6 +163,13 @@ def make_bits_of_files(setup: Setup, path: str) -> tuple[BitsPerDim, list[Path]]
       '--mode likelihood has images without classes, and config.training.label_dropout = 0 trained '
       'no score of all classes together'
     )
+  of_images = make_conditions(config)
+  if of_images and not of_images.computed:
+    raise UserError(
+      '--mode likelihood has images alone, and this model is told an image beside each: '
+      f'config.data.condition = {config.data.condition}. --mode eval with '
+      'config.eval.enable_bpd measures pairs, in config.data.path and config.data.condition'
+    )
   files = input_files(path, '--images')
   decoder, size = make_decoder(config), config.data.image_size
 
@@ -172,7 +180,8 @@ def make_bits_of_files(setup: Setup, path: str) -> tuple[BitsPerDim, list[Path]]
     make_bound(setup) if wanted.enable_bound and not wanted.enable_bpd else make_bits_per_dim(setup)
   )
   source = ImageSource((size, size, config.data.num_channels), len(files), read)
-  return dataclasses.replace(bits, source=source, split='images'), files
+  told = of_images.beside(source) if of_images else source
+  return dataclasses.replace(bits, source=told, split='images'), files
 
 
 def _of_images(setup: Setup, estimator: Estimator) -> BitsPerDim:
@@ -225,9 +234,18 @@ def make_sample_quality(setup: Setup, guide: Guide | None = None) -> SampleQuali
     n=wanted.num_samples,
     batch_size=wanted.batch_size,
     keys=setup.keys,
-    law=_label_law(setup, file, reference),
+    law=None if setup.config.data.condition else _label_law(setup, file, reference),
     comparison=Comparison(file.network, reference) if file and reference else None,
+    of_images=_images_told_of(setup),
   )
+
+
+def _images_told_of(setup: Setup) -> OfImages | None:
+  """Those whose conditions the samples of an evaluation are of: what samples are compared with."""
+  split = setup.config.eval.stats_split
+  if not setup.config.data.condition:
+    return None
+  return OfImages(load_source(setup.config, split), split)
 
 
 def _label_law(
@@ -250,7 +268,7 @@ def _label_law(
       '%s does not say how frequent the classes are, as earlier files do not: counting them in the '
       'data, split %s. --mode stats makes it anew, with them', file.path, split,
     )  # fmt: skip
-    counts = count_classes(load_source(setup.config, split))
+    counts = count_classes(load_images(setup.config, split))
   if not counts:
     logger.warning('%s is of data without labels: samples are of all classes in turn', file.path)
     return in_turn(classes)
@@ -302,13 +320,45 @@ def make_sample_request(setup: Setup, class_names: Sequence[str] = ()) -> Sample
     UserError: if there is no such class, or the fields do not go together.
   """
   choice = setup.config.sampling
+  labels, conditions = _wanted_labels(setup, class_names), None
+  if setup.config.data.condition:
+    conditions, of_conditions = _wanted_conditions(setup)
+    if of_conditions is not None and not choice.labels:
+      labels = np.repeat(of_conditions, choice.num_samples)
   return SampleRequest(
     n=choice.num_samples,
     batch_size=setup.config.eval.batch_size,
-    labels=_wanted_labels(setup, class_names),
+    labels=labels,
     problem=_inverse_problem(setup.config) if choice.task else None,
     trajectory=choice.trajectory,
+    conditions=conditions,
   )
+
+
+def _wanted_conditions(setup: Setup) -> tuple[Conditioned, np.ndarray | None]:
+  """Those in `sampling.condition`, or those of held-out images, with the classes of these, if any.
+
+  Raises:
+    UserError: if there are none, or they cannot be read.
+  """
+  config, choice = setup.config, setup.config.sampling
+  if not choice.condition:
+    held_out = load_source(config, 'test')
+    numbers = evenly(choice.num_conditions, len(held_out))
+    batch = held_out.batch(numbers)
+    conditioned = Conditioned([f'held_out_{i}' for i in numbers], batch['condition'])
+    return conditioned, batch['label'] if setup.model.num_classes else None
+  of_images = make_conditions(config)
+  assert of_images is not None  # as the model has some
+  files = input_files(choice.condition, 'config.sampling.condition')
+  return Conditioned(
+    names_of(files), np.stack([read_image(file, of_images.of_file) for file in files])
+  ), None
+
+
+def evenly(n: int, of: int) -> np.ndarray:
+  """Numbers of at most n things, spread evenly over `of` of them, which may be in some order."""
+  return np.linspace(0, of - 1, min(n, of)).round().astype(int)
 
 
 def _wanted_labels(setup: Setup, names: Sequence[str]) -> np.ndarray | None:

@@ -5,6 +5,7 @@ import logging
 from etils import epath
 from ml_collections import FrozenConfigDict
 
+from builders.data import condition_channels
 from builders.rules_of_students import CONSISTENCY
 from builders.setup import saved_setup, Setup
 from builders.training import abstract_state
@@ -16,7 +17,7 @@ from runtime.errors import UserError
 from training import checkpoints as checkpoints_lib
 from training import exported, fine_tuning
 from training.checkpoints import Checkpoints, Notes
-from workdir import artifacts
+from workdir import artifacts, same_config
 
 logger = logging.getLogger('score_sde')
 
@@ -99,12 +100,15 @@ def _check_same_kind(setup: Setup, its: Setup, where: epath.Path) -> None:
     'noise of': (setup.model.trained_with, its.model.trained_with),
     'config.model.num_classes =': (setup.model.num_classes, its.model.num_classes),
     'config.training.coupling =': (own.training.coupling, other.training.coupling),  # or no score
+    'conditions': tuple(
+      (same_config.condition_kind(c.data.condition), condition_channels(c)) for c in (own, other)
+    ),
   }
   for what, (here, there) in compared.items():
     if here != there:
       raise UserError(
         f'{where} is a model with {what} {there}, and this one with {what} {here}: a '
-        'guide is a weaker model of the same data, noise and classes; name another'
+        'guide is a weaker model of the same data, noise, classes and conditions; name another'
       )
   if other.distill.method in CONSISTENCY:
     raise UserError(f'{where} is a consistency model, which has no score: name a score model')

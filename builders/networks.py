@@ -100,6 +100,7 @@ NETWORKS: dict[str, tuple[Callable[[FrozenConfigDict], nn.Module], Iterable[str]
 
 LABELLED = ('ncsnpp', 'ddpm', 'dit', 'mlp')  # can be told the class
 AUGMENTED = ('ncsnpp', 'ddpm', 'dit')  # can be told how an image was augmented
+CONDITIONED = tuple(name for name in NETWORKS if name != 'mlp')  # can be told an image
 
 
 def divisor(model: FrozenConfigDict) -> tuple[int, str]:
@@ -125,4 +126,5 @@ def pytorch_release_has(config: FrozenConfigDict) -> bool:
     and model.resamp_with_conv
     and not model.num_classes
     and not config.data.augment_probability
+    and not config.data.condition
   )

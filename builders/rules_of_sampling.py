@@ -218,6 +218,21 @@ def _tasks_suit_their_sampler(config: FrozenConfigDict) -> str:
   return ''
 
 
+def _tasks_are_for_models_of_all_images(config: FrozenConfigDict) -> str:
+  choice, condition = config.sampling, config.data.condition
+  if choice.condition and not condition:
+    return (
+      f'config.sampling.condition = {choice.condition} is for a model that was trained with '
+      'config.data.condition; for a model of images alone there is config.sampling.task'
+    )
+  if choice.task and condition:
+    return (
+      f'config.sampling.task = {choice.task} is for models of images alone, and this one has '
+      f'config.data.condition = {condition}: config.sampling.condition names what to draw for'
+    )
+  return ''
+
+
 RULES = (
   _what_is_used_is_kept,
   _consistency_models_jump,
@@ -236,4 +251,5 @@ RULES = (
   _a_step_is_random_or_not,
   _churn_has_its_levels,
   _tasks_suit_their_sampler,
+  _tasks_are_for_models_of_all_images,
 )

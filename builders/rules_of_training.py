@@ -2,7 +2,8 @@
 
 from ml_collections import FrozenConfigDict
 
-from builders.networks import AUGMENTED
+from builders.networks import AUGMENTED, CONDITIONED
+from data import conditions
 
 # What the output of a network stands for, where the config does not say.
 USUAL_OUTPUTS = {
@@ -59,6 +60,51 @@ def _augmentation_is_told(config: FrozenConfigDict) -> str:
     f'{field} needs a network that can be told what was done to an image: config.model.name = '
     'ncsnpp, ddpm or dit, with config.model.conditional'
   )
+
+
+def _conditions_suit_images(config: FrozenConfigDict) -> str:
+  data = config.data
+  field = f'config.data.condition = {data.condition}'
+  if not data.condition:
+    channels = data.condition_channels
+    return f'config.data.condition_channels = {channels} needs a condition' if channels else ''
+  if data.dim:
+    return f'{field} is for images, and config.data.dim = {data.dim}'
+  if data.condition == conditions.GRAY:
+    if data.num_channels != 3:
+      return f'{field} is for colours, config.data.num_channels = 3; got {data.num_channels}'
+  elif found := conditions.LOW_RESOLUTION.fullmatch(data.condition):
+    factor = int(found[1])
+    if factor < 2 or data.image_size % factor:
+      return (
+        f'{field}: its factor must be at least 2 and divide config.data.image_size = '
+        f'{data.image_size}'
+      )
+  elif data.dataset.lower() != 'folder':
+    return (
+      f'{field} is a folder of images of the same names as those of config.data.dataset = folder, '
+      f'and that is {data.dataset}: take that, or lowres:N, such as lowres:4, or gray'
+    )
+  elif data.condition_channels > 4:
+    return f'config.data.condition_channels = {data.condition_channels} must be 0 to 4'
+  else:
+    return ''
+  if data.condition_channels:
+    return f'config.data.condition_channels must be 0 for {field}, which says how many there are'
+  return ''
+
+
+def _conditions_are_told(config: FrozenConfigDict) -> str:
+  field, model = f'config.data.condition = {config.data.condition}', config.model
+  if not config.data.condition:
+    return ''
+  if model.name not in CONDITIONED:
+    return f'{field} needs config.model.name = {", ".join(CONDITIONED)}; got {model.name}'
+  if config.training.objective == 'cd':
+    return (
+      f'{field} does not go with config.training.objective = cd, whose samples have no conditions'
+    )
+  return ''
 
 
 def _flash_attention_has_backward_derivatives_alone(config: FrozenConfigDict) -> str:
@@ -211,6 +257,11 @@ def _noise_is_paired_for_flow_matching(config: FrozenConfigDict) -> str:
       f'{what} is not for config.model.num_classes = {config.model.num_classes}: the noise of a '
       'class would no longer be normal, and samples of it begin with noise that is'
     )
+  if config.data.condition:
+    return (
+      f'{what} is not for config.data.condition = {config.data.condition}: the noise of images of '
+      'one condition would no longer be normal, and samples begin with noise that is'
+    )
   if config.data.augment_probability:
     return (
       f'{what} is not for config.data.augment_probability = {config.data.augment_probability}: the '
@@ -224,6 +275,8 @@ RULES = (
   _exact_traces_are_for_points,
   _some_labels_are_told,
   _augmentation_is_told,
+  _conditions_suit_images,
+  _conditions_are_told,
   _flash_attention_has_backward_derivatives_alone,
   _unets_have_features_enough,
   _perceptrons_take_fourier_features,

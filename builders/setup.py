@@ -10,7 +10,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import optax
 
 from builders import values
-from builders.data import make_codec
+from builders.data import condition_channels, make_codec
 from builders.networks import NETWORKS
 from builders.objectives import make_objective, SDES
 from builders.rules_of_training import USUAL_OUTPUTS
@@ -174,6 +174,7 @@ def _score_model(config: FrozenConfigDict, sde: SDE, rows: NamedSharding | None)
     precision,
     augmented,
     rows,
+    condition_channels(config),
   )
 
 

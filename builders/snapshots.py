@@ -5,16 +5,19 @@ Training can do without either.
 
 import dataclasses
 import logging
+import math
 
 from etils import epath
 import jax
+import numpy as np
 
 from builders.continuity import write_config
-from builders.data import load_source
-from builders.evaluation import make_drawing, make_sample_quality, reference_file
+from builders.data import load_images
+from builders.evaluation import evenly, make_drawing, make_sample_quality, reference_file
 from builders.guide import load_guide
 from builders.setup import Setup
 from builders.training import average_in_use
+from data.images import Source
 from evaluation.average import is_late, what_is_late
 from evaluation.evaluate import step_folder
 from evaluation.sample_quality import SampleQuality
@@ -25,14 +28,25 @@ from training import checkpoints as checkpoints_lib
 from training.packing import unpacked
 from training.step import TrainState
 from workdir import artifacts, best, reports, same_config
+from workdir.pictures import in_pairs
 from workdir.progress import Bar, Stop
 from workdir.reports import Report
 
 logger = logging.getLogger('score_sde')
 
 
-def draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop) -> None:
-  """A grid of samples; left out, and drawn by the next run, if a signal comes."""
+def draw_snapshot(
+  setup: Setup,
+  root: epath.Path,
+  state: TrainState,
+  stop: Stop,
+  held_out: Source | None = None,
+) -> None:
+  """A grid of samples; left out, and drawn by the next run, if a signal comes.
+
+  Those of a model that is told conditions are of the conditions of held-out images, and stand
+  beside them.
+  """
   step, training = int(state.step), setup.config.training
   path = root / 'samples' / f'iter_{step}' / 'sample.png'
   if not training.snapshot_sampling:
@@ -55,7 +69,10 @@ def draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop)
       n, drawing = training.snapshot_samples, make_drawing(setup)
       # What a step has room for; points take next to none.
       most = n if setup.config.data.dim else training.batch_size // training.grad_accum
-      samples = drawing.in_rounds(state.ema_params, rng, n, most, progress)
+      beside = None
+      if setup.config.data.condition and held_out is not None:
+        beside = held_out.batch(np.resize(evenly(n, len(held_out)), n))
+      samples = drawing.in_rounds(state.ema_params, rng, n, most, progress, beside)
     except InterruptedError:
       return
     except FloatingPointError as error:  # training can do without
@@ -71,7 +88,12 @@ def draw_snapshot(setup: Setup, root: epath.Path, state: TrainState, stop: Stop)
       )  # fmt: skip
       return
   origin.claim(path.parent)
-  artifacts.write_png(path, setup.codec.pictures.overview(samples))
+  artifacts.write_png(
+    path,
+    in_pairs(beside['condition'], samples, columns=2 * math.ceil(math.sqrt(n / 2)))
+    if beside
+    else setup.codec.pictures.overview(samples),
+  )
   logger.info('step %d: samples are in %s', step, path)
   hint_of_average(setup, step)
 
@@ -102,7 +124,7 @@ def make_snapshot_quality(setup: Setup, root: epath.Path) -> SampleQuality | Non
   )
   if not processes.from_first(file.path.exists()):
     logger.info('%s is not there yet: looking at the data, once', file.path)
-    compared = load_source(config, config.eval.stats_split)
+    compared = load_images(config, config.eval.stats_split)
     file.make(compared, config.eval.batch_size, setup.devices.mesh)
   quality = make_sample_quality(setup, load_guide(setup, root))
   return dataclasses.replace(quality, n=config.training.fid_samples)

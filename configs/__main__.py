@@ -34,10 +34,13 @@ def _without_dropout(net: nn.Module) -> nn.Module:
 
 
 @cache  # most variants share a network
-def parameters(net: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
+def parameters(
+  net: nn.Module, shape: tuple[int, ...], condition_channels: int = 0
+) -> tuple[int, int]:
   """The numbers of parameters and of arrays of a network, which is not initialised."""
+  told = {'condition': jnp.zeros((*shape[:-1], condition_channels))} if condition_channels else {}
   shapes = jax.eval_shape(
-    lambda: net.init(jax.random.key(0), jnp.zeros(shape), jnp.ones(shape[:1]), False)
+    lambda: net.init(jax.random.key(0), jnp.zeros(shape), jnp.ones(shape[:1]), False, **told)
   )
   leaves = jax.tree.leaves(shapes)
   return sum(leaf.size for leaf in leaves), len(leaves)
@@ -46,7 +49,8 @@ def parameters(net: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
 def row(name: str, config: ConfigDict) -> str:
   """A row of the table, in Markdown."""
   setup, pixels = build(config), config.data.image_size
-  size, leaves = parameters(_without_dropout(setup.model.net), (1, *setup.data_shape))
+  net, channels = _without_dropout(setup.model.net), setup.model.condition_channels
+  size, leaves = parameters(net, (1, *setup.data_shape), channels)
   return f'| `{name}` | {config.model.name} | {pixels}x{pixels} | {size:,} | {leaves} |'
 
 

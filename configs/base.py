@@ -78,6 +78,10 @@ def _default() -> ConfigDict:
   data.path = ''  # an image folder, TFRecord files, or the archive that a dataset is made from
   data.tfds_dir = ''  # where prepared TFDS datasets lie; empty for TFDS's default
   data.category = ''  # of LSUN
+  # What each image goes with, which the network is told: a folder of images of the same names, or
+  # lowres:4 (any factor) or gray, the image itself; empty for nothing.
+  data.condition = ''
+  data.condition_channels = 0  # of the images in that folder; 0: data.num_channels
   # What follows is of images in files.
 
   data.fit = 'crop'  # of images that are not square: crop, pad or stretch
@@ -252,8 +256,12 @@ def _default() -> ConfigDict:
   sampling.guidance_high = 1e9  # see sampling.guidance_low
   # What follows is for --mode sample.
 
-  sampling.num_samples = 16  # for a task, of each input
+  sampling.num_samples = 16  # for a task, of each input; with data.condition, of each condition
   sampling.labels = ()  # classes, by number or name, over and over; empty for all in turn
+  # A folder of images to draw samples for, num_samples each, by a model with data.condition; empty
+  # for num_conditions of the held-out ones.
+  sampling.condition = ''
+  sampling.num_conditions = 8  # spread evenly over the held-out split
   sampling.task = ''  # inpaint, colorize, superres or deblur; empty for samples of everything
   sampling.input = ''  # an image of a task, or a folder of images
   # Of inpaint, an image of two values: the brighter, or what is opaque, is known.

@@ -19,7 +19,8 @@ _POSITIVE = (
   'training.eps', 'optim.lr',
   'optim.eps', 'sampling.n_steps_each', 'sampling.snr', 'sampling.eps', 'sampling.rtol',
   'sampling.atol', 'sampling.sde_rtol', 'sampling.sde_atol', 'sampling.rho', 'sampling.factor',
-  'sampling.num_samples', 'sampling.blur_std', 'sampling.step_size', 'ebm.n_steps',
+  'sampling.num_samples', 'sampling.num_conditions', 'sampling.blur_std', 'sampling.step_size',
+  'ebm.n_steps',
   'ebm.step_size', 'ebm.buffer_size', 'eval.batch_size', 'eval.num_samples', 'eval.bpd_repeats',
   'eval.bpd_importance_samples', 'eval.num_probes', 'eval.bound_times',
   'classifier.blocks_per_group', 'classifier.channel_multiplier', 'classifier.batch_size',
@@ -28,9 +29,8 @@ _POSITIVE = (
   'distill.rho', 'distill.doublings',
 )  # fmt: skip
 _NOT_NEGATIVE = (
-  'seed', 'data.dim', 'training.keep_snapshots', 'training.fid_freq', 'training.coupling_batch',
-  'model.init_scale',
-  'model.num_classes',
+  'seed', 'data.dim', 'data.condition_channels', 'training.keep_snapshots', 'training.fid_freq',
+  'training.coupling_batch', 'model.init_scale', 'model.num_classes',
   'optim.weight_decay', 'optim.warmup',
   'optim.decay_until', 'ema.half_life', 'ema.use',
   'ebm.regularization', 'classifier.num_classes', 'classifier.weight_decay', 'classifier.warmup',

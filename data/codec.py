@@ -99,6 +99,18 @@ class Codec(abc.ABC):
   def for_evaluation(self, rng: Array, data: Array) -> Array:
     """The same, but never flipped."""
 
+  def condition(self, images: Array) -> Array:
+    """What networks see of condition images, uint8 [B, H, W, C]: floats in [-1, 1].
+
+    Whatever data are scaled to; they are neither dequantised nor noised.
+    """
+    return images.astype(jnp.float32) / 127.5 - 1
+
+  def training_condition(self, rng: Array, images: Array) -> Array:
+    """The same for training: flipped where `for_training` flips data, by the same key."""
+    del rng
+    return self.condition(images)
+
   def training_labels(self, rng: Array, labels: Array, null: int) -> Array:
     """Labels [B], each replaced by the null label with probability `label_dropout`.
 
@@ -176,14 +188,20 @@ class ImageCodec(Codec):
     return self.between_levels(data, level_noise(rng, data))
 
   def for_training(self, rng: Array, data: Array) -> Array:
-    if self.random_flip:
-      rng_flip, _ = jax.random.split(rng)
-      mirrored = jax.random.bernoulli(rng_flip, shape=data.shape[:1])
-      data = jnp.where(expand(mirrored, data), data[:, :, ::-1], data)
-    return self.for_evaluation(rng, data)
+    return self.for_evaluation(rng, self._flipped(rng, data))
 
   def for_evaluation(self, rng: Array, data: Array) -> Array:
     return self.dequantized(rng, data) if self.uniform_dequantization else self.scaled(data)
+
+  def training_condition(self, rng: Array, images: Array) -> Array:
+    return self.condition(self._flipped(rng, images))
+
+  def _flipped(self, rng: Array, images: Array) -> Array:
+    if not self.random_flip:
+      return images
+    rng_flip, _ = jax.random.split(rng)
+    mirrored = jax.random.bernoulli(rng_flip, shape=images.shape[:1])
+    return jnp.where(expand(mirrored, images), images[:, :, ::-1], images)
 
   def _from_unit_interval(self, x: AnyArray) -> AnyArray:
     return 2 * x - 1 if self.centered else x

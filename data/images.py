@@ -8,6 +8,7 @@ Images stay uint8 here; flips, dequantisation and scaling happen on the device.
 
 import abc
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -52,9 +53,11 @@ class Images(Source, abc.ABC):
 
   Attributes:
     shape: of an image.
+    files: that the images are in, if each has one.
   """
 
   shape: tuple[int, int, int]
+  files: Sequence[Path] = ()
 
   def __getitem__(self, i: int) -> np.ndarray:
     if not -len(self) <= i < len(self):
@@ -81,13 +84,14 @@ class ImageSource(Images):
     class_names: Sequence[str] = (),
     label: Callable[[int], int] | None = None,
     fingerprint: Callable[[], str] = lambda: '',
+    files: Sequence[Path] = (),
   ):
     """`read(i)` decodes image i, of `shape`, and its label; it is called from several threads.
 
     `label(i)` is the label alone, which takes no time; `fingerprint()` that of the files.
     """
     self.shape = shape
-    self.class_names = tuple(class_names)
+    self.class_names, self.files = tuple(class_names), files
     self._label, self._fingerprint = label, fingerprint
     self._length = length
     self._read = read

@@ -41,6 +41,7 @@ class Records:
     upright: images are turned as their EXIF says.
     label: (i) -> its label alone, if that takes no time.
     files: of the user that the images are in, if they are: of all, whichever are left out.
+    file: (i) -> the file that holds image i and nothing else, if there is one of each.
     of_training: though another split was asked for, as there is no other.
     all_splits: () -> what opens each image, of all splits if they are at hand.
   """
@@ -52,6 +53,7 @@ class Records:
   class_names: Sequence[str] = ()
   label: Callable[[int], int] | None = None
   files: Sequence[Path] = ()
+  file: Callable[[int], Path] | None = None
   upright: bool = False
   of_training: bool = False
   all_splits: Callable[[], Sequence[Callable[[], Image.Image]]] | None = None
@@ -61,13 +63,14 @@ class Records:
 
   def only(self, kept: Sequence[int]) -> 'Records':
     """These of the images."""
-    label = self.label
+    label, file = self.label, self.file
     return dataclasses.replace(
       self,
       length=len(kept),
       read=lambda i: self.read(kept[i]),
       where=lambda i: self.where(kept[i]),
       label=None if label is None else lambda i: label(kept[i]),
+      file=None if file is None else lambda i: file(kept[i]),
     )
 
 

@@ -62,6 +62,7 @@ def _folder(split: str, path: str, held_out: str = '', labelled: bool = True) ->
     found.class_names,
     labels.__getitem__,
     files,
+    files.__getitem__,
     upright=True,
     of_training=of_training,
     all_splits=all_splits,
@@ -225,6 +226,7 @@ def load(
     records.class_names,
     records.label,
     functools.partial(fingerprint, path, records.files),
+    [records.file(i) for i in range(records.length)] if records.file else (),
   )
   if read.usual.was_asked:
     refuse_one_value(source)

@@ -174,7 +174,10 @@ class BitsPerDim(Measurement):
     images = self.devices.put(batch['data'])
     told = self.model.num_classes and 'label' in batch  # a user's images may have no classes
     labels = self.devices.put(batch['label']) if told else None
-    score_fn = self.model.bind(params, labels=labels)
+    seen = dict[str, Array]()
+    if 'condition' in batch:
+      seen = {'condition': self.codec.condition(self.devices.put(batch['condition']))}
+    score_fn = self.model.bind(params, labels=labels, **seen)
     rngs = self._keys_of(self.keys.key('bpd', repeat), first, images)
     logp, log_q, nfe = [], [], 0
     for sample in range(self.samples):

@@ -16,6 +16,7 @@ from controllable_generation import (
   NoiseInterval,
 )
 from data.codec import Codec
+from data.images import Batch
 from models.classifier import ClassLogProb
 from models.score import Params, ScoreModel
 from runtime import processes
@@ -76,31 +77,40 @@ class Drawing:
     return f'guide {self.guide.identity}' if self.guide else ''
 
   def score_fn(
-    self, params: Params, labels: Array | None = None, log_prob: ClassLogProb | None = None
+    self,
+    params: Params,
+    labels: Array | None = None,
+    log_prob: ClassLogProb | None = None,
+    conditions: np.ndarray | None = None,
   ) -> ScoreFn:
     """The score of the classes `labels` [B], guided, or that of all samples together.
 
     A model that knows no classes needs `log_prob`, a classifier of noisy images. Where there is a
     guide, model and guide together take the place of the model, and classes guide what they give.
+    All are told the `conditions` of the samples, uint8 [B, H, W, C], if there are any.
     """
+    seen = dict[str, Array]()
+    if conditions is not None:
+      images = processes.shard(conditions, self.devices.batch)
+      seen = {'condition': self.codec.condition(images)}
     if labels is None:
-      return self._autoguided(params, None)
+      return self._autoguided(params, None, seen)
     if not self.model.num_classes:
       assert log_prob is not None  # as the model knows no classes
-      score_fn = self._autoguided(params, None)
+      score_fn = self._autoguided(params, None, seen)
       return ClassifierGuidance(score_fn, log_prob, labels, self.guidance_scale, self.guided)
-    conditional = self._autoguided(params, labels)
+    conditional = self._autoguided(params, labels, seen)
     if self.guidance_scale == 1:  # which needs no second evaluation
       return conditional
-    of_all = self._autoguided(params, None)
+    of_all = self._autoguided(params, None, seen)
     return ClassifierFreeGuidance(conditional, of_all, self.guidance_scale, self.guided)
 
-  def _autoguided(self, params: Params, labels: Array | None) -> ScoreFn:
+  def _autoguided(self, params: Params, labels: Array | None, seen: dict[str, Array]) -> ScoreFn:
     """The score of the model, led away from that of the guide if there is one."""
-    score_fn, guide = self.model.bind(params, labels=labels), self.guide
+    score_fn, guide = self.model.bind(params, labels=labels, **seen), self.guide
     if guide is None:
       return score_fn
-    weaker = guide.model.bind(guide.params, labels=labels)
+    weaker = guide.model.bind(guide.params, labels=labels, **seen)
     return Autoguidance(score_fn, weaker, guide.scale, self.guided)
 
   def samples(
@@ -135,25 +145,46 @@ class Drawing:
     n: int,
     labels: np.ndarray | None,
     progress: Callable[[float], None],
+    conditions: np.ndarray | None = None,
   ) -> tuple[np.ndarray, int]:
-    """Draws n samples of the classes `labels` [n], or of all together, by parameters alone."""
+    """Draws n samples of the classes `labels` [n], or of all together, by parameters alone.
+
+    A model that is told conditions needs those of the samples, uint8 [n, H, W, C].
+    """
     of_rows = None if labels is None else processes.shard(labels, self.devices.batch)
-    score_fn = self.score_fn(params, of_rows)
+    score_fn = self.score_fn(params, of_rows, conditions=conditions)
     return self.samples(rng, score_fn, n, observe=lambda fraction, _: progress(fraction))
 
   def in_rounds(
-    self, params: Params, rng: Array, n: int, most: int, progress: Callable[[float], None]
+    self,
+    params: Params,
+    rng: Array,
+    n: int,
+    most: int,
+    progress: Callable[[float], None],
+    beside: Batch | None = None,
   ) -> np.ndarray:
-    """Draws n samples, of all classes in turn, `most` at a time where they are more than that."""
-    if n <= most:
-      return self.samples_of(params, rng, n, self.classes_in_turn(n), progress)[0]
-    rounds = math.ceil(n / most)
-    labels, parts = self.classes_in_turn(rounds * most), list[np.ndarray]()
-    for i in range(rounds):  # the last is as large as the others, so that one program draws all
-      of_round = None if labels is None else labels[i * most :][:most]
+    """Draws n samples, of all classes in turn, `most` at a time where they are more than that.
+
+    Those of a model that is told conditions are of the conditions, and the classes, of n images,
+    `beside`.
+    """
+    rounds, size = max(1, math.ceil(n / most)), min(n, most)
+    # The last is as large as the others, so that one program draws all.
+    rows, conditions = np.arange(rounds * size), None
+    labels = self.classes_in_turn(len(rows))
+    if beside:
+      conditions = beside['condition'][rows % n]
+      labels = None if labels is None else beside['label'][rows % n]
+    if rounds == 1:
+      return self.samples_of(params, rng, n, labels, progress, conditions)[0]
+    parts = list[np.ndarray]()
+    for i, of_round in enumerate(rows.reshape(rounds, size)):
+      told = (None if v is None else v[of_round] for v in (labels, conditions))
+      of_labels, of_conditions = told
       of_all = partial(_fraction_of_all, progress, i, rounds)
       key = jax.random.fold_in(rng, i)
-      parts.append(self.samples_of(params, key, most, of_round, of_all)[0])
+      parts.append(self.samples_of(params, key, size, of_labels, of_all, of_conditions)[0])
     return np.concatenate(parts)[:n]
 
   def classes_in_turn(self, n: int) -> np.ndarray | None:

@@ -38,11 +38,13 @@ class SampleRequest:
   """What is to be drawn.
 
   Attributes:
-    n: samples, of each input of a problem.
+    n: samples, of each input of a problem, or of each condition.
     batch_size: of all devices together, at most.
-    labels: the class of each of the n, int32 [n], or None for samples of all classes.
+    labels: the classes of the samples, over and over if they are fewer, or None for samples of all
+      classes.
     problem: what is known of images whose samples are wanted, if so.
     trajectory: show how the first samples came to be.
+    conditions: what a model is told beside noisy images, if it is told such.
   """
 
   n: int
@@ -50,6 +52,20 @@ class SampleRequest:
   labels: np.ndarray | None = None
   problem: InverseProblem | None = None
   trajectory: bool = False
+  conditions: 'Conditioned | None' = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditioned:
+  """The conditions that samples are wanted for.
+
+  Attributes:
+    names: of the conditions, each another one.
+    images: uint8 [K, H, W, C].
+  """
+
+  names: list[str]
+  images: np.ndarray
 
 
 def draw_samples(
@@ -63,10 +79,11 @@ def draw_samples(
   """Draws what is requested, of the parameters of a model and, if need be, of a classifier.
 
   `folder` then holds the samples in one picture, `samples.png`, as a dataset has them in
-  `samples.npz`, and images as one PNG each; in the picture of a problem, every row begins with its
-  input as it was measured. With a trajectory, there is also `trajectory.gif` and, of images,
-  `trajectory.png`. Samples are drawn in `rounds` of a batch: what is stopped and started again
-  repeats at most one, and what is done already is not drawn again.
+  `samples.npz`, and images as one PNG each; in the picture of a problem every row begins with its
+  input as it was measured, in that of conditions with its condition. With a trajectory, there is
+  also `trajectory.gif` and, of images, `trajectory.png`. Samples are drawn in `rounds` of a batch:
+  what is stopped and started again repeats at most one, and what is done already is not drawn
+  again.
 
   Returns:
     How many samples there are, and the number of score evaluations that each took.
@@ -91,6 +108,9 @@ def draw_samples(
     artifacts.write_png(folder / f'{name}.png', picture)
   if inputs:
     overview = _beside_inputs(codec.to_stored(inputs.y), samples)
+  elif request.conditions:
+    shown = pictures.with_channels(request.conditions.images, samples.shape[-1])
+    overview = _beside_inputs(shown, samples)
   else:
     overview = codec.pictures.overview(samples, most=100)
   artifacts.write_png(folder / 'samples.png', overview)
@@ -115,7 +135,13 @@ class _Work:
   @property
   def total(self) -> int:
     """How many samples there are in all."""
-    return self.request.n * (len(self.inputs.names) if self.inputs else 1)
+    return self.request.n * len(self.groups or ('all',))
+
+  @property
+  def groups(self) -> list[str]:
+    """The names of what n samples each are wanted for: inputs, or conditions; of neither none."""
+    named = self.inputs or self.request.conditions
+    return named.names if named else []
 
   @property
   def size(self) -> int:
@@ -126,10 +152,8 @@ class _Work:
   @property
   def names(self) -> list[str]:
     """Of the samples."""
-    n, inputs = self.request.n, self.inputs
-    return [
-      f'{inputs.names[i // n]}_{i % n}' if inputs else f'sample_{i}' for i in range(self.total)
-    ]
+    n, groups = self.request.n, self.groups
+    return [f'{groups[i // n]}_{i % n}' if groups else f'sample_{i}' for i in range(self.total)]
 
   @cached_property
   def mark(self) -> str:
@@ -138,6 +162,9 @@ class _Work:
     crc = zlib.crc32(repr((request.n, self.size, request.trajectory)).encode())
     if request.labels is not None:
       crc = zlib.crc32(request.labels.tobytes(), crc)
+    if request.conditions:
+      crc = zlib.crc32(repr(request.conditions.names).encode(), crc)
+      crc = zlib.crc32(np.ascontiguousarray(request.conditions.images).tobytes(), crc)
     if inputs:
       crc = zlib.crc32(repr(inputs.names).encode(), crc)
       crc = zlib.crc32(np.ascontiguousarray(inputs.y).tobytes(), crc)
@@ -171,8 +198,12 @@ class _Work:
     drawing, codec, request, n = self.drawing, self.drawing.codec, self.request, self.request.n
     rows = np.arange(first, first + self.size) % self.total  # the last is as large as the others
     labels, stages = request.labels, list[np.ndarray]()
-    of_rows = None if labels is None else processes.shard(labels[rows % n], drawing.devices.batch)
-    score_fn, constraint = drawing.score_fn(self.params, of_rows, self.log_prob), None
+    of_rows, conditions, constraint = None, None, None
+    if labels is not None:
+      of_rows = processes.shard(labels[rows % len(labels)], drawing.devices.batch)
+    if request.conditions:
+      conditions = request.conditions.images[rows // n]
+    score_fn = drawing.score_fn(self.params, of_rows, self.log_prob, conditions)
     to_stored: Callable[[np.ndarray], np.ndarray] = codec.to_stored
     if request.problem and self.inputs:
       y, operator = self.inputs.y[rows // n], self.inputs.operator

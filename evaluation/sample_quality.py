@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
+from data.images import Batch, Source
 from evaluation import metrics
 from evaluation.draw import Drawing
 from evaluation.evaluate import Measurement
@@ -21,7 +22,7 @@ from evaluation.reference import Reference
 from models.score import Params
 from runtime import processes
 from runtime.devices import Keys
-from workdir import artifacts, reports, rounds
+from workdir import artifacts, pictures, reports, rounds
 from workdir.progress import Bar
 from workdir.reports import Report
 from workdir.rounds import Arrays
@@ -83,6 +84,32 @@ class Comparison:
 
 
 @dataclasses.dataclass(frozen=True)
+class OfImages:
+  """The images whose conditions samples are of, in their order, and over again.
+
+  Attributes:
+    source: of the images.
+    split: of the data that they are.
+  """
+
+  source: Source
+  split: str
+
+  def report(self) -> Report:
+    """What a report says of them."""
+    return {'split': self.split, 'files': self.source.fingerprint()}
+
+  @property
+  def mark(self) -> str:
+    """What tells them from others."""
+    return f'conditions {self.report()}'
+
+  def batch(self, first: int, n: int) -> Batch:
+    """The images from number `first` on."""
+    return self.source.batch(np.arange(first, first + n) % len(self.source))
+
+
+@dataclasses.dataclass(frozen=True)
 class SampleQuality(Measurement):
   """Draws samples and, with a comparison, takes their features, in rounds of a batch.
 
@@ -91,9 +118,10 @@ class SampleQuality(Measurement):
     n: how many.
     batch_size: of all devices together.
     keys: of the run.
-    law: of the classes of the samples, where the model is told them.
+    law: of the classes of the samples, where the model is told them, and no conditions.
     comparison: with data, if any.
     watch: is called while samples are drawn; what it raises breaks off, and leaves whole rounds.
+    of_images: whose conditions the samples are of, and whose classes, where the model is told such.
   """
 
   drawing: Drawing
@@ -103,6 +131,7 @@ class SampleQuality(Measurement):
   law: LabelLaw | None = None
   comparison: Comparison | None = None
   watch: Callable[[], None] = lambda: None
+  of_images: OfImages | None = None
 
   def is_in(self, report: Report) -> bool:
     compared = self.comparison is None or self.comparison.is_in(report)
@@ -111,6 +140,7 @@ class SampleQuality(Measurement):
       and report.get('samples') == self.n
       and report.get('guide') == (self.drawing.guide.report() if self.drawing.guide else None)
       and report.get('labels') == (self.law.report() if self.law else None)
+      and report.get('conditions') == (self.of_images.report() if self.of_images else None)
     )
 
   def measure(self, params: Params, step: int, folder: epath.Path) -> Report:
@@ -126,6 +156,7 @@ class SampleQuality(Measurement):
     # The last round is as large as the others, so that samples do not depend on their number.
     size = min(self.batch_size, self.n)
     mark, labels = (self.law.mark if self.law else '') + self.drawing.mark, self._labels(size)
+    mark += self.of_images.mark if self.of_images else ''
     with Bar('sample', self.n, unit='samples') as bar:
       for i, first in enumerate(range(0, self.n, size)):
         n = min(size, self.n - first)
@@ -137,7 +168,10 @@ class SampleQuality(Measurement):
         samples = arrays['samples']
         nfes.append(int(arrays['nfe']))
         seconds += float(arrays['seconds'])
-        if i == 0:
+        if i == 0 and self.of_images:
+          beside = self.of_images.batch(0, min(n, SHOWN))['condition']
+          picture = pictures.in_pairs(beside, samples)
+        elif i == 0:
           picture = self.drawing.codec.pictures.overview(samples, most=SHOWN)
         if network and extract:
           path = folder / f'features_{network.name}_{i}.npz'
@@ -150,6 +184,8 @@ class SampleQuality(Measurement):
     report: Report = {'samples': self.n, 'nfe': float(np.mean(nfes)), 'sample_seconds': seconds}
     if self.law:
       report['labels'] = self.law.report()
+    if self.of_images:
+      report['conditions'] = self.of_images.report()
     if self.drawing.guide:
       report['guide'] = self.drawing.guide.report()
     if self.comparison:
@@ -179,7 +215,12 @@ class SampleQuality(Measurement):
   ) -> Arrays:
     """The first n of round i, in which `size` samples are drawn, of the classes `labels`."""
     rng = jax.random.fold_in(self.keys.key('sample', step), i)
-    samples, nfe = self.drawing.samples_of(params, rng, size, labels, progress)
+    conditions = None
+    if self.of_images:
+      beside = self.of_images.batch(i * size, size)
+      conditions = beside['condition']
+      labels = beside['label'] if self.drawing.model.num_classes else None
+    samples, nfe = self.drawing.samples_of(params, rng, size, labels, progress, conditions)
     extra = {} if labels is None else {'labels': labels[:n]}
     return {'samples': samples[:n], 'nfe': np.array(nfe, np.int64), **extra}
 

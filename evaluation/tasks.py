@@ -235,9 +235,7 @@ class InverseProblem:
     """
     files = input_files(self.path, 'config.sampling.input')
     y, operator = self.task.measure(files, codec, self.decoder)
-    stems = [file.stem for file in files]
-    names = stems if len(set(stems)) == len(stems) else [f'{i}_{s}' for i, s in enumerate(stems)]
-    return Inputs(names, y, operator)
+    return Inputs(names_of(files), y, operator)
 
   def to_stored(self, x: np.ndarray, y: np.ndarray, operator: Operator, codec: Codec) -> np.ndarray:
     """Samples x [N, ...] as a dataset has them, of which exactly y is measured if it has no noise.
@@ -265,6 +263,12 @@ def input_files(path: str, field: str) -> list[Path]:
   if not files:
     raise UserError(f'{field}={path!r} is neither an image nor a folder of images')
   return files
+
+
+def names_of(files: list[Path]) -> list[str]:
+  """Names of files for what is made of them, each another one."""
+  stems = [file.stem for file in files]
+  return stems if len(set(stems)) == len(stems) else [f'{i}_{s}' for i, s in enumerate(stems)]
 
 
 def _read_all(

@@ -19,7 +19,7 @@ import numpy as np
 from models import layers
 from models.layers import dense, Tokens
 from models.ncsnpp import AUGMENTATION
-from runtime.shapes import Features, Images, Labels, PerRow
+from runtime.shapes import Condition, Features, Images, Labels, PerRow
 
 PerImage = Float[Array, 'b 1 c']  # what all patches of an image are told
 
@@ -87,7 +87,7 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
   """The network, (x, cond, train, labels) -> a map like x, in float32.
 
-  `cond` and the labels are those of `ncsnpp.NCSNpp`, as are `num_classes` and
+  `cond`, the labels and the condition are those of `ncsnpp.NCSNpp`, as are `num_classes` and
   `num_augment_labels`.
 
   Attributes:
@@ -128,6 +128,7 @@ class DiT(nn.Module):
     train: bool,
     labels: Labels | None = None,
     augment_labels: Features | None = None,
+    condition: Condition | None = None,
   ) -> Images:
     b, height, width, channels = x.shape
     p = self.patch_size
@@ -138,7 +139,8 @@ class DiT(nn.Module):
     rows, columns = height // p, width // p
 
     level = self._level(b, cond, labels, augment_labels)
-    patches = x.astype(self.dtype).reshape(b, rows, p, columns, p, channels)
+    seen = layers.beside(x, condition).astype(self.dtype)
+    patches = seen.reshape(b, rows, p, columns, p, -1)
     patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, rows * columns, -1)
     h = dense(patches, self.nf) + positions(rows, columns, self.nf).astype(self.dtype)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from models.barriers import apart, stored
-from runtime.shapes import Features, Images, Maps, PerRow
+from runtime.shapes import Condition, Features, Images, Maps, PerRow
 
 Activation = Callable[[Array], Array]
 Tokens = Float[Array, 'b n c']  # the pixels of feature maps, one after another
@@ -25,6 +25,11 @@ ACTIVATIONS: dict[str, Activation] = {
   'relu': nn.relu,
   'lrelu': lambda x: nn.leaky_relu(x, negative_slope=0.2),
 }
+
+
+def beside(x: Images, condition: Condition | None) -> Maps:
+  """The input of a network: x and, if there is any, the channels of a condition after its own."""
+  return x if condition is None else jnp.concatenate([x, condition.astype(x.dtype)], axis=-1)
 
 
 def default_init(scale: float = 1.0) -> nn.initializers.Initializer:

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from models import layers, normalization
 from models.layers import Activation
 from models.normalization import ConditionalInstanceNorm2dPlus
-from runtime.shapes import Images, Maps, PerRow
+from runtime.shapes import Condition, Images, Maps, PerRow
 
 Layer = Callable[[Array], Array]
 
@@ -174,6 +174,8 @@ class RefineNet(nn.Module):
   every normalisation is InstanceNorm++ conditioned on it, in the RefineNet as well, which pools
   by means. Without, it is NCSNv2: `cond` is not read, the RefineNet does not normalise, and pools
   by maxima.
+
+  A `condition`, images of the same size, is told as further channels of the input.
   """
 
   nf: int
@@ -185,7 +187,9 @@ class RefineNet(nn.Module):
   dtype: str = 'float32'
 
   @nn.compact
-  def __call__(self, x: Images, cond: PerRow, train: bool) -> Images:
+  def __call__(
+    self, x: Images, cond: PerRow, train: bool, condition: Condition | None = None
+  ) -> Images:
     del train  # there is nothing random
     act, channels = layers.ACTIVATIONS[self.nonlinearity], x.shape[-1]
     window = {'window_shape': (5, 5), 'strides': (1, 1), 'padding': 'SAME'}
@@ -200,7 +204,7 @@ class RefineNet(nn.Module):
     def normalize_refined(h: Array) -> Array:
       return normalize(h) if self.num_classes else h
 
-    h = conv(x.astype(self.dtype), self.nf)
+    h = conv(layers.beside(x, condition).astype(self.dtype), self.nf)
     features = []
     for i, stage in enumerate(self.stages):
       width = self.nf * stage.width

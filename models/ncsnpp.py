@@ -15,7 +15,7 @@ import numpy as np
 
 from models import layers, resample
 from models.layers import Activation, conv, dense, group_norm, NIN
-from runtime.shapes import Features, Images, Labels, Maps, PerRow
+from runtime.shapes import Condition, Features, Images, Labels, Maps, PerRow
 
 RESBLOCK_TYPES = ('biggan', 'ddpm')
 EMBEDDING_TYPES = ('fourier', 'positional')
@@ -127,6 +127,8 @@ class NCSNpp(nn.Module):
   augmented: what a linear map makes of that is added to the features of `cond`. None stands for
   zeros, which change nothing: for images as they are.
 
+  A `condition`, images of the same size, is told as further channels of the input.
+
   With `remat`, gradients keep nothing from inside residual blocks, and compute it again: less
   memory, for about one more evaluation of the network.
   """
@@ -162,10 +164,11 @@ class NCSNpp(nn.Module):
     train: bool,
     labels: Labels | None = None,
     augment_labels: Features | None = None,
+    condition: Condition | None = None,
   ) -> Images:
     act = layers.ACTIVATIONS[self.nonlinearity]
     channels, levels = x.shape[-1], len(self.ch_mult)
-    x = x.astype(self.dtype)
+    x = layers.beside(x, condition).astype(self.dtype)
 
     temb = None
     if self.conditional:

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from models.preconditioning import Jump, Network, Preconditioning
 from models.rows import rows_stay
 from runtime.precision import products_at
-from runtime.shapes import Data, Features, Key, Labels, PerRow, PerRowExpanded, Time
+from runtime.shapes import Condition, Data, Features, Key, Labels, PerRow, PerRowExpanded, Time
 from sde_lib import Chain, expand, SDE
 
 Params = Any  # a tree of arrays
@@ -77,6 +77,7 @@ class ScoreModel:
   A label-conditional one, with `num_classes`, takes labels or None after these. Its null label
   num_classes, or None, makes it the score of all classes together. One that is trained on augmented
   images, with `augmented`, also takes `augment_labels`, which say what was done to each, or None.
+  One with `condition_channels` takes a `condition`: it is the score of p_t(x | condition).
 
   Attributes:
     net: the network.
@@ -91,6 +92,7 @@ class ScoreModel:
     precision: of the network's products, one of `runtime.precision.PRECISIONS`.
     augmented: the network takes labels that say how images were augmented.
     rows: where the rows of a batch lie, if the parameters lie in parts; see `models.rows`.
+    condition_channels: of the images that the network is told, in [-1, 1]; 0 if it is told none.
   """
 
   net: nn.Module
@@ -103,6 +105,7 @@ class ScoreModel:
   precision: str = 'default'
   augmented: bool = False
   rows: NamedSharding | None = None
+  condition_channels: int = 0
 
   @property
   def sde(self) -> SDE:
@@ -116,7 +119,10 @@ class ScoreModel:
 
   def init(self, rng: Key, shape: tuple[int, ...]) -> Params:
     """Draws parameters for data of `shape`, a batch's."""
-    variables = self.net.init(rng, jnp.zeros(shape), jnp.ones(shape[:1]), False)
+    told: dict[str, Any] = {}
+    if self.condition_channels:
+      told = {'condition': jnp.zeros((*shape[:-1], self.condition_channels))}
+    variables = self.net.init(rng, jnp.zeros(shape), jnp.ones(shape[:1]), False, **told)
     return variables['params']
 
   def bind(
@@ -125,6 +131,7 @@ class ScoreModel:
     dropout_rng: Key | None = None,
     labels: Labels | None = None,
     augment_labels: Features | None = None,
+    condition: Condition | None = None,
   ) -> 'ModelScore':
     """The score function at `params`: grad_x log p_t(x), or grad_x log p_t(x | y) with labels.
 
@@ -133,15 +140,22 @@ class ScoreModel:
       dropout_rng: of dropout; None for no dropout.
       labels: y, one for each row of the x that the score is then evaluated at.
       augment_labels: what augmentation did to each row; None for images as they are.
+      condition: the image that each row goes with, in [-1, 1]; no noise is added to it.
 
     Raises:
-      ValueError: if there are labels that the network does not take.
+      ValueError: if there is something that the network does not take, or no condition where it
+        needs one.
     """
     if labels is not None and not self.num_classes:
       raise ValueError('this score model takes no labels: its num_classes is 0')
     if augment_labels is not None and not self.augmented:
       raise ValueError('this score model is not told of augmentation')
-    return ModelScore(params, dropout_rng, labels, augment_labels, self)
+    channels = 0 if condition is None else condition.shape[-1]
+    if channels != self.condition_channels:
+      raise ValueError(
+        f'this score model takes a condition of {self.condition_channels} channels; got {channels}'
+      )
+    return ModelScore(params, dropout_rng, labels, augment_labels, condition, self)
 
 
 @flax.struct.dataclass
@@ -155,6 +169,7 @@ class ModelScore:
   dropout_rng: Key | None
   labels: Labels | None
   augment_labels: Features | None
+  condition: Condition | None
   model: ScoreModel = flax.struct.field(pytree_node=False)
 
   def __call__(self, x: Data, t: PerRow) -> Data:
@@ -200,6 +215,8 @@ class ModelScore:
 
     told = [self.labels] if model.num_classes else []
     also: dict[str, Any] = {'augment_labels': self.augment_labels} if model.augmented else {}
+    if model.condition_channels:
+      also['condition'] = self.condition
 
     def network(x: Data) -> tuple[Data, Data]:
       seen = x if model.centered else 2 * x - 1

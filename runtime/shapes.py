@@ -19,6 +19,7 @@ Labels = Int[Array, ' b']
 
 # Of networks.
 Images = Float[Array, 'b h w c']
+Condition = Float[Array, 'b h w k']  # images that a network is told beside the noisy ones
 Maps = Float[Array, 'b _ _ _']  # feature maps whose size is not that of the others
 Features = Float[Array, 'b f']  # numbers for each row, such as an embedding of its time
 

@@ -31,7 +31,7 @@ import optax
 
 from data.codec import Codec
 from models.score import ModelScore, Params, ScoreModel
-from runtime.shapes import Data, Key, Labels, PerRow
+from runtime.shapes import Condition, Data, Key, Labels, PerRow
 from samplers.base import GridSampler
 from samplers.multistep import DDIM
 from samplers.time_grids import finite_log_snr, in_float64, Spacing, TimeGrid
@@ -42,6 +42,8 @@ from training.step import (
   Batch,
   gradient_in_parts,
   Metrics,
+  told_condition,
+  told_in_evaluation,
   told_labels,
   TrainState,
 )
@@ -159,18 +161,20 @@ def train_step(
   rng_data, rng_i, rng_z, rng_dropout = jax.random.split(rng_step, 4)
   labels = told_labels(rng_step, batch, model, codec)
   x0 = codec.for_training(rng_data, batch['data'])
+  condition = told_condition(rng_data, batch, model, codec)
   i = jax.random.randint(rng_i, (len(x0),), 0, objective.num_steps)
   z = jax.random.normal(rng_z, x0.shape)
 
   def loss_fn(
-    params: Params, part: tuple[Key, Data, Array, Data, Labels | None]
+    params: Params, part: tuple[Key, Data, Array, Data, Labels | None, Condition | None]
   ) -> tuple[Array, Metrics]:
-    rng_dropout, x0, i, z, labels = part
-    student = model.bind(params, rng_dropout, labels)
-    taught_by = model.bind(teacher, labels=labels)
+    rng_dropout, x0, i, z, labels, condition = part
+    student = model.bind(params, rng_dropout, labels, condition=condition)
+    taught_by = model.bind(teacher, labels=labels, condition=condition)
     return objective.loss(student.denoised, taught_by.denoised, x0, i, z).mean(), {}
 
-  differentiate = gradient_in_parts(loss_fn, rng_dropout, (x0, i, z, labels), grad_accum)
+  parts = (x0, i, z, labels, condition)
+  differentiate = gradient_in_parts(loss_fn, rng_dropout, parts, grad_accum)
   return apply_gradients(state, differentiate, tx, averages)
 
 
@@ -189,9 +193,9 @@ def eval_step(
   x0 = codec.for_evaluation(rng_data, batch['data'])
   i = jax.random.randint(rng_i, (len(x0),), 0, objective.num_steps)
   z = jax.random.normal(rng_z, x0.shape)
-  labels = batch['label'] if model.num_classes else None
+  labels, condition = told_in_evaluation(batch, model, codec)
 
   def bound(params: Params) -> ModelScore:
-    return model.bind(params, labels=labels)
+    return model.bind(params, labels=labels, condition=condition)
 
   return objective.loss(bound(params).denoised, bound(teacher).denoised, x0, i, z)

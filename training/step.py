@@ -16,12 +16,13 @@ from data.codec import Codec
 from losses import Objective, score_matching_loss
 from models.classifier import Classifier
 from models.score import Params, ScoreModel
-from runtime.shapes import Data, Features, Key, Labels, PerRow
+from runtime.shapes import Condition, Data, Features, Key, Labels, PerRow
 from training.averages import Average
 from training.packing import pack_like, unpacked
 
 Metrics = dict[str, Array]
-# 'data', uint8 [B, H, W, C], or float32 [B, d] of points; 'label', int32 [B], if there are labels.
+# 'data', uint8 [B, H, W, C], or float32 [B, d] of points; 'label', int32 [B], if there are labels;
+# 'condition', uint8 [B, H, W, C], if each image goes with another that the network is told.
 Batch = dict[str, Array]
 
 
@@ -91,12 +92,15 @@ def train_step(
   rng_data, rng_t, rng_z, rng_dropout = jax.random.split(rng_step, 4)
   labels = told_labels(rng_step, batch, model, codec)
   x0, augment_labels = codec.for_training(rng_data, batch['data']), None
+  condition = told_condition(rng_data, batch, model, codec)
   if augmentation:
-    x0, augment_labels = augmentation(jax.random.fold_in(rng_step, 5), x0)
+    rng = jax.random.fold_in(rng_step, 5)
+    x0, augment_labels = augmentation(rng, x0)
+    condition = None if condition is None else augmentation(rng, condition)[0]
   t = objective.times(rng_t, len(x0))
   z = objective.coupling(x0, jax.random.normal(rng_z, x0.shape))
   return optimize(
-    state, x0, t, z, rng_dropout, labels, augment_labels,
+    state, x0, t, z, rng_dropout, labels, augment_labels, condition,
     model=model, objective=objective, tx=tx, averages=averages, grad_accum=grad_accum,
     reduce=reduce,
   )  # fmt: skip
@@ -113,6 +117,26 @@ def told_labels(rng_step: Key, batch: Batch, model: ScoreModel, codec: Codec) ->
   return codec.training_labels(rng, batch['label'], model.num_classes)
 
 
+def told_condition(
+  rng_data: Key, batch: Batch, model: ScoreModel, codec: Codec
+) -> Condition | None:
+  """The images that a network is told in a step; None if it takes none.
+
+  `rng_data` is the key by which the codec flips the data that they go with.
+  """
+  if not model.condition_channels:
+    return None
+  return codec.training_condition(rng_data, batch['condition'])
+
+
+def told_in_evaluation(
+  batch: Batch, model: ScoreModel, codec: Codec
+) -> tuple[Labels | None, Condition | None]:
+  """The labels and the images that a network is told of held-out data, as they are."""
+  condition = codec.condition(batch['condition']) if model.condition_channels else None
+  return batch['label'] if model.num_classes else None, condition
+
+
 def optimize(
   state: AnyState,
   x0: Data,
@@ -121,6 +145,7 @@ def optimize(
   rng_dropout: Key,
   labels: Labels | None = None,
   augment_labels: Features | None = None,
+  condition: Condition | None = None,
   *,
   model: ScoreModel,
   objective: Objective,
@@ -131,17 +156,18 @@ def optimize(
 ) -> tuple[AnyState, Metrics]:
   """The step of `train_step` once data x0, times t, noise z and labels are drawn.
 
-  `augment_labels` say what augmentation did to the data, if anything. `reduce` makes one number of
-  the losses of a batch, or of each of its parts; the mean over the parts is then taken.
+  `augment_labels` say what augmentation did to the data, if anything; `condition` is what they go
+  with, as the network sees it. `reduce` makes one number of the losses of a batch, or of each of
+  its parts; the mean over the parts is then taken.
   """
 
   def loss_fn(params: Params, part: Any) -> tuple[Array, Metrics]:
-    rng_dropout, x0, t, z, labels, augment_labels = part
-    score_fn = model.bind(params, rng_dropout, labels, augment_labels)
+    rng_dropout, x0, t, z, labels, augment_labels, condition = part
+    score_fn = model.bind(params, rng_dropout, labels, augment_labels, condition)
     rng = jax.random.fold_in(rng_dropout, 1)
     return reduce(score_matching_loss(objective, score_fn, x0, t, z, rng), t)
 
-  batch = (x0, t, z, labels, augment_labels)
+  batch = (x0, t, z, labels, augment_labels, condition)
   differentiate = gradient_in_parts(loss_fn, rng_dropout, batch, grad_accum)
   return apply_gradients(state, differentiate, tx, averages)
 
@@ -264,6 +290,7 @@ def eval_step(
   x0 = codec.for_evaluation(rng_data, batch['data'])
   t = objective.times(rng_t, len(x0))
   z = objective.coupling(x0, jax.random.normal(rng_z, x0.shape))
-  score_fn = model.bind(params, labels=batch['label'] if model.num_classes else None)
+  labels, condition = told_in_evaluation(batch, model, codec)
+  score_fn = model.bind(params, labels=labels, condition=condition)
   rng_matching = jax.random.fold_in(rng, 3)  # another key; the three are what they always were
   return score_matching_loss(objective, score_fn, x0, t, z, rng_matching)

@@ -117,6 +117,25 @@ def histogram(values: Mapping[str, np.ndarray], what: str) -> Image.Image:
   return canvas
 
 
+def in_pairs(conditions: np.ndarray, samples: np.ndarray, columns: int = 10) -> Image.Image:
+  """Conditions, uint8 [N, H, W, C], each with its sample to the right of it, row by row."""
+  n, channels = len(conditions), samples.shape[-1]
+  pairs = np.stack([with_channels(conditions, channels), samples[:n]], axis=1)
+  return grid(pairs.reshape(-1, *samples.shape[1:]), min(columns, 2 * n))
+
+
+def with_channels(images: np.ndarray, channels: int) -> np.ndarray:
+  """Images [N, H, W, C] with another number of channels, to be shown beside others."""
+  if images.shape[-1] == channels:
+    return images
+  mode = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}[channels]
+  made = [
+    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert(mode)
+    for image in images
+  ]
+  return np.stack([np.asarray(image) for image in made]).reshape(*images.shape[:3], channels)
+
+
 def grid(images: np.ndarray, columns: int | None = None) -> Image.Image:
   """uint8 images [N, H, W, C], row by row, by default nearly square.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import itertools
 import json
 import os
+import re
 from typing import Any
 
 from etils import epath
@@ -28,6 +29,7 @@ MODEL = (
   'model.sigma_data', 'model.scale_by_sigma', 'model.output', 'model.num_classes', 'training.sde',
   'training.continuous', 'training.objective', 'training.single_scale', 'training.coupling',
   'data.image_size', 'data.num_channels', 'data.centered', 'data.dim', 'data.augment_probability',
+  'data.condition', 'data.condition_channels',
   'ebm.buffer_size', 'distill.method',
 )  # fmt: skip
 # What is learned: the model, the data, the loss, and the optimiser whose state goes on. It must not
@@ -93,6 +95,9 @@ LEARNED_BY_CLASSIFIER = (
   'data.uniform_dequantization', 'data.fit', 'data.background', 'data.black', 'data.white',
   'training.eps', 'optim.optimizer',
 )  # fmt: skip
+
+# Values of `data.condition` that name no folder, whose place may change.
+_COMPUTED_CONDITION = re.compile('|gray|lowres:[0-9]+')
 
 Changes = dict[str, tuple[Any, Any]]  # of a field: its value there, and now
 
@@ -170,9 +175,33 @@ def _comparable(name: str, value: Any) -> Any:
   """A value, but for what is written in several ways and means the same."""
   if name == 'data.dataset':
     return value.lower()
+  if name == 'data.condition':
+    return condition_kind(value)
   if name in ('data.path', 'sampling.guide') and value:
-    return os.path.realpath(os.path.expanduser(value))
+    return _real(value)
   return value
+
+
+def condition_kind(value: str) -> str:
+  """What `data.condition` makes of a model: for a folder it does not matter where that lies."""
+  return value if _COMPUTED_CONDITION.fullmatch(value) else 'a folder'
+
+
+def other_folder(
+  path: epath.Path, config: Mapping[str, Any], section: str, name: str
+) -> tuple[str, str] | None:
+  """The folder that a field names in the config saved at `path`, and now, if it is another."""
+  if not path.exists():
+    return None
+  saved_config = saved(artifacts.read_json(path), path)
+  before, now = saved_config[section][name], config[section][name]
+  if not before or _real(before) == _real(now):
+    return None
+  return before, now
+
+
+def _real(path: str) -> str:
+  return os.path.realpath(os.path.expanduser(path))
 
 
 def flatten(tree: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
