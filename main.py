@@ -131,6 +131,8 @@ def workdir_of(usual: str, as_in_file: ConfigDict, config: ConfigDict, begins: b
   learned, there = {*same_config.LEARNED}, epath.Path(usual) / 'config.json'
   different = same_config.differences(as_in_file.to_dict(), config.to_dict())
   set_here = {k: now for k, (_, now) in different.items() if k in learned}
+  if 'data.condition' in set_here:  # a folder that may move
+    set_here['data.condition'] = same_config.condition_kind(set_here['data.condition'])
   if not set_here:
     return usual
   if there.exists() and not learned & same_config.changes(there, config.to_dict()).keys():

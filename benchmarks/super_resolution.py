@@ -132,8 +132,8 @@ def main() -> None:
     cells = [HEAD, ['---'] * len(HEAD), *(map(common.three_figures, row) for row in rows)]
     size, small = truth.shape[1], truth.shape[1] // low.factor
     caption = (
-      f'{len(truth)} held-out images of {size}x{size}, from {small}x{small}; {args.samples} samples '
-      'of each. PSNR in dB, the rest in levels of 255.'
+      f'{len(truth)} held-out images of {size}x{size}, from {small}x{small}; {args.samples} samples'
+      ' of each. PSNR in dB, the rest in levels of 255.'
     )
     lines = [caption, '', *(f'| {" | ".join(row)} |' for row in cells)]
     args.page.write_text(results_page.put(args.page.read_text(), MARK, lines))

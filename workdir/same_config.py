@@ -184,7 +184,7 @@ def _comparable(name: str, value: Any) -> Any:
 
 def condition_kind(value: str) -> str:
   """What `data.condition` makes of a model: for a folder it does not matter where that lies."""
-  return value if _COMPUTED_CONDITION.fullmatch(value) else 'a folder'
+  return value if _COMPUTED_CONDITION.fullmatch(value) else 'pairs'
 
 
 def other_folder(

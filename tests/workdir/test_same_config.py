@@ -95,6 +95,8 @@ def test_configs_are_kept_as_a_history(tmp_path):
     ({'data.dataset': 'SVHN'}, '-dataset=SVHN'),
     ({'seed': 1, 'data.dataset': 'lsun/church'}, '-dataset=lsun-church-seed=1'),
     ({'model.ch_mult': (1, 2, 2)}, '-ch_mult=1,2,2'),
+    ({'data.condition': 'lowres:4'}, '-condition=lowres-4'),
+    ({'data.condition': '/a/sketches'}, '-condition=pairs'),  # which may move
   ],
 )
 def test_the_default_workdir_says_what_is_learned(tmp_path, fields, named):
@@ -124,3 +126,19 @@ def test_two_configs_never_share_a_default_workdir(tmp_path):
     config.model.sigma_max = sigma
     names.add(main.workdir_of(str(tmp_path / 'run'), of_file, config, begins=True))
   assert len(names) == 2 and all(len(epath.Path(name).name) < 200 for name in names)
+
+
+def test_a_folder_of_conditions_may_move_and_a_kind_of_condition_not(tmp_path):
+  """Where it is another folder, that is told; its files are compared elsewhere."""
+  saved_at, config = epath.Path(tmp_path) / 'config.json', digits.get_config()
+  for before, now, other in (('a', './a', None), ('a', 'b', ('a', 'b')), ('', 'a', None)):
+    config.data.condition = before
+    artifacts.write_json(saved_at, config.to_dict())
+    config.data.condition = now
+    assert same_config.other_folder(saved_at, config.to_dict(), 'data', 'condition') == other
+  for before, now in (('', 'a'), ('a', 'gray'), ('gray', 'lowres:4'), ('lowres:4', 'lowres:2')):
+    config.data.condition = before
+    artifacts.write_json(saved_at, config.to_dict())
+    config.data.condition = now
+    with pytest.raises(UserError, match=r'config\.data\.condition: '):
+      check_unchanged(saved_at, config.to_dict(), LEARNED)
