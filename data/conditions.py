@@ -167,11 +167,6 @@ class PairedFolder(Conditions):
 
   def beside(self, images: Images, of_training: bool = False) -> Source:
     root, folder = self._folders
-    if not images.files:
-      raise UserError(
-        f'{FIELD} = {shown(folder)} needs images in files of their own, which those in '
-        f'config.data.path = {shown(root)} are not: unpack them to a folder'
-      )
     records = self.files_of(images.files)
     read, kept = Reader.of(records, self.decoder, self.size, shown(folder)), None
     if of_training:

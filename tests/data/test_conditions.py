@@ -3,17 +3,18 @@
 from collections.abc import Callable
 import itertools
 from pathlib import Path
+import tarfile
 
 from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image
 import pytest
 
-from builders.data import check_data, load_source
+from builders.data import check_data, load_source, pack
 from builders.setup import build
 from configs.vp.photos import get_config
 from data.batches import eval_batches, train_batches
-from data.sources import Source
+from data.images import Source
 from runtime.errors import UserError
 
 SIZE = 8
@@ -193,3 +194,25 @@ def test_grey_is_the_luminance_of_colours(tmp_path):
   expected = colour @ np.array([0.299, 0.587, 0.114])
   assert batch['condition'].shape == (1, 8, 8, 1)
   np.testing.assert_allclose(batch['condition'][0, :, :, 0], expected, atol=1)
+
+
+def test_what_is_in_no_files_of_its_own_has_no_pairs(folder):
+  """Images in shards, which have their low resolution, but no folder of conditions."""
+  for split in ('train', 'test'):
+    (folder / 'shards' / split).mkdir(parents=True)
+    with tarfile.open(folder / f'shards/{split}/0.tar', 'w') as shard:
+      for i, file in enumerate(sorted((folder / 'images' / split).rglob('*.png'))):
+        shard.add(file, f'{i}.png')
+  fields = {'dataset': 'tar', 'path': str(folder / 'shards')}
+  assert 'config.data.dataset = folder, and that is tar' in refusal(lambda: load(folder, **fields))
+  assert len(load(folder, **fields, condition='lowres:4').batch(np.arange(3))['condition']) == 3
+
+
+def test_packed_images_have_their_low_resolution_and_no_pairs(folder, tmp_path):
+  config = config_of(folder, condition='lowres:4')
+  pack(build(config).config, str(tmp_path / 'packed'))
+  of_packed = load(folder, dataset='packed', path=str(tmp_path / 'packed'), condition='lowres:4')
+  of_files = load(folder, condition='lowres:4')
+  for name in ('data', 'condition'):
+    np.testing.assert_array_equal(*(s.batch(np.arange(3))[name] for s in (of_packed, of_files)))
+  assert 'packs images alone' in refusal(lambda: pack(build(config_of(folder)).config, 'x'))

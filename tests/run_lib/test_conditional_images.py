@@ -28,7 +28,7 @@ from configs.flow import digits
 from data.augmentation import Augmentation
 from data.codec import ImageCodec
 from data.conditions import WithConditions
-from data.sources import ImageSource
+from data.images import ImageSource
 from evaluation.bits_per_dim import BitsPerDim
 from evaluation.sample import draw_samples
 from losses import Objective, UniformTimes
