@@ -15,9 +15,6 @@ import numpy as np
 def join(coordinator: str | None, count: int | None, number: int | None, seconds: int) -> None:
   """Becomes one of the processes of a run, once all of them are there.
 
-  On CPUs each program then ends before the next one begins: several of one process, of which each
-  waits for another process, take all threads of XLA's, and none goes on.
-
   They need not start together. JAX gives up in C++, with a page that does not say why; so after
   `seconds` this process ends itself, with 1, in one line.
 
@@ -41,7 +38,6 @@ def join(coordinator: str | None, count: int | None, number: int | None, seconds
     )
     os._exit(1)  # the thread that waits cannot be told
 
-  jax.config.update('jax_cpu_enable_async_dispatch', False)
   patience = threading.Timer(seconds, leave)
   patience.daemon = True
   patience.start()
