@@ -4,7 +4,9 @@
 # make test-faults  stops and damages runs in many more ways
 # make lint       style
 # make types      mypy
-# make docs       the docstrings as pages, in build/docs
+# make docs       the site, in build/docs: docs/, notebooks, docstrings; links are checked
+# make notebooks  runs the notebooks anew, with their outputs
+# make test-notebooks  runs them with few steps of everything
 # make tutorial   trains small models and draws the figures of docs/tutorial.md
 
 PYTHON ?= python3
@@ -17,7 +19,7 @@ SOME := tests/models/test_golden_networks.py tests/test_golden_sde.py tests/test
   tests/samplers/test_samplers.py tests/evaluation/test_metrics.py tests/runtime/test_start.py \
   tests/training/test_loop.py tests/run_lib/test_run.py
 
-.PHONY: demo test test-newest test-some test-faults lint types docs tutorial
+.PHONY: demo test test-newest test-some test-faults lint types docs notebooks test-notebooks tutorial
 
 demo: $(VENV)/installed
 	$(BIN)/python main.py --config $(DEMO) --mode train
@@ -48,6 +50,9 @@ test-faults: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/run_lib/test_faults.py tests/run_lib/test_cifar10_fast.py \
 	  -m "slow or not slow" --kills 50 -rP
 
+test-notebooks: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests/test_notebooks.py -m "slow or not slow"
+
 tutorial: $(VENV)/installed-dev
 	$(BIN)/python -m tutorial
 
@@ -59,9 +64,12 @@ types: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 docs: $(VENV)/installed-dev
-	$(BIN)/python -m pdoc --math --docformat google --output-directory build/docs \
-	  $(filter-out main,$(basename $(wildcard *.py))) \
-	  builders configs data evaluation models runtime samplers training workdir
+	$(BIN)/sphinx-build -c docs --fail-on-warning --keep-going --quiet -j 2 . build/docs
+
+# The digits are trained anew: a run that is there would have nothing left to do.
+notebooks: $(VENV)/installed-dev
+	rm -rf runs/notebooks
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

@@ -160,6 +160,12 @@ def test_the_links_of_a_page_lead_somewhere(page):
     assert not heading or heading in slugs, (link, heading, slugs)
 
 
+def test_the_site_has_every_page():
+  """In its contents; `make docs` fails on one that is not."""
+  contents = re.findall(r'^docs/\w+$', (DOCS / 'conf.py').read_text(), re.MULTILINE)
+  assert sorted(f'{page}.md' for page in contents) == sorted(set(PAGES) - {'README.md'})
+
+
 @pytest.mark.parametrize('page', ['README.md', *(f'docs/{name}.md' for name in TOLD_BY_NAME)])
 def test_what_a_page_calls_by_a_name_of_this_code_has_it(page):
   text = (ROOT / page).read_text()
