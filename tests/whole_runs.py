@@ -4,9 +4,11 @@ from collections.abc import Callable
 import json
 import os
 from pathlib import Path
+import pickle
 import socket
 import subprocess
 import sys
+import time
 from typing import Any
 
 import jax
@@ -74,19 +76,64 @@ def run(mode: str, workdir: Path, devices: int = 1, **fields) -> subprocess.Comp
   )
 
 
-def two_processes(mode: str, workdir: Path, **fields) -> list[subprocess.Popen]:
-  """Starts main.py in two processes that work together."""
+def two_processes(mode: str, workdir: Path, late: float = 0.0, **fields) -> list[subprocess.Popen]:
+  """Starts main.py in two processes that work together, the second one so many seconds late."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     address = f'localhost:{free.getsockname()[1]}'
-  return [
+  together = ['--distributed', f'--coordinator={address}', '--num_processes=2']
+  pair = []
+  for i in range(2):
+    time.sleep(i * late)
+    own = [*command(mode, workdir, **fields), *together, f'--process_id={i}']
+    pair.append(subprocess.Popen(own, stderr=subprocess.PIPE, text=True))
+  return pair
+
+
+# (mode, workdir, fields by name) of what one start of processes does, one after another.
+Calls = list[tuple[str, Path, dict[str, Any]]]
+
+_ONE_AFTER_ANOTHER = """
+import pickle, sys
+from runtime import start
+start.prepare()
+import jax
+n, calls = sys.argv[1:]
+if int(n) > 1:
+  from runtime import processes
+  processes.join(None, None, None, seconds=100)  # the variables of SLURM tell
+import run_lib
+from configs.vp import digits
+for mode, workdir, fields in pickle.loads(bytes.fromhex(calls)):
+  config = digits.get_config()
+  config.update_from_flattened_dict(fields)
+  {'train': lambda: run_lib.train(config, workdir), 'stats': lambda: run_lib.stats(config),
+   'eval': lambda: run_lib.evaluate(config, workdir)}[mode]()
+"""
+
+
+def one_after_another(processes: int, devices: int, calls: Calls) -> None:
+  """Runs what `calls` says in so many processes that work together, of so many host devices each.
+
+  To start a process, and to compile what is compiled already, costs more than these runs. They find
+  each other as those of a SLURM job do.
+  """
+  flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'
+  told = [(mode, str(workdir), values_of(fields)) for mode, workdir, fields in calls]
+  env = os.environ | {'XLA_FLAGS': flags, 'PYTHONPATH': str(ROOT)}
+  env |= {'SLURM_JOB_ID': str(os.getpid()), 'SLURM_STEP_NODELIST': 'localhost'}
+  # Threads of XLA's: devices of a program that wait for others must leave some for these.
+  env |= {'SLURM_NTASKS': str(processes), 'NPROC': '32'}
+  started = [
     subprocess.Popen(
-      [*command(mode, workdir, **fields), '--distributed', f'--coordinator={address}',
-       '--num_processes=2', f'--process_id={i}'],
+      [sys.executable, '-c', _ONE_AFTER_ANOTHER, str(processes), pickle.dumps(told).hex()],
+      env=env | {'SLURM_PROCID': str(number), 'SLURM_LOCALID': str(number)},
       stderr=subprocess.PIPE, text=True,
     )
-    for i in range(2)
+    for number in range(processes)
   ]  # fmt: skip
+  said = [process.communicate(timeout=600)[1] for process in started]
+  assert not any(process.returncode for process in started), '\n'.join(said)
 
 
 def succeed(*args, **kwargs) -> subprocess.CompletedProcess:

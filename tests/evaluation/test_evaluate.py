@@ -14,7 +14,15 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
-from whole_runs import assert_same_bits, command, refusal, state_of, succeed, two_processes, UNSEEN
+from whole_runs import (
+  assert_same_bits,
+  command,
+  one_after_another,
+  refusal,
+  state_of,
+  succeed,
+  UNSEEN,
+)
 
 from builders.evaluation import checkpoint_range, reference_file
 from builders.setup import build, Setup
@@ -168,30 +176,33 @@ def test_bits_per_dimension_resume_where_they_were_stopped(evaluated, photos):
   assert all(bool(arrays['nfe'] > 10) for arrays in rounds.values())
 
 
-def in_two_processes(mode: str, workdir: Path, **fields) -> None:
-  """Runs main.py in two processes that work together, to their end."""
-  pair = two_processes(mode, workdir, **fields)
-  said = [process.communicate(timeout=600)[1] for process in pair]
-  assert [process.returncode for process in pair] == [0, 0], said
-  assert ' in /' in said[0] and ' in /' not in said[1]  # process 0 alone says where things are
-
-
-def test_two_processes_are_one_with_two_devices(tmp_path, photos):
-  """Training, loss, bits per dimension, samples and their distances, bit for bit."""
+def test_two_processes_of_four_devices_are_one_of_eight(tmp_path, photos):
+  """Training, loss, samples and their distances, of a state in eight parts."""
   fields = photos | {'training__n_iters': 6, 'training__batch_size': 8} | UNSEEN
-  fields |= {'training__snapshot_freq_for_preemption': 6}
-  fields |= {'eval__num_samples': 10, 'eval__features': 'pixels', 'eval__bpd_repeats': 1}
-  fields |= {'eval__stats_path': tmp_path / 'stats.npz'}
+  fields |= {'training__snapshot_freq_for_preemption': 6, 'training__fsdp': 8, 'model__nf': 96}
+  fields |= {'training__n_jitted_steps': 3, 'eval__num_samples': 16, 'eval__features': 'pixels'}
+  fields |= {'training__log_freq': 3, 'training__eval_freq': 3, 'sampling__num_steps': 4}
+  fields |= {'eval__enable_bpd': False, 'eval__stats_path': str(tmp_path / 'stats.npz')}
+  fields |= {'data__path': str(photos['data__path'])}
   one, two = tmp_path / 'one', tmp_path / 'two'
-  succeed('train', one, devices=2, **fields)
-  in_two_processes('train', two, **fields)
-  assert_same_bits(state_of(one, 6), state_of(two, 6))
-  in_two_processes('stats', two, **fields)
-  in_two_processes('eval', two, **fields)
-  succeed('eval', one, devices=2, **fields)
+  one_after_another(2, 4, [(mode, two, fields) for mode in ('train', 'stats', 'eval')])
+  one_after_another(1, 8, [(mode, one, fields) for mode in ('train', 'eval')])
+  ours, theirs = state_of(two, 6), state_of(one, 6)
+  for name, value in theirs.items():
+    np.testing.assert_allclose(ours[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
   a, b = (report_of(workdir / 'eval', 6) for workdir in (one, two))
   assert a.pop('versions')['processes'] == 1 and b.pop('versions')['processes'] == 2
-  assert a == b and a['bpd_test_images'] == a['loss_images'] == 10 and 'frechet_pixels' in a
+  del a['checkpoint'], b['checkpoint']  # of the bits, which differ by rounding
+  assert a['loss_images'] == 10 and 'frechet_pixels' in a
+  assert a.keys() == b.keys()
+  for name, value in a.items():
+    assert b[name] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value), name
+  # Of the snapshot each process has written its own part.
+  written = [
+    sum(file.stat().st_size for file in (two / f'checkpoints/6/default/{part}').rglob('*'))
+    for part in ('ocdbt.process_0', 'ocdbt.process_1')
+  ]
+  assert 0.5 < written[0] / written[1] < 2, written
 
 
 # What samples are compared with.
