@@ -146,12 +146,11 @@ def row(trial: Trial, variant: Variant, folder: epath.Path, data: Changes) -> Re
   Of the last way, the noise between levels is varied too.
   """
   workdir = folder / f'{variant.folder}_{SEED}'
-  seconds = runs.train(config_of(trial, variant, data), workdir)
+  runs.train(config_of(trial, variant, data), workdir)
   setup, params = run_lib.load(str(workdir))
   run = _Run(trial, setup, params, workdir / 'measured')
   return {
     'variant': variant.name,
-    'seconds': seconds,
     'images_seen': trial.n_iters * setup.config.training.batch_size,
     'noises': run.noises() if variant == trial.variants[-1] else {UNIFORM: run.uniform()},
   }
@@ -236,15 +235,13 @@ def tables(trial: Trial, rows: Sequence[Report]) -> list[str]:
   """What docs/results.md shows of a trial."""
   heads = ['bits/dim', 'difference', 'bound', 'difference']
   first, noises = rows[0]['noises'][UNIFORM], rows[-1]['noises']
-  ways = [
-    [of['variant'], *_cells(of['noises'][UNIFORM], first), f'{of["seconds"]:.0f}'] for of in rows
-  ]
+  ways = [[of['variant'], *_cells(of['noises'][UNIFORM], first)] for of in rows]
   lines = [
     f'{trial.name}, VP, {rows[0]["images_seen"]:,} images seen. Bits/dim of '
     f'{first["bpd_test_images"]} held-out images, bound of {first["bound_test_images"]}. '
     'Differences are from the first row.',
     '',
-    *results_page.table(['weight, times', *heads, 'seconds of training'], ways),
+    *results_page.table(['weight, times', *heads], ways),
   ]
   if len(noises) > 1:
     others = [[name, *_cells(report, noises[UNIFORM])] for name, report in noises.items()]

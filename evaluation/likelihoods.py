@@ -71,6 +71,7 @@ def measure(
     f'{bits.estimator.name}_data': float(of_data_each.mean()),
     'images': len(names),
     'data': n,
+    'importance_samples': bits.samples,
     'share_of_data_less_likely': float((of_data_each > each.mean()).mean()),
     'nfe': nfe,
     'seconds': seconds + data_seconds,
