@@ -41,7 +41,6 @@ from runtime.errors import UserError
 from workdir.reports import Report
 
 SEED = 1
-UNIFORM = 'uniform'  # noise
 _IMPORTANCE: Changes = {'training.time_law': 'likelihood'}
 
 
@@ -88,7 +87,7 @@ class Trial:
   n_iters: int
   exact_images: int
   bound_images: int
-  samples: int = 4
+  samples: int = 1
   noise_steps: int = 400
   changes: Changes = dataclasses.field(default_factory=dict)
   variants: tuple[Variant, ...] = VARIANTS
@@ -108,6 +107,7 @@ TRIALS = (
     n_iters=300,
     exact_images=16,
     bound_images=128,
+    variants=(VARIANTS[0], VARIANTS[-1]),
     needs_path=True,
   ),
 )
@@ -140,44 +140,35 @@ def config_of(trial: Trial, variant: Variant, data: Changes) -> ConfigDict:
   return config
 
 
-def row(trial: Trial, variant: Variant, folder: epath.Path, data: Changes) -> Report:
-  """Trains a way and measures it, as far as that was not done.
-
-  Of the last way, the noise between levels is varied too.
-  """
-  workdir = folder / f'{variant.folder}_{SEED}'
-  runs.train(config_of(trial, variant, data), workdir)
-  setup, params = run_lib.load(str(workdir))
-  run = _Run(trial, setup, params, workdir / 'measured')
-  return {
-    'variant': variant.name,
-    'images_seen': trial.n_iters * setup.config.training.batch_size,
-    'noises': run.noises() if variant == trial.variants[-1] else {UNIFORM: run.uniform()},
-  }
-
-
 @dataclasses.dataclass(frozen=True)
-class _Run:
+class Run:
   """A trained model, and what is measured of it, each image dequantised once.
 
   Attributes:
     trial: that it is of.
+    variant: how it was trained.
     setup: its parts.
     params: the average that is evaluated.
     folder: of what was measured.
   """
 
   trial: Trial
+  variant: Variant
   setup: Setup
   params: Params
   folder: epath.Path
 
-  def noises(self) -> Report:
-    """What is measured with each noise between levels, by what it is called."""
-    found = {UNIFORM: self.uniform()}
+  @property
+  def images_seen(self) -> int:
+    """In training."""
+    return self.trial.n_iters * self.setup.config.training.batch_size
+
+  def with_other_noises(self) -> Report:
+    """What is measured with other noise between levels, by what it is called."""
+    found = {'learned': self.learned()}
     if self.trial.samples > 1:
       found[f'uniform, K = {self.trial.samples}'] = self.uniform(self.trial.samples)
-    return found | {'learned': self.learned()}
+    return found
 
   def uniform(self, samples: int = 1) -> Report:
     name = 'bits' if samples == 1 else 'samples'
@@ -211,6 +202,14 @@ class _Run:
     return runs.measured(self.folder, name, settings, measurements(), self.params, step)
 
 
+def trained(trial: Trial, variant: Variant, folder: epath.Path, data: Changes) -> Run:
+  """A way, trained as far as that was not done."""
+  workdir = folder / f'{variant.folder}_{SEED}'
+  runs.train(config_of(trial, variant, data), workdir)
+  setup, params = run_lib.load(str(workdir))
+  return Run(trial, variant, setup, params, workdir / 'measured')
+
+
 def _each(report: Report, name: str) -> np.ndarray:
   """Bits/dim of each image, in the order of their numbers."""
   with (epath.Path(report['folder']) / f'{name}.csv').open() as file:
@@ -231,22 +230,24 @@ def _cells(report: Report, first: Report) -> list[str]:
   return cells
 
 
-def tables(trial: Trial, rows: Sequence[Report]) -> list[str]:
-  """What docs/results.md shows of a trial."""
+def tables(
+  trial: Trial, images_seen: int, ways: dict[str, Report], noises: dict[str, Report]
+) -> list[str]:
+  """What docs/results.md shows of a trial: ways to train, and the last with other noises."""
   heads = ['bits/dim', 'difference', 'bound', 'difference']
-  first, noises = rows[0]['noises'][UNIFORM], rows[-1]['noises']
-  ways = [[of['variant'], *_cells(of['noises'][UNIFORM], first)] for of in rows]
+  (first, *_), (*_, last) = ways.values(), ways.values()
   lines = [
-    f'{trial.name}, VP, {rows[0]["images_seen"]:,} images seen. Bits/dim of '
-    f'{first["bpd_test_images"]} held-out images, bound of {first["bound_test_images"]}. '
-    'Differences are from the first row.',
+    f'{trial.name}, VP, {images_seen:,} images seen. Bits/dim of {first["bpd_test_images"]} '
+    f'held-out images, bound of {first["bound_test_images"]}. Differences are from the first row.',
     '',
-    *results_page.table(['weight, times', *heads], ways),
+    *results_page.table(
+      ['weight, times', *heads], [[name, *_cells(of, first)] for name, of in ways.items()]
+    ),
   ]
-  if len(noises) > 1:
-    others = [[name, *_cells(report, noises[UNIFORM])] for name, report in noises.items()]
+  if noises:
     lines += ['', 'The last of these, by the noise between the levels of the held-out images:', '']
-    lines += results_page.table(['noise', *heads], others)
+    rows = [[name, *_cells(of, last)] for name, of in {'uniform': last, **noises}.items()]
+    lines += results_page.table(['noise', *heads], rows)
   return lines
 
 
@@ -272,13 +273,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     shutil.copy(DOCS / results_page.PAGE, docs)
   where = {'data.path': args.path, 'data.tfds_dir': args.data_dir}
   page = docs / results_page.PAGE
+
+  def show(run: Run, ways: dict[str, Report], noises: dict[str, Report]) -> None:
+    lines = tables(run.trial, run.images_seen, ways, noises)
+    page.write_text(results_page.put(page.read_text(), run.trial.mark, lines))
+    print('\n'.join(['', *lines]), flush=True)
+
   for trial in trials:
-    folder, data, rows = root / trial.dataset, where if trial.needs_path else {}, list[Report]()
+    folder, data = root / trial.dataset, where if trial.needs_path else {}
+    ways = dict[str, Report]()
     for variant in trial.variants:
-      rows.append(row(trial, variant, folder, data))
-      lines = tables(trial, rows)
-      page.write_text(results_page.put(page.read_text(), trial.mark, lines))
-      print('\n'.join(['', *lines]), flush=True)
+      run = trained(trial, variant, folder, data)
+      ways[variant.name] = run.uniform()
+      show(run, ways, {})
+    show(run, ways, run.with_other_noises())
 
 
 if __name__ == '__main__':
