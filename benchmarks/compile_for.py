@@ -171,6 +171,8 @@ def training_step(setup: Setup) -> Program:
   batch = {'data': jax.ShapeDtypeStruct((n, *setup.data_shape), 'float32' if points else 'uint8')}
   if setup.model.num_classes:
     batch['label'] = jax.ShapeDtypeStruct((n,), 'int32')
+  if channels := setup.model.condition_channels:
+    batch['condition'] = jax.ShapeDtypeStruct((n, *setup.data_shape[:-1], channels), 'uint8')
   initial = jax.eval_shape(task.init, _key(setup))
   state = jax.eval_shape(partial(loop.as_trained, devices=devices), initial)
   shardings = devices.state_shardings(state)
@@ -187,7 +189,7 @@ def sampler_segment(setup: Setup) -> Program:
     return advance(state, 0, -(-n // base.SEGMENTS))
 
   def draw(params: Any, rng: Array) -> Array:
-    score_fn = setup.model.bind(params)
+    score_fn = _score(setup, params, shape[0])
     with mock.patch.object(base, 'in_segments', first):
       return setup.sampler(rng, score_fn, shape, sharding=setup.devices.batch)[0]
 
@@ -200,13 +202,21 @@ def likelihood_step(setup: Setup) -> Program:
   n, devices = setup.config.eval.batch_size, setup.devices
 
   def drift(params: Any, x: Array, v: Array, t: Array) -> tuple[Array, Array]:
-    flow = sampling.ProbabilityFlow(setup.model.bind(params), setup.model.sde)
+    flow = sampling.ProbabilityFlow(_score(setup, params, n), setup.model.sde)
     return likelihood.VolumeChange(flow, v)((x, jnp.zeros((1, len(x)))), t)
 
   x = jax.ShapeDtypeStruct((n, *setup.data_shape), 'float32')
   v = jax.ShapeDtypeStruct((1, *x.shape), 'float32')  # one probe
   t = jax.ShapeDtypeStruct((), 'float32', sharding=devices.replicated)
   return Program(drift, (_params(setup), _shapes(x, devices.batch), _shapes(v, devices.batches), t))
+
+
+def _score(setup: Setup, params: Any, n: int) -> Any:
+  """The score of n rows, of one condition where the model is told any."""
+  told: dict[str, Array] = {}
+  if channels := setup.model.condition_channels:
+    told['condition'] = jnp.zeros((n, *setup.data_shape[:-1], channels))
+  return setup.model.bind(params, **told)
 
 
 def _params(setup: Setup) -> Any:

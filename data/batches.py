@@ -109,7 +109,8 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray
 
 def _nbytes(source: Source, rows: np.ndarray) -> int:
   """The size of a batch of so many rows."""
-  return len(rows) * source.batch(np.zeros(1, np.int64))['data'].nbytes
+  of_one = source.batch(np.zeros(1, np.int64))
+  return len(rows) * sum(array.nbytes for array in of_one.values())
 
 
 def _prefetch(batch: Callable[[int], Any], start: int, stop: int, nbytes: int) -> Batches:

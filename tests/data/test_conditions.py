@@ -1,21 +1,25 @@
 """Each image goes with its own condition: of the same name in another folder, or made of itself."""
 
 from collections.abc import Callable
+import functools
 import itertools
 from pathlib import Path
 import tarfile
 
+from etils import epath
 from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image
 import pytest
 
+from builders import continuity
 from builders.data import check_data, load_source, pack
 from builders.setup import build
 from configs.vp.photos import get_config
 from data.batches import eval_batches, train_batches
 from data.images import Source
 from runtime.errors import UserError
+from workdir import artifacts
 
 SIZE = 8
 
@@ -166,6 +170,17 @@ def test_other_conditions_are_another_fingerprint(folder):
   assert load(moved).fingerprint() == before
   save(moved / 'drawn/test/b/more.png', 5)
   assert load(moved).fingerprint() != before
+
+
+def test_a_run_goes_on_where_its_conditions_moved_and_not_with_others(folder, tmp_path, caplog):
+  artifacts.write_json(epath.Path(tmp_path) / 'config.json', config_of(folder).to_dict())
+  moved = build(config_of(folder, condition='elsewhere'))
+  check = functools.partial(continuity._check_images, epath.Path(tmp_path))
+  check(moved, 'images-conditions', 'images-conditions')
+  line = refusal(lambda: check(moved, 'images-conditions', 'images-others'))
+  assert 'config.data.condition = ' in line and "'elsewhere' holds other images" in line
+  check(build(config_of(folder)), 'images-conditions', 'images-others')
+  assert 'drawn are not those of before' in caplog.text
 
 
 def test_the_whole_folder_is_checked_with_its_conditions(folder, caplog):
