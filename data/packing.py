@@ -117,6 +117,8 @@ def _is_done(folder: Path, plan: dict[str, Any]) -> bool:
 def _pack(folder: Path, splits: dict[str, Reader], plan: dict[str, Any]) -> None:
   begun = epath.Path(folder / PLAN)
   listed = artifacts.read_json(begun)['done'] if begun.exists() else []
+  if not listed:  # a folder that is begun says so, and what it will hold
+    artifacts.write_json(begun, plan | {'done': []})
   done = [_Done(Shard(**one['shard']), one['class_counts'], one['digest']) for one in listed]
   done = [one for one in done if _is_whole(folder, one.shard)]
   if done:

@@ -1,5 +1,6 @@
 """Images as they are stored, and how they become those of a dataset."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
@@ -18,6 +19,8 @@ from data.folder import shown
 from runtime.errors import Failure, UserError
 
 logger = logging.getLogger('score_sde')
+
+_AT_A_TIME = 1024  # images whose reading waits for a thread
 
 # Of a file that was there when its folder was listed: its disk or network is lost, or the machine
 # is short of something.
@@ -135,6 +138,7 @@ class Reader:
       UserError: if there are none, or a class has none.
     """
     damaged: list[tuple[int, str]] = []
+    n = self.records.length
 
     def check(i: int) -> None:
       try:
@@ -143,8 +147,8 @@ class Reader:
         damaged.append((i, str(error)))
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-      for _ in pool.map(check, range(self.records.length)):
-        pass
+      for begin in range(0, n, _AT_A_TIME):  # all at once would be as many objects
+        deque(pool.map(check, range(begin, min(begin + _AT_A_TIME, n))), maxlen=0)
     lost = {i for i, _ in damaged}
     kept = [i for i in range(self.records.length) if i not in lost]
     if damaged:

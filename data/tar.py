@@ -201,10 +201,10 @@ def _scan(files: Sequence[Path]) -> Members:
   """Where the images are in shards, by the headers of all their members."""
   shards, offsets, sizes, labels = ([np.zeros(0, kind)] for kind in ('i4', 'i8', 'i8', 'i4'))
   for k, file in enumerate(files):
-    found = np.array([*_images_of(file)], np.int64).reshape(-1, 3)
+    found = np.fromiter(_images_of(file), [('offset', 'i8'), ('size', 'i8'), ('label', 'i4')])
     shards.append(np.full(len(found), k, 'i4'))
-    for all_of_it, column in zip((offsets, sizes, labels), found.T, strict=True):
-      all_of_it.append(column.astype(all_of_it[0].dtype))
+    for all_of_it, name in ((offsets, 'offset'), (sizes, 'size'), (labels, 'label')):
+      all_of_it.append(found[name])
   return Members(tuple(files), *map(np.concatenate, (shards, offsets, sizes, labels)))
 
 

@@ -319,12 +319,12 @@ def _curves(lines: Sequence[dict[str, float]]) -> list[Curve]:
 
 
 def _quality(root: epath.Path) -> list[Curve]:
-  """Distances of snapshots' samples from the data over steps, with those of data from data."""
+  """Distances of snapshots' samples from the data, with those of data from data if known."""
   found = [_json(path) for path in root.glob(f'{best.FOLDER}/report_*.json')]
   lines = sorted((reports.scalars(one) | {'step': one['step']} for one in found if one), key=_step)
   names = list(dict.fromkeys(name for line in lines for name in line))
-  pairs = [(name, f'{name}_floor') for name in names if f'{name}_floor' in names]
-  return [_curve(lines, pair) for pair in pairs]
+  shown = [name for name in names if name in reports.RANKING or f'{name}_floor' in names]
+  return [_curve(lines, [n for n in (name, f'{name}_floor') if n in names]) for name in shown]
 
 
 def _step(line: Mapping[str, float]) -> float:

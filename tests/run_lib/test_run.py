@@ -33,12 +33,21 @@ from whole_runs import (
 
 import run_lib
 
+# Samples of snapshots are compared with the data.
+COMPARED = {'training__fid_freq': 1, 'training__fid_samples': 16, 'eval__features': 'pixels'}
+
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory) -> Path:
+def stats(tmp_path_factory) -> dict:
+  """The field for the statistics that the first run makes."""
+  return {'eval__stats_path': tmp_path_factory.mktemp('stats') / 'digits.npz'}
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory, stats) -> Path:
   """The workdir of a run that nothing disturbed."""
   workdir = tmp_path_factory.mktemp('whole')
-  succeed('train', workdir)
+  succeed('train', workdir, **COMPARED, **stats)
   return workdir
 
 
@@ -90,19 +99,24 @@ def test_a_signal_saves_and_leaves(whole, tmp_path):
   assert_same_bits(state_of(tmp_path, 12), state_of(whole, 12))
 
 
-def test_eight_devices_give_the_parameters_of_one(whole, tmp_path):
+def test_eight_devices_give_the_parameters_of_one(whole, tmp_path, stats):
   """The mathematics does not know of devices; only the order of sums differs.
 
   Eight devices take long to write a checkpoint, so that only the last is.
   """
   last = {'training__snapshot_freq': 12, 'training__snapshot_freq_for_preemption': 12}
-  succeed('train', tmp_path, devices=8, **last)
+  succeed('train', tmp_path, devices=8, **last, **COMPARED, **stats)
   one, eight = state_of(whole, 12), state_of(tmp_path, 12)
   for name, value in one.items():
     np.testing.assert_allclose(value, eight[name], rtol=1e-4, atol=1e-5, err_msg=name)
   pictures = [w / 'samples' / 'iter_12' / 'sample.png' for w in (whole, tmp_path)]
   a, b = (np.asarray(Image.open(p), np.int32) for p in pictures)
   assert np.abs(a - b).max() <= 2
+  distances = [
+    json.loads((w / 'quality' / 'report_12.json').read_text())['frechet_pixels']
+    for w in (whole, tmp_path)
+  ]
+  assert distances[0] == pytest.approx(distances[1], rel=0.01) and distances[0] > 0
 
 
 def test_a_run_goes_on_with_other_devices_and_says_so(whole, half, tmp_path):
