@@ -259,8 +259,10 @@ def test_a_lost_image_is_named_and_once_it_is_back_the_run_goes_on(tmp_path):
 
 @pytest.mark.parametrize('which', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_when_one_of_two_processes_dies_the_other_ends_and_both_go_on(tmp_path, which):
+  """Each of them holds one half of the large arrays of the state."""
   fields = OFTEN | {'training__n_iters': 24, 'training__snapshot_freq': 24}
   fields |= {'training__snapshot_freq_for_preemption': 3}
+  fields |= {'training__fsdp': 2, 'model__nf': 96}
   pair = two_processes('train', tmp_path / 'pair', **fields)
   while not checkpoints_lib.exist(tmp_path / 'pair'):
     assert [process.poll() for process in pair] == [None, None]
@@ -274,9 +276,10 @@ def test_when_one_of_two_processes_dies_the_other_ends_and_both_go_on(tmp_path, 
     assert 'another task died' in said, said
   else:
     assert pair[1 - which].returncode == 1 and 'error: ' in said, said
-  pair = two_processes('train', tmp_path / 'pair', **fields)
+  pair = two_processes('train', tmp_path / 'pair', late=2.0, **fields)
   said = [process.communicate(timeout=PATIENCE)[1] for process in pair]
   assert [process.returncode for process in pair] == [0, 0] and 'resuming' in said[0], said
+  assert 'resuming' not in said[1]  # process 0 alone says so
   succeed('train', tmp_path / 'whole', devices=2, **fields | LAST_ALONE)
   assert_same_bits(state_of(tmp_path / 'pair', 24), state_of(tmp_path / 'whole', 24))
 
