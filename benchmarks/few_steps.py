@@ -87,12 +87,6 @@ def _multistep(steps: int) -> Sampler:
 # 35 evaluations and 18; what 200 give, `benchmarks.recipes` measures.
 OF_EDM = (_heun(18), _multistep(18))
 OF_V = (_multistep(35), _multistep(18))
-# One, the two that the config says, and four.
-JUMPS = (
-  Sampler('jumps', {'sampling.num_steps': 1, 'sampling.consistency_times': ()}),
-  Sampler('jumps', {}),
-  Sampler('jumps', {'sampling.num_steps': 4, 'sampling.consistency_times': ()}),
-)
 STAGES = (*(Sampler('DDIM', {}, f'stages/{n}') for n in (4, 2)), Sampler('DDIM', {}))
 
 
@@ -118,9 +112,23 @@ class Model:
   beside: str = ''
 
 
+def jumps(config: ConfigDict) -> tuple[Sampler, ...]:
+  """One jump, two at the time that the config says, and four of a grid."""
+  choice = config.sampling
+  two = {name: choice[name] for name in ('num_steps', 'consistency_times')}
+  counts: tuple[dict[str, Any], ...] = ({'num_steps': 1}, two, {'num_steps': 4})
+  return tuple(
+    Sampler(
+      'jumps',
+      {f'sampling.{name}': value for name, value in ({'consistency_times': ()} | count).items()},
+    )
+    for count in counts
+  )
+
+
 def _student(method: str, config: Callable[[str], ConfigDict]) -> Model:
   teacher = '' if method in ('ct', 'ict') else 'edm'
-  return Model(method, method, lambda: config(method), JUMPS, teacher, 'edm')
+  return Model(method, method, lambda: config(method), jumps(config(method)), teacher, 'edm')
 
 
 def _v_of_digits() -> ConfigDict:

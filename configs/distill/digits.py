@@ -26,7 +26,13 @@ _CHANGES: dict[str, base.Changes] = {
   'cd': {'training.n_iters': 2000},
   'ct': {'training.n_iters': 2000, 'distill.end_steps': 80},
   'ict': {'training.n_iters': 2000, 'distill.end_steps': 160},
-  'ect': {'training.n_iters': 2000},
+  # 2000 steps of a rate that falls are worse, by a classifier's features.
+  'ect': {
+    'training.n_iters': 3000,
+    'optim.decay': 'constant',
+    'sampling.num_steps': 0,
+    'sampling.consistency_times': (0.5,),
+  },
 }
 
 
