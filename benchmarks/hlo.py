@@ -25,6 +25,7 @@ BYTES = {
 COLLECTIVES = (
   'all-reduce', 'all-gather', 'reduce-scatter', 'collective-permute', 'all-to-all',
   'collective-broadcast',
+  'send',  # to another slice
 )  # fmt: skip
 _MATMUL, _REDUCTION, _COPY, _ELEMENTWISE = (
   'convolution or product', 'reduction', 'copy', 'element-wise'
@@ -351,7 +352,7 @@ def _awaited(
   hlo: Hlo, after: list[Instruction], one: Instruction, inner: Instruction
 ) -> int | None:
   """How many instructions after its beginning a collective is awaited; None if it is at once."""
-  if one.op.endswith('-start'):
+  if one.op.endswith('-start') or one.op == 'send':
     ends = (i for i, x in enumerate(after) if x.op.endswith('-done') and one.name in x.operands)
     return next(ends, None)
   if 'AsyncCollectiveStart' not in _targets(hlo, one):
@@ -377,7 +378,9 @@ def _kind(hlo: Hlo, one: Instruction, inner: Instruction) -> str:
 def _told(inner: Instruction) -> int:
   """Bytes of the result of a collective, or of all that a reduction which is scattered takes."""
   arrays, n = [shape[0] for shape in _ARRAY.finditer(inner.shape)], len(inner.operands)
-  if inner.op.endswith('-start') and len(arrays) >= 2 * n:  # (operands, results, ...)
+  if inner.op == 'send':  # (operand, context, token)
+    arrays = arrays[:1]
+  elif inner.op.endswith('-start') and len(arrays) >= 2 * n:  # (operands, results, ...)
     arrays = arrays[n : 2 * n]
   whole = inner.group if inner.op.removesuffix('-start') == 'reduce-scatter' else 1
   return whole * sum(nbytes(shape, on_chip=True) for shape in arrays)

@@ -161,7 +161,9 @@ ENTRY %main (a: (s32[], bf16[8,4], f32[4,4])) -> f32[4,4] {
   %loop = (s32[], bf16[8,4]{1,0}, f32[4,4]{1,0}) while(%a), condition=%condition, body=%body
   %z = f32[4,4]{1,0} get-tuple-element(%loop), index=2
   %all-reduce-start.1 = f32[4,4]{1,0} all-reduce-start(%z), channel_id=9, replica_groups={{0,4,8,12},{1,5,9,13}}, to_apply=%add
-  ROOT %all-reduce-done.1 = f32[4,4]{1,0} all-reduce-done(%all-reduce-start.1)
+  %all-reduce-done.1 = f32[4,4]{1,0} all-reduce-done(%all-reduce-start.1)
+  %send.1 = (f32[4,4]{1,0}, u32[]{:S(2)}, token[]) send(%all-reduce-done.1, %after-all.1), channel_id=10, is_host_transfer=true
+  ROOT %send-done.1 = token[] send-done(%send.1), channel_id=10
 }
 """  # noqa: E501
 
@@ -170,6 +172,7 @@ def test_what_is_told_while_a_device_multiplies() -> None:
   parsed = hlo.parse(OVERLAP)
   assert hlo.collectives(parsed) == [
     hlo.Collective('all-reduce', 4, 1, 64, covered=0),
+    hlo.Collective('send', 0, 1, 64, covered=0),
     hlo.Collective('all-gather', 4, 28, 32 * 4 * 2, covered=1),
     hlo.Collective('reduce-scatter', 4, 28, 16 * 4 * 4, covered=None),
   ]
@@ -178,6 +181,7 @@ def test_what_is_told_while_a_device_multiplies() -> None:
     hlo.Told('all-gather', 4, number=28, sent=28 * 192, covered=28 * 192),
     hlo.Told('reduce-scatter', 4, number=28, sent=28 * 192, covered=0),
     hlo.Told('all-reduce', 4, number=1, sent=96, covered=0),
+    hlo.Told('send', 0, number=1, sent=64, covered=0),
   ]
 
 
