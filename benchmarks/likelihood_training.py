@@ -179,9 +179,7 @@ class Run:
 
     @cache
     def noise() -> dequantization.Learned:
-      return dequantization.Learned(
-        self.setup.codec, dequantization.train(self.setup, self.params, steps)
-      )
+      return dequantization.train(self.setup, self.params, steps)
 
     return self._kept('learned', {'steps': steps}, lambda: {'dequantization': noise()})
 

@@ -23,6 +23,7 @@ from data.images import ImageSource
 from evaluation import features
 from evaluation.average import LateAverage
 from evaluation.bits_per_dim import BitsPerDim, Estimator, Uniform
+from evaluation.dequantization import WithLearnedNoise
 from evaluation.draw import Drawing, Guide
 from evaluation.evaluate import CheckpointRange, Measurement
 from evaluation.held_out_loss import HeldOutLoss, Loss
@@ -78,9 +79,9 @@ def make_measurements(setup: Setup, guide: Guide | None = None) -> list[Measurem
   if wanted.enable_loss:
     made.append(make_held_out_loss(setup))
   if wanted.enable_bpd:
-    made.append(make_bits_per_dim(setup))
+    made.append(_with_its_noise(setup, make_bits_per_dim(setup)))
   if wanted.enable_bound:
-    made.append(make_bound(setup))
+    made.append(_with_its_noise(setup, make_bound(setup)))
   if wanted.enable_sampling:
     made.append(make_sample_quality(setup, guide))
   return made
@@ -170,6 +171,8 @@ def make_bits_of_files(setup: Setup, path: str) -> tuple[BitsPerDim, list[Path]]
       f'config.data.condition = {config.data.condition}. --mode eval with '
       'config.eval.enable_bpd measures pairs, in config.data.path and config.data.condition'
     )
+  if wanted.bpd_dequantization != 'uniform':
+    raise UserError('--mode likelihood has uniform noise: set config.eval.bpd_dequantization to it')
   files = input_files(path, '--images')
   decoder, size = make_decoder(config), config.data.image_size
 
@@ -182,6 +185,19 @@ def make_bits_of_files(setup: Setup, path: str) -> tuple[BitsPerDim, list[Path]]
   source = ImageSource((size, size, config.data.num_channels), len(files), read)
   told = of_images.beside(source) if of_images else source
   return dataclasses.replace(bits, source=told, split='images'), files
+
+
+def _with_its_noise(setup: Setup, bits: BitsPerDim) -> Measurement:
+  config = setup.config
+  if config.eval.bpd_dequantization == 'uniform':
+    return bits
+  if config.data.dim:
+    raise UserError(
+      'config.eval.bpd_dequantization = variational learns noise between the levels of images, and '
+      f'config.data.dim = {config.data.dim} has points: set it to uniform'
+    )
+  source = load_source(config, 'train')
+  return WithLearnedNoise(bits, source, config.training.eps, config.eval.bpd_dequantization_steps)
 
 
 def _of_images(setup: Setup, estimator: Estimator) -> BitsPerDim:

@@ -87,6 +87,7 @@ CHOICES: dict[str, Collection[str]] = {
   'sampling.conditioning': ('constraint', 'posterior'),
   'eval.bpd_dataset': ('train', 'test'),
   'eval.bound_form': FORMS,
+  'eval.bpd_dequantization': ('uniform', 'variational'),
   'eval.features': ('', *features.NETWORKS),
   'eval.stats_split': ('train', 'test'),
 }

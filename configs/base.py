@@ -285,6 +285,8 @@ def _default() -> ConfigDict:
   evaluation.bound_form = 'dsm'  # dsm, or ssm with a derivative along a probe
   evaluation.bpd_dataset = 'test'  # split of those images: test or train
   evaluation.bpd_repeats = 5  # of the dequantisation; the released code has it in run_lib.py
+  evaluation.bpd_dequantization = 'uniform'  # or variational: noise fitted to each checkpoint
+  evaluation.bpd_dequantization_steps = 1000  # of that fit, batches of batch_size
   evaluation.bpd_importance_samples = 1  # of it, whose densities are averaged: a tighter bound
   evaluation.enable_sampling = False  # samples, and their distance from the data
   evaluation.num_samples = 50_000  # of all processes together; the released code: of each

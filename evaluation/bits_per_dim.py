@@ -53,8 +53,15 @@ class Estimator:
     return '' if self.n == self.usual and self.name == 'bpd' else f'{self.n} {self.of}, {told}'
 
 
+UNIFORM = 'uniform'
+
+
 class Dequantization(Protocol):
   """How x_0 is drawn of stored images: the noise between their levels."""
+
+  @property
+  def name(self) -> str:
+    """In a report."""
 
   def __call__(self, rngs: Array, images: Array) -> tuple[Array, Array]:
     """(keys [B], images [B, ...]) -> x_0, like them, and log q [B] of that noise, per level."""
@@ -65,6 +72,7 @@ class Uniform:
   """Noise of density 1 over a level (Sec. 4.3)."""
 
   codec: Codec
+  name = UNIFORM
 
   def __call__(self, rngs: Array, images: Array) -> tuple[Array, Array]:
     return jax.vmap(self.codec.dequantized)(rngs, images), jnp.zeros(len(images))
@@ -125,8 +133,10 @@ class BitsPerDim(Measurement):
     there = {what: report.get(f'{name}_{what}', value) for what, value in by.choices.items()}
     n = report.get(f'{name}_{by.of}', by.usual)
     samples = report.get(f'{name}_importance_samples', 1)
-    measured = report[f'{name}_repeats'], samples, n, there
-    return measured == (self.repeats, self.samples, by.n, by.choices)
+    noise = report.get(f'{name}_dequantization', UNIFORM)
+    measured = report[f'{name}_repeats'], samples, noise, n, there
+    wanted = self.repeats, self.samples, self.dequantization.name, by.n, by.choices
+    return measured == wanted
 
   def measure(self, params: Params, step: int, folder: epath.Path) -> Report:
     values, nfe, seconds = self.of_images(params, folder)
@@ -143,6 +153,7 @@ class BitsPerDim(Measurement):
       '_images': n_images,
       '_repeats': self.repeats,
       '_importance_samples': self.samples,
+      '_dequantization': self.dequantization.name,
       f'_{by.of}': by.n,
       **{f'_{name}': value for name, value in by.choices.items()},
       '_nfe': nfe,
@@ -155,6 +166,8 @@ class BitsPerDim(Measurement):
     size, repeats, n_images = self.batch_size, self.repeats, len(self.source)
     by, per_repeat = self.estimator, math.ceil(n_images / size)
     version = by.version if self.samples == 1 else f'{by.version}; {self.samples} samples'
+    if self.dequantization.name != UNIFORM:
+      version += f'; {self.dequantization.name}'
     values, nfes, seconds = np.zeros((repeats, by.n, n_images)), [], 0.0
     with Bar('bits/dim', repeats * n_images, unit='images') as bar:
       for repeat in range(repeats):

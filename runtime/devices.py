@@ -26,7 +26,7 @@ from runtime.errors import UserError
 PURPOSES = (
   'init', 'train', 'eval', 'snapshot', 'sample', 'bpd',
   'classifier_init', 'classifier_train', 'classifier_eval', 'classifier_report', 'draw',
-  'bpd_samples',
+  'bpd_samples', 'dequantization',
 )  # fmt: skip
 
 # (path in the state, array or its shape and dtype) -> how it lies on the mesh

@@ -17,14 +17,14 @@ from scipy.stats.distributions import rv_frozen
 from test_golden_sde import DATA, golden, numbers
 from test_time_laws import of_score_flow
 
-from benchmarks import dequantization
-from builders.evaluation import make_bits_per_dim
+from builders.evaluation import make_bits_per_dim, make_measurements
 from builders.setup import build
 from configs import base, own
 from data import sources
 from data.codec import ImageCodec
 from data.images import ImageSource, Source
 from data.points import Mixture
+from evaluation import dequantization
 from evaluation.bits_per_dim import BitsPerDim, Estimator
 import likelihood
 from likelihood import (
@@ -426,7 +426,7 @@ def test_noise_learned_by_the_score_comes_near_to_what_a_known_density_says_of_i
 
   def above(params) -> float:
     """Bits/dim above those of the levels."""
-    x, log_q = dequantization.Learned(codec, params)(jax.random.split(KEY, 4), images)
+    x, log_q = dequantization.Learned(codec, params, 60)(jax.random.split(KEY, 4), images)
     logp = norm(0, std).logpdf(np.asarray(x, np.float64)).reshape(4, -1).sum(-1)
     exact = -math.log2(norm(0, std).cdf(1 / 128) - 0.5)
     return float(bits_per_dim(logp - np.asarray(log_q), 16, codec.level_width).mean()) - exact
@@ -436,3 +436,25 @@ def test_noise_learned_by_the_score_comes_near_to_what_a_known_density_says_of_i
     state = step(state, jax.random.fold_in(KEY, i))
   assert above(params) > 0.4
   assert -0.02 < above(state[0]) < 0.1
+
+
+def test_evaluation_fits_noise_to_a_checkpoint_where_it_is_asked_for(tmp_path):
+  """By the command's own measurements; with a density known within a level, it comes near."""
+  config, known = own.digits(base.vp('ddpmpp')), KnownDensity(0.003)
+  config.eval.update(enable_bpd=True, enable_loss=False, enable_sampling=False, bpd_repeats=2)
+  config.eval.update(batch_size=8, bpd_dequantization='variational', bpd_dequantization_steps=40)
+  black = ImageSource((8, 8, 1), 10, lambda i: (np.full((8, 8, 1), 128, np.uint8), 0))
+  (fitted,) = make_measurements(build(config))
+  estimator = Estimator('bpd', known, 'probes', 1, {})
+  model = KnownModel(VPSDE(), gaussian(jnp.zeros((8, 8, 1)), 0.003))
+  uniform = dataclasses.replace(fitted.bits, source=black, estimator=estimator, model=model)
+  fitted = dataclasses.replace(fitted, bits=uniform, source=black)
+  report = fitted.measure({}, 0, epath.Path(tmp_path))
+  assert report['bpd_test_dequantization'] == 'variational, 40 steps'
+  assert fitted.is_in(report) and not uniform.is_in(report)
+  assert not dataclasses.replace(fitted, steps=41).is_in(report)
+  before = uniform.measure({}, 0, epath.Path(tmp_path))
+  assert uniform.is_in(before) and not fitted.is_in(before)
+  exact = -math.log2(norm(0, 0.003).cdf(1 / 128) - 0.5)
+  error = 3 * report['bpd_test_std_error']
+  assert exact - error < report['bpd_test'] < before['bpd_test'] - 0.1
