@@ -25,7 +25,7 @@ from workdir import best, reports
 def fields(tmp_path_factory) -> dict:
   """Two snapshots, of each 24 samples in two rounds; the statistics are made by the first run."""
   stats = tmp_path_factory.mktemp('stats') / 'digits.npz'
-  compared = {'eval__features': 'pixels', 'eval__stats_path': str(stats), 'sampling__num_steps': 5}
+  compared = {'eval__features': 'pixels', 'eval__stats_path': str(stats)}
   return UNSEEN | compared | {'training__fid_freq': 1, 'training__fid_samples': 24}
 
 
@@ -147,7 +147,7 @@ def test_the_best_can_be_sampled_and_evaluated(whole, fields, tmp_path):
     ({'eval__features': ''}, 'compares samples with images by config.eval.features'),
     ({'training__fid_samples': 9}, 'fid_samples = 9 must be at least 10'),
     ({'training__fid_samples': 32}, 'fid_samples: 24 there, 32 now.*must be comparable'),
-    ({'sampling__num_steps': 6}, 'num_steps: 5 there, 6 now.*move that folder away'),
+    ({'sampling__num_steps': 6}, 'num_steps: 25 there, 6 now.*move that folder away'),
   ],
 )
 def test_distances_that_cannot_be_compared_are_refused(whole, fields, changes, said):
