@@ -121,7 +121,8 @@ def fit(bits: BitsPerDim, source: Source, eps: float, steps: int, params: Params
   def step(state: Any, batch: Any, rng: Array, model_params: Params) -> Any:
     params, average, moments = state
     labels = batch['label'] if bits.model.num_classes else None
-    score_fn = bits.model.bind(model_params, labels=labels)
+    seen = {'condition': bits.codec.condition(batch['condition'])} if 'condition' in batch else {}
+    score_fn = bits.model.bind(model_params, labels=labels, **seen)
     gradient = jax.grad(loss)(params, batch['data'], rng, score_fn, eps, bits.codec)
     updates, moments = tx.update(gradient, moments, params)
     params = optax.apply_updates(params, updates)
