@@ -147,7 +147,8 @@ def nothing_trained(root: epath.Path, setup: Setup) -> UserError:
     card = exported.read_card(folder)
     if card['dataset'] == setup.config.data.dataset:
       command = f'--config configs/{name}.py --mode import --checkpoint {SHIPPED.name}/{name}'
-      if str(root) != f'runs/{name}' and not _differences_of_model(card['config'], setup):
+      config = saved(card['config'], folder / exported.CARD).to_dict()
+      if str(root) != f'runs/{name}' and not _differences_of_model(config, setup):
         command += f' --workdir {shlex.quote(str(root))}'
       ways.append(f'take the weights that come with the code: python main.py {command}')
   return UserError(f'{root} holds no checkpoints: nothing is trained there; {", or ".join(ways)}')

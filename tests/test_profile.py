@@ -27,7 +27,9 @@ def test_convolutions_are_found_with_their_windows():
   assert profile.alone(text) > 0
 
 
-@pytest.mark.parametrize('what', profile.WORKS)
+@pytest.mark.parametrize(
+  'what', [pytest.param('training step', marks=pytest.mark.slow), 'evaluation']
+)
 def test_the_kinds_of_a_network_are_told_apart(what, monkeypatch):
   path, variant, _ = common.NETWORKS['reduced ddpmpp']
   monkeypatch.setitem(common.NETWORKS, 'tiny', (path, variant, TINY))

@@ -18,7 +18,8 @@ FLOORS = (
   {'main'},
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in sorted(names)}
-BESIDE = {'benchmarks', 'tutorial', 'tests'}  # which measure and show the house, and may see it all
+# They show and measure the house, and may see all of it.
+BESIDE = {'benchmarks', 'docs', 'tutorial', 'tests'}
 # Rooms that take typed values, no config; `configs` makes them.
 WITHOUT_CONFIG = set.union(*FLOORS[:4]) - {'configs'}
 

