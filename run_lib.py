@@ -6,8 +6,7 @@ A workdir holds `config.json`, `machine.json`, `index.html` which shows the run,
 classifier. All of it can be stopped at any moment and started again, with the same final result.
 """
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Callable
 import dataclasses
 from functools import partial
 import logging
@@ -16,6 +15,7 @@ from pathlib import Path
 from etils import epath
 from ml_collections import ConfigDict
 
+from builders import averages
 from builders.continuity import (
   begin_from,
   check_classes,
@@ -66,18 +66,16 @@ from data.folder import fingerprint, shown
 from data.images import Source
 from data.noise_scales import NoiseScales
 from data.packed import Packed
-from evaluation.evaluate import Measurement, step_folder
+from evaluation.evaluate import measured, step_folder
 from evaluation.likelihoods import measure as measure_images
 from evaluation.sample import draw_samples
 from evaluation.sample_quality import SampleQuality
 from evaluation.stats import examples, noise_scales
 from models.score import Params
-from runtime.errors import cannot_write, UserError
+from runtime.errors import UserError
 from training import checkpoints as checkpoints_lib
 from training import classifier, exported, loop
-from training.averages import Power
 from training.checkpoints import Checkpoints, Notes
-from training.post_hoc import averages_of_snapshots
 from training.step import TrainState
 from workdir import artifacts, best, page, reports, same_config
 from workdir.origin import set_aside_former
@@ -182,7 +180,7 @@ def _train(
 ) -> None:
   """Trains in a workdir to the end; see `loop.train`."""
   quality = make_snapshot_quality(setup, root)
-  with open_workdir(root):
+  with artifacts.opened(root):
     loop.train(
       task, make_schedule(setup.config), setup.devices, setup.keys, root, source, held_out,
       partial(_at_start, setup, root),
@@ -210,7 +208,7 @@ def train_classifier(config: ConfigDict, workdir: str) -> Report:
   folder = classifier.folder(root)
   check_goes_on(folder, setup, LEARNED_BY_CLASSIFIER)
   notes = note_data(folder, setup, source, source.num_classes)
-  with open_workdir(folder):
+  with artifacts.opened(folder):
     state = loop.train(
       classifier_task(setup), make_schedule(setup.config, 'classifier'), setup.devices, setup.keys,
       folder, source, held_out, partial(_at_start, setup, folder), notes=notes,
@@ -253,7 +251,7 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
   measurements, all_reports = make_measurements(setup, guide), []
   late_average = make_late_average(setup, measurements)
   check_results(out, setup)
-  with open_workdir(out), Checkpoints(root) as checkpoints:
+  with artifacts.opened(out), Checkpoints(root) as checkpoints:
     wanted = checkpoint_range(setup.config)
     for step in [best.step_of(root)] if setup.config.eval.best else wanted.steps(checkpoints):
       used = [setup.config.ema.use]
@@ -263,7 +261,7 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
       folder, report = step_folder(out, step), origin.claim_report(out)
       origin.claim(folder)
       write_config(out, setup, step)
-      report = _measured(report, measurements, params, out)
+      report = measured(report, measurements, params, out)
       if late_average and late_average.is_wanted(report):
         not_averaged = checkpoints.restore_params(step, abstract_state(setup))
         report |= late_average.measure(not_averaged, step, folder)
@@ -282,18 +280,6 @@ def evaluate(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> lis
     logger.info('%s', reports.table(all_reports).splitlines()[-1])
     logger.info('the table of all is in %s', out / 'table.md')
   return all_reports
-
-
-def _measured(
-  report: Report, measurements: list[Measurement], params: Params, out: epath.Path
-) -> Report:
-  """A report with all that is measured of parameters; written with each that it did not have."""
-  step = report['step']
-  for measurement in measurements:
-    if not measurement.is_in(report):
-      report |= measurement.measure(params, step, step_folder(out, step))
-      reports.write(out, report)
-  return report
 
 
 def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> Report:
@@ -321,7 +307,7 @@ def sample(config: ConfigDict, workdir: str, sample_folder: str = 'sample') -> R
   out = root / sample_folder
   folder = step_folder(out, step)
   check_results(out, setup)
-  with open_workdir(out):
+  with artifacts.opened(out):
     checkpoints_lib.origin(root, step, *used).claim(folder)
     write_config(out, setup, step)
     report = draw_samples(make_drawing(setup, guide), setup.keys, request, params, log_prob, folder)
@@ -349,7 +335,7 @@ def likelihood(config: ConfigDict, workdir: str, images: str) -> Report:
   name = Path(images).expanduser().resolve().name
   out = root / 'likelihood' / f'{name}-{fingerprint(images, files)[:8]}'
   check_results(out, setup)
-  with open_workdir(out):
+  with artifacts.opened(out):
     folder = step_folder(out, step)
     checkpoints_lib.origin(root, step, params).claim(folder)
     write_config(out, setup, step)
@@ -482,7 +468,7 @@ def export(
   measured = reports.read(root / 'eval', step)
   if measured.get('checkpoint') != identity:  # of no evaluation, or of a former run
     measured = {}
-  with open_workdir(out):
+  with artifacts.opened(out):
     write_weights(
       out, setup, params, step, checkpoints_lib.notes(root), trained_with, measured, licence
     )
@@ -510,7 +496,7 @@ def import_released(config: ConfigDict, workdir: str, checkpoint: str) -> None:
       'config.training.learned_weight must be False for --mode import: what is imported has none'
     )
   state, notes = imported(setup, checkpoint)
-  with open_workdir(root), Checkpoints(root, notes) as checkpoints:
+  with artifacts.opened(root), Checkpoints(root, notes) as checkpoints:
     set_aside_former(root)
     write_config(root, setup, int(state.step))
     checkpoints.save(state, keep=True)
@@ -529,27 +515,7 @@ def post_hoc_average(config: ConfigDict, workdir: str) -> epath.Path:
   Raises:
     UserError: for a mistake in the config, or if the snapshots do not hold what it takes.
   """
-  setup, root = build(config), artifacts.root_of(workdir)
-  ema, abstract = setup.config.ema, abstract_state(setup)
-  _check_widths(setup, root, 'sigma_rel')
-  with Checkpoints(root, create=False) as checkpoints:
-    step = _newest_snapshot(root, checkpoints)
-    state = checkpoints.restore(step, abstract)
-    ((average, left),) = averages_of_snapshots(
-      checkpoints, abstract, ema.sigma_rels, [ema.sigma_rel]
-    )
-  folder = root / 'ema' / f'{ema.sigma_rel:g}'
-  if checkpoints_lib.exist(folder):
-    raise UserError(f'{folder} holds an average already; move it away to make it anew')
-  state = dataclasses.replace(state, averages=(average, *state.averages[1:]))
-  with open_workdir(folder), Checkpoints(folder, checkpoints_lib.notes(root)) as checkpoints:
-    write_config(folder, setup, step)
-    checkpoints.save(state, keep=True)
-  logger.info(
-    'the average of sigma_rel = %g is the checkpoint of --workdir %s; what the snapshots cannot '
-    'tell of it is %.1f %%', ema.sigma_rel, folder, 100 * left,
-  )  # fmt: skip
-  return folder
+  return averages.make(build(config), artifacts.root_of(workdir))
 
 
 def sweep_averages(config: ConfigDict, workdir: str, eval_folder: str = 'eval') -> list[Report]:
@@ -568,80 +534,7 @@ def sweep_averages(config: ConfigDict, workdir: str, eval_folder: str = 'eval') 
     UserError: for a mistake in the config, the data or the workdir, or if the snapshots do not hold
       what it takes.
   """
-  setup, root = build(config), artifacts.root_of(workdir)
-  out, widths = root / 'ema' / eval_folder, list(dict.fromkeys(setup.config.ema.sweep))
-  _check_widths(setup, root, 'sweep')
-  wanted = setup.config.eval
-  compared = wanted.enable_sampling and wanted.features
-  if not (wanted.enable_loss or wanted.enable_bpd or wanted.enable_bound or compared):
-    raise UserError(
-      'config.ema.sweep compares averages by what is measured of them, and nothing is: set '
-      'config.eval.enable_loss, enable_bpd or enable_bound, or enable_sampling with features'
-    )
-  if setup.model.num_classes:
-    class_names(setup, root)  # which says so if they are others
-  for width in widths:
-    check_results(out / str(width), setup)
-  guide = load_guide(setup, root) if wanted.enable_sampling else None
-  measurements, all_reports = make_measurements(setup, guide), list[Report]()
-  with open_workdir(out), Checkpoints(root, create=False) as checkpoints:
-    step = _newest_snapshot(root, checkpoints)
-    check_classes(setup, root, step, measurements)
-    made = averages_of_snapshots(
-      checkpoints, abstract_state(setup), setup.config.ema.sigma_rels, widths
-    )
-    for width, (params, left) in zip(widths, made, strict=True):
-      folder, origin = out / str(width), checkpoints_lib.origin(root, step, params)
-      report = origin.claim_report(folder) | {'sigma_rel': width, 'unknown_share': left}
-      origin.claim(step_folder(folder, step))
-      write_config(folder, setup, step)
-      all_reports.append(_measured(report, measurements, params, folder))
-      reports.publish_sweep(out, all_reports)
-      page.write(root)
-      logger.info('sigma_rel = %s: %s', width, reports.summary(report))
-  logger.info('%s', reports.table(all_reports, 'sigma_rel'))
-  logger.info(
-    'the table is in %s; --mode ema without config.ema.sweep makes a checkpoint of the width '
-    'config.ema.sigma_rel', out / 'table.md',
-  )  # fmt: skip
-  return all_reports
-
-
-def _check_widths(setup: Setup, root: epath.Path, field: str) -> None:
-  """Raises UserError unless averages of the widths of a field can be made in a workdir."""
-  ema = setup.config.ema
-  if not ema.sigma_rels:
-    raise UserError(
-      '--mode ema makes an average of those that training keeps with config.ema.sigma_rels, for '
-      'example (0.05, 0.1), and it is empty'
-    )
-  value = ema[field]
-  try:
-    for width in value if isinstance(value, tuple) else [value]:
-      Power(width)
-  except ValueError as wrong:
-    raise UserError(f'config.ema.{field}: {wrong}') from None
-  check_goes_on(root, setup, LEARNED)
-
-
-def _newest_snapshot(root: epath.Path, checkpoints: Checkpoints) -> int:
-  """The step of it."""
-  steps = checkpoints.steps()
-  if not steps:
-    raise UserError(f'{root} holds no snapshots in checkpoints/: train first, or fix --workdir')
-  return steps[-1]
-
-
-@contextlib.contextmanager
-def open_workdir(folder: epath.Path) -> Iterator[None]:
-  """Has a folder to itself."""
-  with contextlib.ExitStack() as stack:
-    try:
-      folder.mkdir(parents=True, exist_ok=True)
-      stack.enter_context(artifacts.claimed(folder))
-    except OSError as error:
-      raise cannot_write(folder, error, 'choose another') from error
-    yield
+  return averages.sweep(build(config), artifacts.root_of(workdir), eval_folder)
 
 
 def _at_start(setup: Setup, root: epath.Path, state: TrainState) -> None:

@@ -12,6 +12,7 @@ from models.score import Params
 from runtime import processes
 from runtime.errors import UserError
 from training.checkpoints import Checkpoints
+from workdir import reports
 from workdir.reports import Report
 
 logger = logging.getLogger('score_sde')
@@ -38,6 +39,18 @@ class Measurement(abc.ABC):
     What takes long is done in `rounds`, whose files lie in `folder`: a measurement that is stopped
     and started again repeats at most one.
     """
+
+
+def measured(
+  report: Report, measurements: Sequence[Measurement], params: Params, out: epath.Path
+) -> Report:
+  """A report with all that is measured of parameters; written with each that it did not have."""
+  step = report['step']
+  for measurement in measurements:
+    if not measurement.is_in(report):
+      report |= measurement.measure(params, step, step_folder(out, step))
+      reports.write(out, report)
+  return report
 
 
 def step_folder(out: epath.Path, step: int) -> epath.Path:

@@ -126,6 +126,23 @@ def claimed(folder: epath.Path) -> Iterator[None]:
     lock.release()
 
 
+@contextlib.contextmanager
+def opened(folder: epath.Path) -> Iterator[None]:
+  """Makes a folder, if it is not there, and has it to itself.
+
+  Raises:
+    UserError: if another run is in it.
+    Failure: if nothing can be written there.
+  """
+  with contextlib.ExitStack() as stack:
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      stack.enter_context(claimed(folder))
+    except OSError as error:
+      raise cannot_write(folder, error, 'choose another') from error
+    yield
+
+
 def write_json(path: epath.Path, value: Any) -> None:
   """Writes JSON that a person can read; see `json_text`."""
   write(path, (json_text(value, indent=2) + '\n').encode())
