@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs.vp import digits
+import run_lib
 from runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -140,6 +141,17 @@ def succeed(*args, **kwargs) -> subprocess.CompletedProcess:
   done = run(*args, **kwargs)
   assert done.returncode == 0, done.stderr
   return done
+
+
+def in_process(mode: str, workdir: Path, eval_folder: str = 'eval', **fields) -> None:
+  """What `succeed` does, in this process, which has imported all of it: for what is not stopped."""
+  values = {k: str(v) if isinstance(v, Path) else v for k, v in values_of(fields).items()}
+  config = digits.get_config()
+  config.update_from_flattened_dict(values)
+  if mode == 'train':
+    run_lib.train(config, str(workdir))
+  else:
+    run_lib.evaluate(config, str(workdir), eval_folder)
 
 
 def state_of(workdir: Path, step: int) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ import pytest
 from whole_runs import (
   assert_same_bits,
   command,
+  in_process,
   one_after_another,
   refusal,
   state_of,
@@ -60,8 +61,8 @@ def wanted(stats) -> dict:
 def evaluated(tmp_path_factory, wanted) -> Path:
   """The workdir of a run that was trained and evaluated."""
   workdir = tmp_path_factory.mktemp('evaluated')
-  succeed('train', workdir, **UNSEEN)
-  succeed('eval', workdir, **wanted)
+  in_process('train', workdir, **UNSEEN)
+  in_process('eval', workdir, **wanted)
   return workdir
 
 
@@ -86,7 +87,7 @@ def repeat_evaluation(folder: Path, lost: list[str], **fields) -> dict[str, dict
   arrays, stamps = [load(path) for path in rounds], [os.stat(path).st_mtime_ns for path in rounds]
   for path in (folder / 'report_12.json', *(folder / 'step_12' / name for name in lost)):
     path.unlink()
-  succeed('eval', folder.parent, eval_folder=folder.name, **fields)
+  in_process('eval', folder.parent, folder.name, **fields)
   assert report_of(folder) == first
   for path, stamp, before in zip(rounds, stamps, arrays, strict=True):
     assert (os.stat(path).st_mtime_ns == stamp) == (path.name not in lost)
@@ -167,7 +168,7 @@ def test_bits_per_dimension_resume_where_they_were_stopped(evaluated, photos):
   """In batches of eight, twice, by the network of the last checkpoint."""
   fields = photos | {'eval__enable_loss': False, 'eval__enable_sampling': False}
   fields |= {'eval__begin_ckpt': 2}
-  succeed('eval', evaluated, eval_folder='bits', **fields)
+  in_process('eval', evaluated, 'bits', **fields)
   report = report_of(evaluated / 'bits')
   rounds = repeat_evaluation(evaluated / 'bits', ['bpd_test_1.npz'], **fields)
   bits = [arrays['bpd'] for arrays in rounds.values()]

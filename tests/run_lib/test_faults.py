@@ -20,6 +20,7 @@ import pytest
 from whole_runs import (
   assert_same_bits,
   command,
+  in_process,
   losses_in,
   refusal,
   run,
@@ -242,7 +243,7 @@ def test_a_lost_image_is_named_and_once_it_is_back_the_run_goes_on(tmp_path):
   for i in range(40):
     Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(folder / f'{i}.png')
   fields = OFTEN | {'data__dataset': 'folder', 'data__path': str(folder)}
-  succeed('train', tmp_path / 'whole', **fields | LAST_ALONE)
+  in_process('train', tmp_path / 'whole', **fields | LAST_ALONE)
   lost, aside = folder / '7.png', tmp_path / '7.png'
   process = subprocess.Popen(
     command('train', tmp_path / 'run', **fields), stderr=subprocess.PIPE, text=True
@@ -255,7 +256,7 @@ def test_a_lost_image_is_named_and_once_it_is_back_the_run_goes_on(tmp_path):
   assert process.returncode == 2 and f'{lost} cannot be read' in said.splitlines()[-1], said
   assert 'Traceback' not in said
   aside.rename(lost)
-  succeed('train', tmp_path / 'run', **fields)
+  in_process('train', tmp_path / 'run', **fields)
   assert_same_bits(state_of(tmp_path / 'run', 12), state_of(tmp_path / 'whole', 12))
 
 

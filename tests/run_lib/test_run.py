@@ -21,6 +21,7 @@ import pytest
 from whole_runs import (
   assert_same_bits,
   command,
+  in_process,
   losses_in,
   refusal,
   refused,
@@ -47,7 +48,7 @@ def stats(tmp_path_factory) -> dict:
 def whole(tmp_path_factory, stats) -> Path:
   """The workdir of a run that nothing disturbed."""
   workdir = tmp_path_factory.mktemp('whole')
-  succeed('train', workdir, **COMPARED, **stats)
+  in_process('train', workdir, **COMPARED, **stats)
   return workdir
 
 
@@ -95,7 +96,7 @@ def test_a_signal_saves_and_leaves(whole, tmp_path):
     assert process.returncode == 128 + sent, said
     assert 'Traceback' not in said
     assert list((tmp_path / 'checkpoints-meta').iterdir())
-  succeed('train', tmp_path, **UNSEEN)
+  in_process('train', tmp_path, **UNSEEN)
   assert_same_bits(state_of(tmp_path, 12), state_of(whole, 12))
 
 
@@ -263,7 +264,7 @@ def damage(folder: Path, everywhere: bool = False) -> None:
 def half(tmp_path_factory) -> Path:
   """The workdir of a run to step 6."""
   workdir = tmp_path_factory.mktemp('half')
-  succeed('train', workdir, training__n_iters=6, **UNSEEN)
+  in_process('train', workdir, training__n_iters=6, **UNSEEN)
   return workdir
 
 
