@@ -35,6 +35,7 @@ from evaluation.evaluate import Measurement
 from models.score import Params
 from runtime import processes
 from sde_lib import ScoreFn
+from training.step import told_in_evaluation
 from workdir.reports import Report
 
 RATE, AVERAGE = 2e-3, 0.99  # of Adam, and of the average of the parameters
@@ -120,9 +121,8 @@ def fit(bits: BitsPerDim, source: Source, eps: float, steps: int, params: Params
   @jax.jit
   def step(state: Any, batch: Any, rng: Array, model_params: Params) -> Any:
     params, average, moments = state
-    labels = batch['label'] if bits.model.num_classes else None
-    seen = {'condition': bits.codec.condition(batch['condition'])} if 'condition' in batch else {}
-    score_fn = bits.model.bind(model_params, labels=labels, **seen)
+    labels, condition = told_in_evaluation(batch, bits.model, bits.codec)
+    score_fn = bits.model.bind(model_params, labels=labels, condition=condition)
     gradient = jax.grad(loss)(params, batch['data'], rng, score_fn, eps, bits.codec)
     updates, moments = tx.update(gradient, moments, params)
     params = optax.apply_updates(params, updates)

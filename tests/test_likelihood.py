@@ -6,6 +6,7 @@ import math
 import agreement
 from analytic import gaussian
 from etils import epath
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -36,6 +37,8 @@ from likelihood import (
   interpolate,
   Likelihood,
 )
+from models.preconditioning import PRECONDITIONINGS
+from models.score import ScoreModel
 from sde_lib import EDMSDE, RectifiedFlow, SDE, subVPSDE, VESDE, VPSDE
 
 SDES = [VESDE(sigma_max=20.0), VPSDE(), subVPSDE(), EDMSDE(20.0), RectifiedFlow()]
@@ -257,15 +260,19 @@ FLAT = gaussian(jnp.zeros((8, 8, 1)), 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
-class KnownModel:
-  """A model of scaled images whose density is known."""
+class KnownModel(ScoreModel):
+  """A model of scaled images whose density is known; its network is not asked."""
 
-  sde: SDE
   data: Mixture = FLAT
-  num_classes = 0
 
-  def bind(self, params, labels=None):
+  def bind(self, params, dropout_rng=None, labels=None, augment_labels=None, condition=None):
     return self.data.score_fn(self.sde)
+
+
+def known_model(sde: SDE, data: Mixture = FLAT) -> KnownModel:
+  return KnownModel(
+    nn.Module(), sde.chain(10), lambda chain, t: t, PRECONDITIONINGS['score'], True, True, data=data
+  )
 
 
 def few_digits() -> ImageSource:
@@ -277,7 +284,7 @@ def bits_of_known(config: ConfigDict, source: Source, data: Mixture = FLAT) -> B
   """What measures the bits per dimension of images by a density that is known."""
   setup = build(config)
   bits = make_bits_per_dim(setup)
-  return dataclasses.replace(bits, source=source, model=KnownModel(setup.model.sde, data))
+  return dataclasses.replace(bits, source=source, model=known_model(setup.model.sde, data))
 
 
 @pytest.mark.parametrize('centered', [False, True])
@@ -446,7 +453,7 @@ def test_evaluation_fits_noise_to_a_checkpoint_where_it_is_asked_for(tmp_path):
   black = ImageSource((8, 8, 1), 10, lambda i: (np.full((8, 8, 1), 128, np.uint8), 0))
   (fitted,) = make_measurements(build(config))
   estimator = Estimator('bpd', known, 'probes', 1, {})
-  model = KnownModel(VPSDE(), gaussian(jnp.zeros((8, 8, 1)), 0.003))
+  model = known_model(VPSDE(), gaussian(jnp.zeros((8, 8, 1)), 0.003))
   uniform = dataclasses.replace(fitted.bits, source=black, estimator=estimator, model=model)
   fitted = dataclasses.replace(fitted, bits=uniform, source=black)
   report = fitted.measure({}, 0, epath.Path(tmp_path))

@@ -7,7 +7,7 @@ from etils import epath
 import numpy as np
 from PIL import Image
 import pytest
-from test_likelihood import few_digits, KnownModel
+from test_likelihood import few_digits, known_model
 
 from builders.evaluation import make_bits_of_files
 from builders.setup import build
@@ -38,7 +38,7 @@ def test_the_least_likely_images_come_first(folder, tmp_path, caplog):
   setup = build(config_of(data__centered=False, eval__enable_bound=False))
   bits, files = make_bits_of_files(setup, str(folder))
   assert len(bits.source) == 3
-  bits = dataclasses.replace(bits, model=KnownModel(setup.model.sde))
+  bits = dataclasses.replace(bits, model=known_model(setup.model.sde))
   names, out = [str(file.relative_to(folder)) for file in files], epath.Path(tmp_path / 'out')
   with caplog.at_level('INFO'):
     report = measure(bits, names, few_digits(), {}, out)
