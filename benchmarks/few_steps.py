@@ -1,7 +1,6 @@
 """Models of few steps beside their teachers: distance from the data, steps, and cost of training.
 
   python -m benchmarks.few_steps [--dataset NAME] [--path FOLDER] [--quick]
-  python -m benchmarks.few_steps --memory
 
 trains score models and, by `--mode distill`, students of each method, on digits and on
 Fashion-MNIST at 16x16, and compares samples with all training images. What is trained and measured
@@ -10,23 +9,16 @@ writes tables into docs/results.md, and pictures beside it: a row of samples for
 
 Fashion-MNIST: `--path /usr/share/datasets/fashion-mnist`, where Debian's dataset-fashion-mnist puts
 it; without it, it is downloaded.
-
---memory prints what XLA plans for a step of digits, of each method and of plain training.
 """
 
-import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from functools import cached_property
 import json
-import logging
 from pathlib import Path
-import shutil
-import sys
 from typing import Any
 
 from etils import epath
-import jax
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -34,7 +26,6 @@ from benchmarks import common, results_page, runs, small_classifier
 from benchmarks.yardstick import Yardstick
 from builders.evaluation import make_drawing
 from builders.setup import build
-from builders.training import make_schedule, task_of
 from configs.base import Changes
 from configs.distill import digits, fashion_mnist
 from configs.edm import digits as edm_digits
@@ -45,17 +36,13 @@ from evaluation.metrics import frechet_distance, Moments
 from evaluation.sample_quality import SampleQuality
 from models.score import Params
 import run_lib
-from runtime import start
 from runtime.devices import all_devices
-from runtime.errors import UserError
-from training import loop
 from training.checkpoints import steps_in
 from workdir import artifacts
 from workdir.reports import Report
 
 SHOWN = 16  # samples of each row, in the picture
 COMPARED = 35  # evaluations of the teacher's that students are compared with
-DOCS = Path(__file__).parent.parent / 'docs'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,73 +354,15 @@ def spent(workdir: epath.Path) -> tuple[int, float]:
   return images, seconds
 
 
-def memory() -> Iterator[str]:
-  """What XLA plans for a step of digits: bytes of all arrays, and those of the frozen teacher."""
-  configs = {'plain (EDM)': edm_digits.get_config()}
-  configs |= {name: digits.get_config(name) for name in ('cd', 'ect', 'progressive_edm')}
-  yield '| step | teacher MB | state MB | temporary MB | all MB | beside plain |'
-  yield '|---' * 6 + '|'
-  plain = None
-  for name, config in configs.items():
-    setup = build(config)
-    average = jax.eval_shape(
-      lambda setup=setup: setup.model.init(jax.random.key(0), (1, *setup.data_shape))
-    )
-    task = task_of(setup, average)
-    state = jax.eval_shape(task.init, setup.keys.key('init'))
-    one_step, _ = loop.compile_steps(task, make_schedule(setup.config), setup.devices, state)
-    batch = {'data': common.images(setup, setup.config.training.batch_size)}
-    compiled = one_step.lower(state, task.frozen, batch, setup.keys.key('train')).compile()
-    planned = compiled.memory_analysis()
-    whole = planned.argument_size_in_bytes + planned.temp_size_in_bytes
-    plain = plain or whole
-    parts = (_bytes(task.frozen), _bytes(state), planned.temp_size_in_bytes, whole)
-    cells = [name, *(f'{part / 1e6:.2f}' for part in parts), f'{whole / plain:.2f}']
-    yield f'| {" | ".join(cells)} |'
-
-
-def _bytes(tree) -> int:
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  names = [trial.name.lower() for trial in TRIALS]
-  parser.add_argument('--dataset', choices=names, help='only this one')
-  parser.add_argument('--path', default='', help='folder or archive of the files of Fashion-MNIST')
-  parser.add_argument('--data-dir', default='', help='config.data.tfds_dir of Fashion-MNIST')
-  parser.add_argument('--runs', default='runs/few_steps', help='where runs lie (runs/few_steps)')
-  parser.add_argument(
-    '--quick', action='store_true', help='a few steps, in a folder quick/ of its own there'
-  )
-  parser.add_argument('--memory', action='store_true', help='of a step, in place of all else')
-  args = parser.parse_args(argv)
-  if args.memory:
-    for line in memory():
-      print(line, flush=True)
-    return
-  logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', level=logging.WARNING)
-  logging.getLogger('score_sde').setLevel(logging.INFO)
-  root, docs = epath.Path(args.runs).resolve(), DOCS
-  trials = [trial for trial in TRIALS if args.dataset in (None, trial.name.lower())]
-  if args.quick:
-    trials, root = [QUICK], root / 'quick'
-    docs = Path(root)
-    docs.mkdir(parents=True, exist_ok=True)
-    shutil.copy(DOCS / results_page.PAGE, docs)
-  where = {'data.path': args.path, 'data.tfds_dir': args.data_dir}
-  for trial in trials:
-    bench = Bench(trial, root / trial.name.lower(), where if trial.needs_path else {})
-    rows = list[Report]()
-    for model in trial.models:
+  args = runs.parser(__doc__, 'runs/few_steps', TRIALS).parse_args(argv)
+  for job in runs.jobs(args, TRIALS, QUICK):
+    bench, rows = Bench(job.trial, job.folder, job.data), list[Report]()
+    for model in job.trial.models:
       bench.train(model)
       rows += [bench.row(model, sampler) for sampler in model.samplers]
-      bench.write(rows, docs)
+      bench.write(rows, job.docs)
 
 
 if __name__ == '__main__':
-  start.use_large_pages()
-  try:
-    main()
-  except UserError as error:
-    sys.exit(f'error: {error}')
+  runs.run(main)

@@ -11,17 +11,13 @@ tables of docs/results.md, which grow as it goes on.
 Fashion-MNIST: `--path /usr/share/datasets/fashion-mnist`, as in `benchmarks.recipes`.
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 import csv
 import dataclasses
 from functools import cache
 import importlib
-import logging
 import math
 from pathlib import Path
-import shutil
-import sys
 from typing import Any
 
 from etils import epath
@@ -29,15 +25,12 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from benchmarks import dequantization, results_page, runs
-from benchmarks.recipes import DOCS
 from builders.evaluation import make_bits_per_dim, make_bound
 from builders.setup import Setup
 from configs.base import Changes
 from evaluation.bits_per_dim import BitsPerDim
 from models.score import Params
 import run_lib
-from runtime import start
-from runtime.errors import UserError
 from workdir.reports import Report
 
 SEED = 1
@@ -70,7 +63,7 @@ class Trial:
   """What the ways are compared on.
 
   Attributes:
-    name: of the data; in lower case, that of its folder.
+    name: of the data.
     dataset: of the config configs/vp/<dataset>.py.
     changes: of it.
     n_iters: steps of training.
@@ -249,47 +242,23 @@ def tables(
   return lines
 
 
+def show(run: Run, ways: dict[str, Report], noises: dict[str, Report], page: Path) -> None:
+  """Puts the tables into the page, with what was measured until now."""
+  lines = tables(run.trial, run.images_seen, ways, noises)
+  page.write_text(results_page.put(page.read_text(), run.trial.mark, lines))
+  print('\n'.join(['', *lines]), flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  names = [trial.name.lower() for trial in TRIALS]
-  parser.add_argument('--dataset', choices=names, help='only this one')
-  parser.add_argument('--path', default='', help='folder or archive of the files of Fashion-MNIST')
-  parser.add_argument('--data-dir', default='', help='config.data.tfds_dir of Fashion-MNIST')
-  parser.add_argument('--runs', default='runs/likelihood', help='where runs lie (runs/likelihood)')
-  parser.add_argument(
-    '--quick', action='store_true', help='a few steps, in a folder quick/ of its own there'
-  )
-  args = parser.parse_args(argv)
-  logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', level=logging.WARNING)
-  logging.getLogger('score_sde').setLevel(logging.INFO)
-  root, docs = epath.Path(args.runs).resolve(), DOCS
-  trials = [t for t in TRIALS if args.dataset in (None, t.name.lower())]
-  if args.quick:
-    trials, root = [QUICK], root / 'quick'
-    docs = Path(root)
-    docs.mkdir(parents=True, exist_ok=True)
-    shutil.copy(DOCS / results_page.PAGE, docs)
-  where = {'data.path': args.path, 'data.tfds_dir': args.data_dir}
-  page = docs / results_page.PAGE
-
-  def show(run: Run, ways: dict[str, Report], noises: dict[str, Report]) -> None:
-    lines = tables(run.trial, run.images_seen, ways, noises)
-    page.write_text(results_page.put(page.read_text(), run.trial.mark, lines))
-    print('\n'.join(['', *lines]), flush=True)
-
-  for trial in trials:
-    folder, data = root / trial.dataset, where if trial.needs_path else {}
-    ways = dict[str, Report]()
-    for variant in trial.variants:
-      run = trained(trial, variant, folder, data)
+  args = runs.parser(__doc__, 'runs/likelihood', TRIALS).parse_args(argv)
+  for job in runs.jobs(args, TRIALS, QUICK):
+    ways, page = dict[str, Report](), job.docs / results_page.PAGE
+    for variant in job.trial.variants:
+      run = trained(job.trial, variant, job.folder, job.data)
       ways[variant.name] = run.uniform()
-      show(run, ways, {})
-    show(run, ways, run.with_other_noises())
+      show(run, ways, {}, page)
+    show(run, ways, run.with_other_noises(), page)
 
 
 if __name__ == '__main__':
-  start.use_large_pages()
-  try:
-    main()
-  except UserError as error:
-    sys.exit(f'error: {error}')
+  runs.run(main)

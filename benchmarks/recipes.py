@@ -11,14 +11,10 @@ Fashion-MNIST: `--path /usr/share/datasets/fashion-mnist`, where Debian's datase
 it; without it, it is downloaded.
 """
 
-import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 from functools import cached_property
-import logging
 from pathlib import Path
-import shutil
-import sys
 from typing import Any
 
 from etils import epath
@@ -36,8 +32,6 @@ from evaluation.evaluate import Measurement
 from evaluation.sample_quality import SampleQuality
 from models.score import Params
 import run_lib
-from runtime import start
-from runtime.errors import UserError
 from training import loop
 from workdir import artifacts
 from workdir.reports import Report
@@ -45,7 +39,6 @@ from workdir.reports import Report
 EVALUATIONS = (20, 35, 200)
 TURNS = 20  # steps of each recipe that are timed
 OUTCOME = 'outcome.json'  # in the folder of a trial
-DOCS = Path(__file__).parent.parent / 'docs'
 _FAST = {'sampling.method': 'dpm_solver++', 'sampling.corrector': 'none'}
 
 
@@ -335,40 +328,16 @@ def write(bench: Bench, rows: Sequence[Report], docs: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  names = [trial.name.lower() for trial in TRIALS]
-  parser.add_argument('--dataset', choices=names, help='only this one')
-  parser.add_argument('--path', default='', help='folder or archive of the files of Fashion-MNIST')
-  parser.add_argument('--data-dir', default='', help='config.data.tfds_dir of Fashion-MNIST')
-  parser.add_argument('--runs', default='runs/recipes', help='where runs lie (runs/recipes)')
-  parser.add_argument(
-    '--quick', action='store_true', help='a few steps, in a folder quick/ of its own there'
-  )
-  args = parser.parse_args(argv)
-  logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', level=logging.WARNING)
-  logging.getLogger('score_sde').setLevel(logging.INFO)
-  root, docs = epath.Path(args.runs).resolve(), DOCS
-  trials = [t for t in TRIALS if args.dataset in (None, t.name.lower())]
-  if args.quick:
-    trials, root = [QUICK], root / 'quick'
-    docs = Path(root)
-    docs.mkdir(parents=True, exist_ok=True)
-    shutil.copy(DOCS / results_page.PAGE, docs)
-  where = {'data.path': args.path, 'data.tfds_dir': args.data_dir}
-  for trial in trials:
-    bench = Bench(trial, root / trial.name.lower(), where if trial.needs_path else {})
-    rows = list[Report]()
-    for seed in trial.seeds:
-      for recipe in sorted(trial.recipes, key=lambda recipe: recipe.sde != 'edm'):
+  args = runs.parser(__doc__, 'runs/recipes', TRIALS).parse_args(argv)
+  for job in runs.jobs(args, TRIALS, QUICK):
+    bench, rows = Bench(job.trial, job.folder, job.data), list[Report]()
+    for seed in job.trial.seeds:
+      for recipe in sorted(job.trial.recipes, key=lambda recipe: recipe.sde != 'edm'):
         rows.append(bench.row(recipe, seed))
-        write(bench, rows, docs)
+        write(bench, rows, job.docs)
     bench.time_steps()
-    write(bench, rows, docs)
+    write(bench, rows, job.docs)
 
 
 if __name__ == '__main__':
-  start.use_large_pages()
-  try:
-    main()
-  except UserError as error:
-    sys.exit(f'error: {error}')
+  runs.run(main)

@@ -21,6 +21,7 @@ from PIL import Image
 from benchmarks.common import three_figures
 from workdir import artifacts
 
+DOCS = Path(__file__).parent.parent / 'docs'
 PAGE = 'results.md'
 COLUMNS = 16  # of a grid of images
 WIDTH = 768  # pixels of a grid, about

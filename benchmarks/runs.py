@@ -1,21 +1,112 @@
-"""Trainings and measurements that benchmarks compare: what was done is not done again."""
+"""Trainings and measurements that benchmarks compare: what was done is not done again.
 
-from collections.abc import Iterable, Sequence
+The commands that write docs/results.md share their flags, and where their runs lie.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
+import logging
+from pathlib import Path
+import shutil
+import sys
 import time
+from typing import Generic, Protocol, TypeVar
 import zlib
 
 from etils import epath
 from ml_collections import ConfigDict
 import numpy as np
 
+from benchmarks import results_page
+from configs.base import Changes
 from data.images import Batch, Source
 from evaluation.evaluate import Measurement
 from models.score import Params
 import run_lib
+from runtime import start
+from runtime.errors import UserError
 from training.checkpoints import identity
 from workdir import artifacts
 from workdir.reports import Report
+
+
+class Compared(Protocol):
+  """What a command compares on one set of data.
+
+  Attributes:
+    name: of the data.
+    needs_path: the images do not come with the code.
+  """
+
+  @property
+  def name(self) -> str: ...
+
+  @property
+  def needs_path(self) -> bool: ...
+
+
+AnyTrial = TypeVar('AnyTrial', bound=Compared)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job(Generic[AnyTrial]):
+  """A trial, and where it is to lie.
+
+  Attributes:
+    trial: what is compared.
+    folder: of its runs, and of what was measured.
+    data: fields of the config that say where the images are.
+    docs: the folder of the page that its tables go into.
+  """
+
+  trial: AnyTrial
+  folder: epath.Path
+  data: Changes
+  docs: Path
+
+
+def parser(doc: str | None, runs: str, trials: Sequence[Compared]) -> argparse.ArgumentParser:
+  """The flags of a command whose runs lie in the folder `runs`."""
+  made = argparse.ArgumentParser(description=(doc or '').partition('\n')[0])
+  names = [trial.name.lower() for trial in trials]
+  made.add_argument('--dataset', choices=names, help='only this one')
+  made.add_argument('--path', default='', help='folder or archive of the files of Fashion-MNIST')
+  made.add_argument('--data-dir', default='', help='config.data.tfds_dir of Fashion-MNIST')
+  made.add_argument('--runs', default=runs, help=f'where runs lie ({runs})')
+  made.add_argument(
+    '--quick', action='store_true', help='a few steps, in a folder quick/ of its own there'
+  )
+  return made
+
+
+def jobs(
+  args: argparse.Namespace, trials: Sequence[AnyTrial], quick: AnyTrial
+) -> list[Job[AnyTrial]]:
+  """What the flags ask for. A quick one writes into a copy of the page."""
+  logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', level=logging.WARNING)
+  logging.getLogger('score_sde').setLevel(logging.INFO)
+  root, docs = epath.Path(args.runs).resolve(), results_page.DOCS
+  chosen = [trial for trial in trials if args.dataset in (None, trial.name.lower())]
+  if args.quick:
+    chosen, root = [quick], root / 'quick'
+    docs = Path(root)
+    docs.mkdir(parents=True, exist_ok=True)
+    shutil.copy(results_page.DOCS / results_page.PAGE, docs)
+  where = {'data.path': args.path, 'data.tfds_dir': args.data_dir}
+  return [
+    Job(trial, root / trial.name.lower(), where if trial.needs_path else {}, docs)
+    for trial in chosen
+  ]
+
+
+def run(main: Callable[[], None]) -> None:
+  """Runs a command, whose mistakes of its user are told in one line."""
+  start.use_large_pages()
+  try:
+    main()
+  except UserError as error:
+    sys.exit(f'error: {error}')
 
 
 def train(config: ConfigDict, workdir: epath.Path) -> float:
