@@ -37,10 +37,10 @@ from builders.evaluation import (
   make_drawing,
   make_late_average,
   make_measurements,
-  make_sample_request,
   reference_file,
 )
 from builders.guide import load_guide
+from builders.requests import make_sample_request
 from builders.setup import build, saved_setup, Setup
 from builders.snapshots import (
   draw_snapshot,

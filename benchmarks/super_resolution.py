@@ -24,10 +24,11 @@ import numpy as np
 
 from benchmarks import common, results_page
 from builders.data import load_source, make_conditions
-from builders.evaluation import evenly, make_drawing
+from builders.evaluation import make_drawing
 from controllable_generation import BlockMean
 from data.conditions import LowResolution
 from data.decoding import Decoder
+from data.images import spread
 from evaluation.tasks import ByConstraint, ByPosterior, Conditioning, InverseProblem, SuperResolve
 import run_lib
 from runtime import processes
@@ -119,7 +120,7 @@ def main() -> None:
   if not isinstance(low, LowResolution):
     raise UserError(f'{args.told} is of no model with config.data.condition = lowres:N')
   source = load_source(setup.config, 'test')
-  batch = source.batch(evenly(args.images, len(source)))
+  batch = source.batch(spread(len(source), args.images))
   truth, conditions = batch['data'], batch['condition']
   enlarged = Way('enlarged, no model', conditions[:, None], 0)
   drawn = [by_condition(args.told, conditions, args.samples)]

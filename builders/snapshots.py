@@ -3,6 +3,8 @@
 Training can do without either.
 """
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import logging
 import math
@@ -13,11 +15,11 @@ import numpy as np
 
 from builders.continuity import write_config
 from builders.data import load_images
-from builders.evaluation import evenly, make_drawing, make_sample_quality, reference_file
+from builders.evaluation import make_drawing, make_sample_quality, reference_file
 from builders.guide import load_guide
 from builders.setup import Setup
 from builders.training import average_in_use
-from data.images import Source
+from data.images import Source, spread
 from evaluation.average import is_late, what_is_late
 from evaluation.evaluate import step_folder
 from evaluation.sample_quality import SampleQuality
@@ -33,6 +35,21 @@ from workdir.progress import Bar, Stop
 from workdir.reports import Report
 
 logger = logging.getLogger('score_sde')
+
+
+@contextlib.contextmanager
+def _training_goes_on(without: str, out_of_room: str) -> Iterator[None]:
+  """Ends what is done at a snapshot, with a warning, where it fails; a signal ends it silently."""
+  try:
+    yield
+  except InterruptedError:
+    pass
+  except FloatingPointError as error:
+    logger.warning('%s: %s', without, error)
+  except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    if not out_of_memory(error):
+      raise
+    logger.warning('%s: %s', without, out_of_room)
 
 
 def draw_snapshot(
@@ -64,29 +81,22 @@ def draw_snapshot(
       if stop.signal and jax.process_count() == 1:
         raise InterruptedError
 
-    try:
+    n = training.snapshot_samples
+    # What a step has room for; points take next to none.
+    most = n if setup.config.data.dim else training.batch_size // training.grad_accum
+    remedy = (
+      f'out of memory for {min(n, most)} samples at a time. Training goes on; set '
+      'config.training.snapshot_samples below that, or config.training.snapshot_sampling = False'
+    )
+    samples: np.ndarray | None = None
+    beside = None
+    with _training_goes_on(f'step {step}: no picture', remedy):
       rng = setup.keys.key('snapshot', step)
-      n, drawing = training.snapshot_samples, make_drawing(setup)
-      # What a step has room for; points take next to none.
-      most = n if setup.config.data.dim else training.batch_size // training.grad_accum
-      beside = None
       if setup.config.data.condition and held_out is not None:
-        beside = held_out.batch(np.resize(evenly(n, len(held_out)), n))
-      samples = drawing.in_rounds(state.ema_params, rng, n, most, progress, beside)
-    except InterruptedError:
-      return
-    except FloatingPointError as error:  # training can do without
-      logger.warning('step %d: no picture: %s', step, error)
-      return
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-      if not out_of_memory(error):
-        raise
-      logger.warning(
-        'step %d: no picture: out of memory for %d samples at a time. Training goes on; set '
-        'config.training.snapshot_samples below that, or config.training.snapshot_sampling = False',
-        step, min(n, most),
-      )  # fmt: skip
-      return
+        beside = held_out.batch(np.resize(spread(len(held_out), n), n))
+      samples = make_drawing(setup).in_rounds(state.ema_params, rng, n, most, progress, beside)
+  if samples is None:
+    return
   origin.claim(path.parent)
   artifacts.write_png(
     path,
@@ -155,21 +165,16 @@ def measure_snapshot(
       raise InterruptedError
 
   if not quality.is_in(report):
-    try:
-      report |= dataclasses.replace(quality, watch=watch).measure(params, step, folder)
-    except InterruptedError:
+    remedy = (
+      f'out of memory for {quality.batch_size} at a time. Training goes on; set '
+      'config.eval.batch_size below that'
+    )
+    found: Report = {}
+    with _training_goes_on(f'step {step}: its samples are not compared', remedy):
+      found = dataclasses.replace(quality, watch=watch).measure(params, step, folder)
+    if not found:
       return
-    except FloatingPointError as error:  # training can do without
-      logger.warning('step %d: its samples are not compared: %s', step, error)
-      return
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-      if not out_of_memory(error):
-        raise
-      logger.warning(
-        'step %d: its samples are not compared: out of memory for %d at a time. Training goes on; '
-        'set config.eval.batch_size below that', step, quality.batch_size,
-      )  # fmt: skip
-      return
+    report |= found
     reports.write(out, report)
   measured = _measured_until(out, step)
   reports.publish(out, measured)

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data.images import spread
+
 logger = logging.getLogger('score_sde')
 
 LOOKED_AT = 2000  # images, at most, of whose values a range is taken
@@ -219,11 +221,6 @@ class Usual:
         '--config.data.white=%g',
         self._where, n, low, high, span.black, span.white, span.black, span.white,
       )  # fmt: skip
-
-
-def spread(n: int, most: int) -> Sequence[int]:
-  """At most so many numbers, evenly over range(n)."""
-  return [int(i) for i in np.linspace(0, n - 1, min(n, most)).round()]
 
 
 def _span(low: float, high: float, floats: bool, bits: int) -> Span:

@@ -16,6 +16,11 @@ import numpy as np
 Batch = dict[str, np.ndarray]
 
 
+def spread(n: int, most: int) -> np.ndarray:
+  """At most so many numbers, evenly over range(n)."""
+  return np.linspace(0, n - 1, min(n, most)).round().astype(int)
+
+
 class Source(Protocol):
   """Images or points, with random access.
 

@@ -16,6 +16,7 @@ from PIL import Image
 from data import deep
 from data.decoding import Decoder
 from data.folder import shown
+from data.images import spread
 from runtime.errors import Failure, UserError
 
 logger = logging.getLogger('score_sde')
@@ -91,7 +92,7 @@ class Reader:
     def images() -> Sequence[Callable[[], Image.Image]]:
       if records.all_splits:
         return records.all_splits()
-      looked_at = deep.spread(records.length, deep.LOOKED_AT)
+      looked_at = spread(records.length, deep.LOOKED_AT)
       return [functools.partial(records.opened, i) for i in looked_at]
 
     return cls(records, decoder, size, deep.Usual(images, shown(where)))

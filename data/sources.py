@@ -21,7 +21,7 @@ from PIL import Image
 from data import deep, geometry, packed, tar
 from data.decoding import Decoder
 from data.folder import fingerprint, read_folder, shown
-from data.images import Images, ImageSource
+from data.images import Images, ImageSource, spread
 from data.records import Reader, Records
 from data.tfds import parse_example, prepared_builder, tfrecord_spans
 from runtime.errors import unknown, UserError
@@ -269,7 +269,7 @@ def open_reader(
 def refuse_one_value(source: Images) -> None:
   """Raises UserError if all images are of one and the same value, so that nothing is seen."""
   first = source[0]
-  for i in deep.spread(len(source), deep.LOOKED_AT):
+  for i in spread(len(source), deep.LOOKED_AT):
     image = source[i]
     if image.min() < image.max() or image.flat[0] != first.flat[0]:
       return

@@ -27,6 +27,7 @@ from PIL import Image
 
 from data import deep
 from data.folder import HELD_OUT, is_image_name, shown, TRAIN
+from data.images import spread
 from data.records import Records
 from runtime.errors import unknown, UserError
 
@@ -111,9 +112,7 @@ class Tars:
       upright=True,
       of_training=of_training,
       all_splits=lambda: [
-        functools.partial(part.open, i)
-        for part in parts
-        for i in deep.spread(len(part), deep.LOOKED_AT)
+        functools.partial(part.open, i) for part in parts for i in spread(len(part), deep.LOOKED_AT)
       ],
     )
 

@@ -23,7 +23,7 @@ import numpy as np
 from data import sources
 from data.batches import eval_batches
 from data.decoding import Decoder
-from data.images import Source
+from data.images import Source, spread
 from evaluation.features import FeatureNetwork
 from evaluation.metrics import Moments, NEIGHBOURS
 from runtime import processes
@@ -145,7 +145,7 @@ class ReferenceFile:
     mark = zlib.crc32(json.dumps([provenance, size, source.num_classes]).encode())
     folder = path.parent / f'.{path.stem}-{mark:08x}'  # not of other data, network or rounds
     extract, sums = self.network.compile(mesh), _Sums.read(folder, source.num_classes)
-    chosen = np.linspace(0, n - 1, min(n, KEPT)).round().astype(int)
+    chosen = spread(n, KEPT)
     with Bar('features', n, min(sums.rounds * size, n), unit='images') as bar:
       batches = eval_batches(source, size, start=sums.rounds, **processes.share())
       for i, batch in enumerate(batches, sums.rounds):

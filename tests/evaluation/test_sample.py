@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from builders.evaluation import make_drawing, make_sample_request
+from builders.evaluation import make_drawing
+from builders.requests import make_sample_request
 from builders.setup import build, Setup
 from configs.vp.digits import get_config
 from controllable_generation import GaussianBlur

@@ -19,8 +19,8 @@ from builders.evaluation import (
   make_bits_per_dim,
   make_drawing,
   make_sample_quality,
-  make_sample_request,
 )
+from builders.requests import make_sample_request
 from builders.setup import build, Setup
 from builders.training import task_of
 from configs import base, own
