@@ -14,7 +14,6 @@ it; without it, it is downloaded.
 from collections.abc import Callable, Sequence
 import dataclasses
 from functools import cached_property
-import json
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ from evaluation.sample_quality import SampleQuality
 from models.score import Params
 import run_lib
 from runtime.devices import all_devices
-from training.checkpoints import steps_in
 from workdir import artifacts
 from workdir.reports import Report
 
@@ -250,14 +248,8 @@ class Bench:
 
   def train(self, model: Model) -> None:
     """Trains a model, as far as that was not done."""
-    workdir, config = self.folder / model.folder, self.config_of(model)
-    if config.training.n_iters in steps_in(workdir):
-      return
-    if config.distill.method:
-      teacher = str(self.folder / model.teacher) if model.teacher else ''
-      run_lib.distill(config, str(workdir), teacher)
-    else:
-      run_lib.train(config, str(workdir))
+    teacher = str(self.folder / model.teacher) if model.teacher else ''
+    runs.train(self.config_of(model), self.folder / model.folder, teacher)
 
   def row(self, model: Model, sampler: Sampler) -> Report:
     """What is said of samples, as far as it was not measured."""
@@ -279,7 +271,7 @@ class Bench:
       self.folder / 'measured', workdir.name, settings, measurements, params,
       config.training.n_iters,
     )  # fmt: skip
-    images, seconds = spent(workdir)
+    images, seconds = runs.spent(workdir)
     of_model = {'model': model.name, 'run': model.folder, 'beside': model.beside or model.folder}
     return report | of_model | {'name': sampler.name, 'images': images, 'seconds': seconds}
 
@@ -335,23 +327,6 @@ def drawn(folder: epath.Path, n: int) -> np.ndarray:
 
 def _number(path: epath.Path) -> int:
   return int(path.stem.rpartition('_')[2])
-
-
-def spent(workdir: epath.Path) -> tuple[int, float]:
-  """Images that a run saw, and the seconds of its steps; with the stages before it, if any."""
-  lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
-  seconds, before = 0.0, 0
-  for line in sorted((line for line in lines if 'steps_per_s' in line), key=lambda v: v['step']):
-    seconds += (line['step'] - before) / line['steps_per_s']
-    before = line['step']
-  config: dict[str, Any] = artifacts.read_json(workdir / 'config.json')
-  images, own = config['training']['n_iters'] * config['training']['batch_size'], config['distill']
-  stages = workdir / 'stages' if (workdir / 'stages').exists() else workdir.parent
-  earlier = stages / str(2 * own['end_steps'])
-  if own['method'] == 'progressive' and earlier.exists():
-    images_before, seconds_before = spent(earlier)
-    return images + images_before, seconds + seconds_before
-  return images, seconds
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -96,6 +96,7 @@ RECIPES = (
 
 
 _NAMES = [recipe.name for recipe in RECIPES]
+_OF_EDM = next(recipe for recipe in RECIPES if recipe.sde == 'edm')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +136,10 @@ def _fashion_mnist(sde: str) -> ConfigDict:
   return own.few_steps(own.fashion_mnist(own.small_ddpmpp(sde), '16'), 0)
 
 
+def _fashion_mnist_28(sde: str) -> ConfigDict:
+  return own.few_steps(own.fashion_mnist(own.small_ddpmpp(sde), '28'), 0)
+
+
 def _tiny(sde: str) -> ConfigDict:
   config = _digits(sde)
   config.model.nf = 8
@@ -166,8 +171,20 @@ TRIALS = (
     classifier=small_classifier.Training(images=120_000),
     needs_path=True,
   ),
+  # All pixels, for hours: one recipe, by `configs/edm/fashion_mnist.py:28` as it is.
+  Trial(
+    name='Fashion-MNIST-28',
+    config=_fashion_mnist_28,
+    n_iters=own.FASHION_MNIST['28']['training.n_iters'],
+    seeds=(42,),
+    samples=512,
+    likelihoods=96,
+    batch_size=256,
+    classifier=small_classifier.Training(images=120_000),
+    recipes=(dataclasses.replace(_OF_EDM, average={}),),
+    needs_path=True,
+  ),
 )
-_OF_EDM = next(recipe for recipe in RECIPES if recipe.sde == 'edm')
 _SHOWN = {results_page.SHOWN: _OF_EDM.samplers[results_page.SHOWN]}
 QUICK = Trial(
   name='digits',
@@ -209,9 +226,9 @@ class Bench:
   def row(self, recipe: Recipe, seed: int) -> Report:
     """Trains and measures a run, as far as that was not done."""
     workdir = self.folder / f'{recipe.sde}_{seed}'
-    seconds = runs.train(config_of(self.trial, recipe, seed, self.data), workdir)
+    runs.train(config_of(self.trial, recipe, seed, self.data), workdir)
     setup, params = run_lib.load(str(workdir))
-    run, training = Run(self, setup, params, workdir / 'measured'), setup.config.training
+    run, (images, seconds) = Run(self, setup, params, workdir / 'measured'), runs.spent(workdir)
     distances = {
       str(n): run.distances(n, fields) | {'sampler': name}
       for n, (name, fields) in recipe.samplers.items()
@@ -220,7 +237,7 @@ class Bench:
       'recipe': recipe.name,
       'seed': seed,
       'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)),
-      'images': training.n_iters * training.batch_size,
+      'images': images,
       'seconds': seconds,
       'bits': run.bits_per_dim(),
       'distances': distances,

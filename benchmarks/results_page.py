@@ -134,7 +134,7 @@ def _plot_distances(ax: Axes, rows: Sequence[Row], colors: dict[str, str]) -> No
 def grid(images: np.ndarray, columns: int = COLUMNS, width: int = WIDTH) -> Image.Image:
   """Grey images [N, H, W, 1] row by row, as many as fill rows, enlarged, with lines between."""
   n, h, w, _ = images.shape
-  times = max(1, width // (columns * w))
+  times = max(1, round(width / (columns * w)))
   size, shown = (times * w, times * h), images[: n // columns * columns, ..., 0]
   large = [Image.fromarray(image).resize(size, Image.Resampling.BICUBIC) for image in shown]
   framed = np.pad(np.stack(large), ((0, 0), (0, 1), (0, 1)), constant_values=128)

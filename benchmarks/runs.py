@@ -6,12 +6,12 @@ The commands that write docs/results.md share their flags, and where their runs 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
+import json
 import logging
 from pathlib import Path
 import shutil
 import sys
-import time
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 import zlib
 
 from etils import epath
@@ -26,7 +26,7 @@ from models.score import Params
 import run_lib
 from runtime import start
 from runtime.errors import UserError
-from training.checkpoints import identity
+from training.checkpoints import identity, steps_in
 from workdir import artifacts
 from workdir.reports import Report
 
@@ -109,22 +109,33 @@ def run(main: Callable[[], None]) -> None:
     sys.exit(f'error: {error}')
 
 
-def train(config: ConfigDict, workdir: epath.Path) -> float:
-  """Trains to `training.n_iters`; seconds, of all the times that it was begun."""
-  path, seconds, n_iters = workdir / 'trained.json', 0.0, config.training.n_iters
-  if path.exists():
-    done = artifacts.read_json(path)
-    if done['step'] == n_iters:
-      return done['seconds']
-    seconds = done['seconds']
-  began, step = time.monotonic(), 0
-  try:
+def train(config: ConfigDict, workdir: epath.Path, teacher: str = '') -> None:
+  """Trains a score model, or a student as `distill` says, as far as that was not done."""
+  if config.training.n_iters in steps_in(workdir):
+    return
+  if config.distill.method:
+    run_lib.distill(config, str(workdir), teacher)
+  else:
     run_lib.train(config, str(workdir))
-    step = n_iters
-  finally:  # also when it is stopped
-    seconds += time.monotonic() - began
-    artifacts.write_json(path, {'step': step, 'seconds': seconds})
-  return seconds
+
+
+def spent(workdir: epath.Path) -> tuple[int, float]:
+  """Images that a run saw, and the seconds of its steps; with the stages before it, if any."""
+  lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+  seconds, before = 0.0, 0
+  for line in sorted((line for line in lines if 'steps_per_s' in line), key=lambda v: v['step']):
+    seconds += (line['step'] - before) / line['steps_per_s']
+    before = line['step']
+  config: dict[str, Any] = artifacts.read_json(workdir / 'config.json')
+  images = config['training']['n_iters'] * config['training']['batch_size']
+  if config.get('distill', {}).get('method') != 'progressive':  # older runs do not have the section
+    return images, seconds
+  stages = workdir / 'stages' if (workdir / 'stages').exists() else workdir.parent
+  earlier = stages / str(2 * config['distill']['end_steps'])
+  if not earlier.exists():
+    return images, seconds
+  images_before, seconds_before = spent(earlier)
+  return images + images_before, seconds + seconds_before
 
 
 def measured(
@@ -146,8 +157,8 @@ def measured(
   if not path.exists():
     for measurement in measurements:
       report |= measurement.measure(params, step, own)
-    artifacts.write_json(path, report | {'folder': str(own)})
-  return artifacts.read_json(path)
+    artifacts.write_json(path, report)
+  return artifacts.read_json(path) | {'folder': str(own)}  # where it is now: runs may be moved
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from ml_collections import FrozenConfigDict
 import numpy as np
 import pytest
 
-from benchmarks import few_steps, results_page
+from benchmarks import few_steps, results_page, runs
 from builders.distillation import check_distillation
 from builders.setup import build
 import run_lib
@@ -84,12 +84,12 @@ def run_of(folder: Path, steps: int, method: str, end_steps: int) -> None:
 
 def test_a_stage_cost_what_the_stages_before_it_did_as_well(tmp_path):
   run_of(tmp_path / 'ect', 100, 'ect', 4)
-  assert few_steps.spent(epath.Path(tmp_path / 'ect')) == (800, 37.5)
+  assert runs.spent(epath.Path(tmp_path / 'ect')) == (800, 37.5)
   root = tmp_path / 'progressive'
   run_of(root, 10, 'progressive', 1)
   for steps in (2, 4):
     run_of(root / 'stages' / str(steps), 10, 'progressive', steps)
-  found = [few_steps.spent(epath.Path(f)) for f in (root, root / 'stages/2', root / 'stages/4')]
+  found = [runs.spent(epath.Path(f)) for f in (root, root / 'stages/2', root / 'stages/4')]
   assert found == [(240, 11.25), (160, 7.5), (80, 3.75)]
 
 
