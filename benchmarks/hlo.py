@@ -196,20 +196,28 @@ def _moved(hlo: Hlo, one: Instruction, shapes: dict[str, int]) -> int:
         written -= min(written, max(whole - new, 0))
   for place, operand in enumerate(one.operands):
     begin = [x.name for x in inside if x.op == 'parameter' and x.operands == (str(place),)]
-    name = begin[0] if begin else operand
-    parts = [_part_read(inner, name) for inner in inside if name in inner.operands]
+    parts = list(_parts_read(inside, begin[0] if begin else operand))
     whole = shapes.get(operand, 0)
     read += whole if None in parts or not parts else min(whole, sum(filter(None, parts)))
   return written + read
 
 
-def _part_read(one: Instruction, name: str) -> int | None:
-  """Bytes of what an instruction reads of an array that it takes a slice of; None for all."""
-  if one.operands[0] != name or name in one.operands[1:]:
-    return None
-  if one.op == 'dynamic-slice':
-    return nbytes(one.shape, on_chip=True)
-  return 0 if one.op == 'dynamic-update-slice' else None
+def _parts_read(inside: list[Instruction], name: str) -> Iterator[int | None]:
+  """Bytes of what each instruction reads of an array: of one that takes a slice, that; else None.
+
+  Through a `bitcast` it is the same array.
+  """
+  for one in inside:
+    if name not in one.operands:
+      continue
+    if one.op == 'bitcast':
+      yield from _parts_read(inside, one.name)
+    elif one.operands[0] != name or name in one.operands[1:]:
+      yield None
+    elif one.op in ('slice', 'dynamic-slice'):
+      yield nbytes(one.shape, on_chip=True)
+    else:
+      yield 0 if one.op == 'dynamic-update-slice' else None
 
 
 def _through_bitcasts(by_name: dict[str, Instruction], name: str) -> Instruction | None:

@@ -102,6 +102,29 @@ def test_of_an_array_a_kernel_moves_the_slice_that_it_works_on() -> None:
   assert hlo.by_kind(hlo.parse(SLICES)) == {'element-wise': (1, 128 + 128 + 128 + 4)}
 
 
+HALVES = """HloModule jit_step, is_scheduled=true
+
+%fused_halves (p: f32[8,4]) -> f32[4,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %same = f32[2,4,4]{2,1,0} bitcast(%p)
+  %half = f32[1,4,4]{2,1,0} slice(%same), slice={[1:2], [0:4], [0:4]}
+  %one = f32[4,4]{1,0} bitcast(%half)
+  ROOT %sine = f32[4,4]{1,0} sine(%one)
+}
+
+ENTRY %main (a: f32[8,4]) -> f32[4,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  ROOT %fusion = f32[4,4]{1,0} fusion(%a), kind=kLoop, calls=%fused_halves
+}
+"""
+
+
+def test_a_slice_at_a_place_that_is_fixed_is_no_more_than_that() -> None:
+  assert hlo.by_kind(hlo.parse(HALVES)) == {'element-wise': (1, 64 + 64)}
+  whole = HALVES.replace('slice(%same), slice={[1:2], [0:4], [0:4]}', 'sine(%same)')
+  assert hlo.by_kind(hlo.parse(whole)) == {'element-wise': (1, 128 + 64)}
+
+
 def test_bytes_of_shapes() -> None:
   assert hlo.nbytes('bf16[128,32,3]{2,1,0:T(8,128)(2,1)}') == 2 * 128 * 32 * 3
   assert hlo.nbytes('(f32[], /*index=1*/pred[5]{0}, s64[0])') == 4 + 5

@@ -19,7 +19,7 @@ from runtime import processes
 from runtime.devices import Devices, Keys
 from runtime.errors import UserError
 from training.checkpoints import Checkpoints, Notes
-from training.packing import packed, unpacked
+from training.packing import FOR_GPUS, FOR_TPUS, packed, SMALL_ALONE, unpacked
 from training.step import Batch, finite_step, Metrics, TrainState
 from workdir.artifacts import Metrics as MetricsFile
 from workdir.progress import Stop, TrainLog
@@ -38,7 +38,7 @@ class Task:
     section: of the config, that describes the network.
     init: key -> the state before the first step.
     update: (state, frozen, batch, key) -> the state one step later, and metrics [] of that step.
-      Small parameters of the state may be packed: `training.packing.unpacked` makes trees of them.
+      The state may be packed: `training.packing.unpacked` makes trees of it.
     evaluate: (moving average of the parameters, frozen, held-out batch, key) -> metrics [].
     purposes: of the keys that these three get.
     batch_size: of training and of evaluation.
@@ -123,11 +123,13 @@ def train(
   """
   n_iters = schedule.n_iters
   with Stop() as stop, Checkpoints(root, notes, schedule.keep_snapshots) as checkpoints:
-    start = state = restore_or_init(task, devices, keys, root, checkpoints, begin)
+    state = restore_or_init(task, devices, keys, root, checkpoints, begin)
     step = int(state.step)
     at_start(state)
     if step and (step % schedule.snapshot_freq == 0 or step >= n_iters):
       at_snapshot(state, stop)
+    state = as_trained(state, devices)  # by the same name: what it was is freed
+    steps = updates(task, schedule, devices, keys, source, state)
     evaluate = jax.jit(task.evaluate, out_shardings=devices.replicated)
     held_out_batches = _held_out_batches(
       task, devices, keys, held_out, start=step // schedule.eval_freq
@@ -138,7 +140,7 @@ def train(
       MetricsFile(root, step, schedule.wandb) as metrics,
       TrainLog(metrics, **log_choices) as log,
     ):
-      for state, step, measured in updates(task, schedule, devices, keys, source, start):
+      for state, step, measured in steps:
         log.add(step, measured)
         if step % schedule.eval_freq == 0:
           log.add_eval(step, evaluate(state.ema_params, task.frozen, *next(held_out_batches)))
@@ -217,11 +219,15 @@ def compiler_options() -> dict[str, str]:
 
 
 def as_trained(state: TrainState, devices: Devices) -> TrainState:
-  """A state as the programs of these devices take it: with small parameters packed, but on CPUs.
+  """A state as the programs of these devices take it: with its parameters packed, but on CPUs.
 
   There a kernel costs little to start, and the norm of a gradient adds up as it always did.
   """
-  return state if devices.platform == 'cpu' else packed(state)
+  if devices.platform == 'cpu':
+    return state
+  if devices.rows is not None:  # large arrays lie in parts on the devices
+    return packed(state, SMALL_ALONE)
+  return packed(state, FOR_GPUS if devices.platform == 'gpu' else FOR_TPUS)
 
 
 def compile_steps(

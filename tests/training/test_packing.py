@@ -1,4 +1,4 @@
-"""Small parameters are trained side by side in one array; nobody else sees it."""
+"""Parameters are trained side by side in a few arrays; nobody else sees it."""
 
 from functools import partial
 
@@ -14,7 +14,17 @@ from configs.toy import two_moons
 import run_lib
 from runtime.devices import Devices
 from training import loop
-from training.packing import pack_like, Packed, packed, SMALL, unpacked
+from training.packing import (
+  FOR_GPUS,
+  FOR_TPUS,
+  pack_like,
+  Packed,
+  packed,
+  SMALL,
+  SMALL_ALONE,
+  STACKED,
+  unpacked,
+)
 from training.step import finite_step, TrainState
 
 
@@ -33,7 +43,7 @@ def assert_same(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_what_is_packed():
+def test_small_arrays_are_one_vector():
   """Small arrays of float32, in the order of the leaves; others stay where they are."""
   params = {
     'large': jnp.zeros(SMALL + 1),
@@ -42,25 +52,70 @@ def test_what_is_packed():
     'empty': jnp.zeros((0, 4)),
   }
   state = state_of(params)
-  joined = packed(state)
+  joined = packed(state, SMALL_ALONE)
   of_opt = [x for x in jax.tree.leaves(joined, is_leaf=_is_packed) if _is_packed(x)]
   assert len(of_opt) == 1 + 2 + 2  # parameters, two averages, two moments
   assert joined.params.small.shape == (SMALL + 1 + 6,)
-  assert joined.params.large['large'] is params['large']
-  assert joined.params.large['half'] is params['half']
+  assert not joined.params.stacks
+  assert joined.params.rest['large'] is params['large']
+  assert joined.params.rest['half'] is params['half']
   np.testing.assert_array_equal(joined.params.small, [1] * SMALL + [3] * 6 + [2])
   assert_same(unpacked(joined), state)
   assert_same(unpacked(joined.params), params)
   assert_same(joined.ema_params, params)
-  assert_same(packed(joined), joined)  # twice is once
+  assert_same(packed(joined, SMALL_ALONE), joined)  # twice is once
+  assert_same(unpacked(pack_like(joined.params, params)), params)
+
+
+@pytest.mark.parametrize('packing', [FOR_GPUS, FOR_TPUS])
+def test_large_arrays_of_one_shape_are_stacked(packing):
+  """In the order of the leaves, whatever stands between; very large ones and halves stay."""
+  kernels = jax.random.normal(jax.random.key(0), (2, 3, 3, 32, 16))
+  matrices = jax.random.normal(jax.random.key(1), (2, 64, 72))  # as many numbers as a kernel
+  params = {
+    'a': kernels[0],
+    'b': {'bias': jnp.ones(3), 'w': matrices[0]},
+    'c': jnp.ones((STACKED // 4 + 1, 4)),
+    'd': matrices[1],
+    'e': jnp.ones(SMALL + 1, jnp.bfloat16),
+    'f': kernels[1],
+    'g': jnp.full((72, 64), 5.0),  # the only one
+  }
+  state = state_of(params)
+  joined = packed(state, packing)
+  of_kernels = jnp.moveaxis(kernels, -1, 1) if packing.outputs_first else kernels
+  for stack, expected in zip(
+    joined.params.stacks, (of_kernels, matrices, params['g'][None]), strict=True
+  ):
+    np.testing.assert_array_equal(stack, expected)
+  assert joined.params.rest['c'] is params['c'] and joined.params.rest['e'] is params['e']
+  assert [x.shape for x in jax.tree.leaves(joined.params)].count((3,)) == 1  # the vector
+  assert_same(unpacked(joined), state)
+  assert_same(joined.ema_params, params)
   assert_same(unpacked(pack_like(joined.params, params)), params)
 
 
 @pytest.mark.parametrize('params', [jnp.ones(3), {'w': jnp.ones(3)}, {'w': jnp.ones(2 * SMALL)}])
-def test_one_small_array_is_left_alone(params):
+@pytest.mark.parametrize('packing', [SMALL_ALONE, FOR_GPUS])
+def test_one_array_is_left_alone(params, packing):
   state = state_of(params)
-  assert packed(state) is state
+  assert packed(state, packing) is state
   assert pack_like(state.params, params) is params
+
+
+def test_adam_is_the_same_to_the_bit():
+  """All but the norm works number by number, however the numbers lie."""
+  tx = optax.adamw(1e-3)
+  params = {'a': jax.random.normal(jax.random.key(0), (3, 3, 32, 16)), 'b': jnp.ones((80, 90))}
+  state = TrainState(jnp.int32(0), params, (params,), tx.init(params))
+  grads = jax.tree.map(jnp.sin, params)
+
+  @jax.jit
+  def step(state, grads):
+    updates, opt_state = tx.update(pack_like(state.params, grads), state.opt_state, state.params)
+    return optax.apply_updates(state.params, updates), opt_state
+
+  assert_same(unpacked(step(packed(state, FOR_GPUS), grads)), step(state, grads))
 
 
 def _is_packed(x):
