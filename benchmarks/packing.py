@@ -27,8 +27,10 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import common
-from data import packing, sources
+from data import packing
 from data.batches import train_batches
+from data.decoding import Decoder
+from data.sources import Dataset
 
 _IN_A_SHARD = 10_000  # images of a tar
 _DIFFERENT = 500  # images, over and over
@@ -84,7 +86,6 @@ def stage(what: str, n: int, run: Callable[[], Any]) -> tuple[Row, Any]:
 
 def measure(folder: Path, n: int, size: int, batch: int) -> list[Row]:
   """All stages, of images of one size."""
-  shape: dict[str, Any] = {'image_size': size, 'num_channels': 3}
   tars, packed, few = folder / f'tars-{size}', folder / f'packed-{size}', min(n, 10_000)
   write_tars(tars, n, size)
   order = np.random.default_rng(0).permutation(n)
@@ -98,14 +99,13 @@ def measure(folder: Path, n: int, size: int, batch: int) -> list[Row]:
       for _ in islice(batches, n // batch):
         pass
 
-  scanned, reader = stage(
-    'read the headers', n, lambda: sources.open_reader('tar', 'train', path=str(tars), **shape)
+  of_tars, of_packed = (
+    Dataset(name, size, Decoder(3), str(path)) for name, path in (('tar', tars), ('packed', packed))
   )
+  scanned, reader = stage('read the headers', n, lambda: of_tars.reader('train'))
   decoded, _ = stage('decode PNG', few, lambda: deque(map(reader, order[:few].tolist()), 0))
   written, _ = stage('pack', n, lambda: packing.pack(packed, {'train': reader}, {}))
-  opened, source = stage(
-    'open what is packed', n, lambda: sources.load('packed', 'train', path=str(packed), **shape)
-  )
+  opened, source = stage('open what is packed', n, lambda: of_packed.images('train'))
   rows = [
     scanned,
     decoded,

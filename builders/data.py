@@ -2,11 +2,10 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from ml_collections import FrozenConfigDict
 
-from data import check, conditions, packing, points, sources
+from data import check, conditions, packing, points
 from data.augmentation import Augmentation
 from data.codec import Codec, ImageCodec, PointCodec
 from data.conditions import Conditions, Gray, LowResolution, PairedFolder
@@ -16,6 +15,7 @@ from data.folder import fingerprint
 from data.images import Images, Source
 from data.packed import Packed
 from data.records import Reader
+from data.sources import Dataset, refuse_one_value
 from runtime.errors import UserError
 from workdir import artifacts
 
@@ -115,9 +115,9 @@ def load_images(config: FrozenConfigDict, split: str, section: str = 'model') ->
   if data.dim:
     source = points.load(data.dataset, split, data.dim)
   else:
-    source = images = sources.load(data.dataset, split, **_how_to_read(config, takes_labels))
+    source = images = make_dataset(config, takes_labels).images(split)
     if split == 'train':
-      sources.refuse_one_value(images)
+      refuse_one_value(images)
   if takes_labels and not num_classes == source.num_classes > 0:
     n = source.num_classes
     there = f'{n} classes; set it to that' if n else 'no labels; choose another dataset'
@@ -128,20 +128,24 @@ def load_images(config: FrozenConfigDict, split: str, section: str = 'model') ->
   return source
 
 
-def _how_to_read(config: FrozenConfigDict, labelled: bool) -> dict[str, Any]:
-  """The arguments of `sources.load`."""
+def make_dataset(config: FrozenConfigDict, labelled: bool) -> Dataset:
+  """The images of a config, with their classes if they are wanted.
+
+  Raises:
+    UserError: if a field of the decoder has no such value.
+  """
   data = config.data
-  return {
-    'image_size': data.image_size,
-    'num_channels': data.num_channels,
-    'path': data.path,
-    'data_dir': data.tfds_dir,
-    'category': data.category,
-    'decoder': make_decoder(config),
-    'held_out': data.held_out,
-    'labelled': labelled,
-    'skip_damaged': data.skip_damaged,
-  }
+  return Dataset(
+    name=data.dataset,
+    image_size=data.image_size,
+    decoder=make_decoder(config),
+    path=data.path,
+    data_dir=data.tfds_dir,
+    category=data.category,
+    held_out=data.held_out,
+    labelled=labelled,
+    skip_damaged=data.skip_damaged,
+  )
 
 
 def pack(config: FrozenConfigDict, name: str) -> Packed:
@@ -165,9 +169,9 @@ def pack(config: FrozenConfigDict, name: str) -> Packed:
       'another: train on the folders as they are, or pack with lowres:N or gray'
     )
   labelled = config.model.num_classes > 0 or config.classifier.num_classes > 0
-  splits = dict[str, Reader]()
+  dataset, splits = make_dataset(config, labelled), dict[str, Reader]()
   for split in ('train', 'test'):
-    read = sources.open_reader(data.dataset, split, **_how_to_read(config, labelled))
+    read = dataset.reader(split)
     if not read.records.of_training:
       splits[split] = read
   prints = {split: fingerprint(data.path, read.records.files) for split, read in splits.items()}
@@ -194,12 +198,10 @@ def check_data(config: FrozenConfigDict) -> list[check.SplitReport]:
   data = config.data
   if data.dim:
     raise UserError(f'--mode check_data is for images, and config.data.dim = {data.dim}')
-  decoder, reports, of_conditions = make_decoder(config), [], list[check.SplitReport]()
-  told = make_conditions(config)
+  dataset, told = make_dataset(config, labelled=True), make_conditions(config)
+  decoder, reports, of_conditions = dataset.decoder, [], list[check.SplitReport]()
   for split in ('train', 'test'):
-    records = sources.open_records(
-      data.dataset, split, data.path, data.tfds_dir, data.category, data.held_out
-    )
+    records = dataset.records(split)
     if not records.of_training:
       reports.append(check.check_split(split, records, decoder, data.image_size))
       if told and records.file and (paired := told.files_of(records.files)):

@@ -31,7 +31,95 @@ logger = logging.getLogger('score_sde')
 _DIGITS = Path(__file__).parent.parent / 'assets' / 'digits.npz'
 
 
-def _digits(split: str, _: str) -> Records:
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """What is to be read, and as which images.
+
+  Attributes:
+    name: 'digits', 'folder', 'tar', 'packed', 'CIFAR10', 'MNIST', 'FashionMNIST', 'SVHN', 'CELEBA',
+      'LSUN', 'FFHQ', 'CelebAHQ' in any case, or a name of TensorFlow Datasets such as
+      'oxford_flowers102'.
+    image_size: pixels.
+    decoder: how images in files become those of the dataset.
+    path: the images of 'folder', the shards of 'tar' and 'packed'; the TFRecord files of 'FFHQ' and
+      'CelebAHQ'; the official archive or files that CIFAR10, MNIST or FashionMNIST is prepared from
+      where there is no network.
+    data_dir: TFDS's data directory; empty for its default.
+    category: of LSUN, such as 'bedroom' or 'church_outdoor'.
+    held_out: the subfolder of a folder with the images of its split test; by default found by name.
+    labelled: classes are wanted: images outside of the folders of classes are left out.
+    skip_damaged: leave out images that cannot be read; all are read now to find them. Those that
+      are packed were read before.
+  """
+
+  name: str
+  image_size: int
+  decoder: Decoder
+  path: str = ''
+  data_dir: str = ''
+  category: str = ''
+  held_out: str = ''
+  labelled: bool = True
+  skip_damaged: bool = False
+
+  def images(self, split: str) -> Images:
+    """The images of one split, each uint8 [image_size, image_size, C].
+
+    Args:
+      split: 'train' or 'test'; the latter is whichever split the dataset holds out.
+
+    Raises:
+      UserError: unknown name, split or category; data that are missing, not prepared or damaged. A
+        damaged image raises when it is first read, unless it is left out.
+    """
+    return kind_of(self.name).images(self, split)
+
+  def reader(self, split: str) -> Reader:
+    """What reads the same one by one; its errors are those of `images`."""
+    if self.image_size < 1:
+      raise UserError(f'config.data.image_size is {self.image_size}; it must be at least 1')
+    if self.decoder.fit != 'crop' and kind_of(self.name).has_own_fit:
+      raise UserError(
+        f'config.data.fit = {self.decoder.fit} is for folders, and dataset {self.name!r} has a '
+        'geometry of its own; leave it at crop'
+      )
+    read = Reader.of(self.records(split), self.decoder, self.image_size, self.path or self.name)
+    if self.skip_damaged:
+      read = dataclasses.replace(read, records=read.records.only(read.readable()))
+    _, label = read(0)  # a wrong path or image_size shows now, not in the first training step
+    if label < 0:  # TFDS has -1 for every image of a split whose labels are secret
+      read = dataclasses.replace(read, records=dataclasses.replace(read.records, class_names=()))
+    return read
+
+  def records(self, split: str) -> Records:
+    """The same as they are stored; its errors are those of `images`."""
+    if split not in ('train', 'test'):
+      raise unknown('split', split, ('train', 'test'))
+    try:
+      records = kind_of(self.name).records(self, split)
+    except OSError as error:
+      raise UserError(f'cannot open dataset {self.name!r}: {error}') from error
+    if not records.length:
+      raise UserError(f'dataset {self.name!r} has no images in split {split}')
+    return records
+
+
+def load(
+  name: str,
+  split: str,
+  *,
+  image_size: int,
+  num_channels: int,
+  decoder: Decoder | None = None,
+  **where: Any,
+) -> Images:
+  """The images of one split of a `Dataset`, whose further fields are `where`."""
+  decoder = dataclasses.replace(decoder or Decoder(), num_channels=num_channels)
+  return Dataset(name, image_size, decoder, **where).images(split)
+
+
+def _digits(dataset: Dataset, split: str) -> Records:
+  del dataset  # there is one
   with np.load(_DIGITS) as file:
     part = slice(1500) if split == 'train' else slice(1500, None)
     images, labels = file['images'][part], file['labels'][part]
@@ -45,9 +133,9 @@ def _digits(split: str, _: str) -> Records:
   )
 
 
-def _folder(split: str, path: str, held_out: str = '', labelled: bool = True) -> Records:
-  found = read_folder(path, held_out, labelled)
-  files, labels = found.told(split, path)
+def _folder(dataset: Dataset, split: str) -> Records:
+  found = read_folder(dataset.path, dataset.held_out, dataset.labelled)
+  files, labels = found.told(split, dataset.path)
   of_training = split == 'test' and found.test is None
 
   def all_splits() -> Sequence[Callable[[], Image.Image]]:
@@ -69,14 +157,58 @@ def _folder(split: str, path: str, held_out: str = '', labelled: bool = True) ->
   )
 
 
-def _tfds(name: str, split: str, path: str, data_dir: str, held_out: str, fit: Any) -> Records:
-  """A TFDS dataset. `held_out` names its evaluation split; '' picks test or validation."""
+@dataclasses.dataclass(frozen=True)
+class _TFDSSet:
+  """A dataset of TensorFlow Datasets that has a name of ours.
+
+  Attributes:
+    own: this name.
+    name: there.
+    held_out: its evaluation split; '' picks test or validation.
+    fit: its geometry.
+  """
+
+  own: str
+  name: str
+  held_out: str
+  fit: Callable[[Image.Image, int], Image.Image]
+
+  def full_name(self, dataset: Dataset) -> str:
+    """`set` or `set/config`, as TFDS has it."""
+    config = dataset.name.partition('/')[2]
+    if self.own == 'LSUN':
+      config = config or dataset.category
+      if not config:
+        raise UserError("LSUN needs a category; set config.data.category, such as 'bedroom'")
+    return f'{self.name}/{config}' if config else self.name
+
+
+_TFDS_SETS = (
+  _TFDSSet('CIFAR10', 'cifar10', 'test', geometry.stretch),
+  _TFDSSet('MNIST', 'mnist', 'test', geometry.stretch),
+  _TFDSSet('FashionMNIST', 'fashion_mnist', 'test', geometry.stretch),
+  _TFDSSet('SVHN', 'svhn_cropped', 'test', geometry.stretch),
+  _TFDSSet('CELEBA', 'celeb_a', 'validation', geometry.celeba),
+  _TFDSSet('LSUN', 'lsun', 'validation', geometry.lsun),
+)
+
+
+def _tfds_set(name: str) -> _TFDSSet | None:
+  """The one that is meant by a name of ours or of TFDS, `set` or `set/config`."""
+  head = name.partition('/')[0].lower()
+  return next((known for known in _TFDS_SETS if head in (known.own.lower(), known.name)), None)
+
+
+def _tfds(dataset: Dataset, split: str) -> Records:
   from tensorflow_datasets.core.decode import DeserializeMethod
   from tensorflow_datasets.core.features import ClassLabel
   from tensorflow_datasets.core.features import Image as ImageFeature
 
-  also = [*OF_USERS, *_LOCAL, *(own for own, _, _, _ in _TFDS)]
-  builder = prepared_builder(name, path=path, data_dir=data_dir, also=also)
+  known = _tfds_set(dataset.name)
+  name = known.full_name(dataset) if known else dataset.name
+  held_out, fit = (known.held_out, known.fit) if known else ('', None)
+  data_dir, also = os.path.expanduser(dataset.data_dir), [*KINDS, *(k.own for k in _TFDS_SETS)]
+  builder = prepared_builder(name, path=dataset.path, data_dir=data_dir, also=also)
   info = builder.info
   if 'image' not in info.features or not isinstance(info.features['image'], ImageFeature):
     raise UserError(
@@ -120,8 +252,9 @@ def _tfds(name: str, split: str, path: str, data_dir: str, held_out: str, fit: A
   )  # fmt: skip
 
 
-def _tfrecords(split: str, path: str) -> Records:
+def _tfrecords(dataset: Dataset, split: str) -> Records:
   """TFRecord files of tf.train.Example: 'shape' int64 [3], 'data' uint8 bytes, channels first."""
+  path = dataset.path
   root = Path(path).expanduser()
   folder, pattern = (root, '*.tfrecord*') if os.path.isdir(root) else (root.parent, root.name)
   files = sorted(folder.glob(pattern)) if path else []
@@ -147,85 +280,31 @@ def _tfrecords(split: str, path: str) -> Records:
   return Records(len(spans), read, where, geometry.stored, files=files)
 
 
-_LOCAL: dict[str, Callable[[str, str], Records]] = {
-  'digits': _digits,
-  'FFHQ': _tfrecords,
-  'CelebAHQ': _tfrecords,
-}
-OF_USERS = ('folder', 'tar', 'packed')  # in `config.data.path`
-_TFDS = (  # name in a config, name in TFDS, evaluation split, geometry
-  ('CIFAR10', 'cifar10', 'test', geometry.stretch),
-  ('MNIST', 'mnist', 'test', geometry.stretch),
-  ('FashionMNIST', 'fashion_mnist', 'test', geometry.stretch),
-  ('SVHN', 'svhn_cropped', 'test', geometry.stretch),
-  ('CELEBA', 'celeb_a', 'validation', geometry.celeba),
-  ('LSUN', 'lsun', 'validation', geometry.lsun),
-)
+def _tar(dataset: Dataset, split: str) -> Records:
+  return tar.read_tars(dataset.path, dataset.held_out).records(split)
 
 
-def load(
-  name: str,
-  split: str,
-  *,
-  image_size: int,
-  num_channels: int,
-  path: str = '',
-  data_dir: str = '',
-  category: str = '',
-  decoder: Decoder | None = None,
-  held_out: str = '',
-  labelled: bool = True,
-  skip_damaged: bool = False,
-) -> Images:
-  """The images of one split of a dataset, each uint8 [image_size, image_size, num_channels].
+def _packed(dataset: Dataset, split: str) -> Records:
+  return packed.open_packed(dataset.path).records(split)
 
-  Args:
-    name: 'digits', 'folder', 'tar', 'packed', 'CIFAR10', 'MNIST', 'FashionMNIST', 'SVHN', 'CELEBA',
-      'LSUN', 'FFHQ', 'CelebAHQ' in any case, or a name of TensorFlow Datasets such as
-      'oxford_flowers102'.
-    split: 'train' or 'test'; the latter is whichever split the dataset holds out.
-    image_size: pixels.
-    num_channels: 1 (luminance), 2 (and alpha), 3 (RGB) or 4 (and alpha).
-    path: the images of 'folder', the shards of 'tar' and 'packed'; the TFRecord files of 'FFHQ' and
-      'CelebAHQ'; the official archive or files that CIFAR10, MNIST or FashionMNIST is prepared from
-      where there is no network.
-    data_dir: TFDS's data directory; empty for its default.
-    category: of LSUN, such as 'bedroom' or 'church_outdoor'.
-    decoder: how images in files become those of the dataset; by default cropped, on white.
-    held_out: the subfolder of a folder with the images of its split test; by default found by name.
-    labelled: classes are wanted: images outside of the folders of classes are left out.
-    skip_damaged: leave out images that cannot be read; all are read now to find them. Those that
-      are packed were read before.
 
-  Raises:
-    UserError: unknown name, split or category; data that are missing, not prepared or damaged. A
-      damaged image raises when it is first read, unless it is left out.
-  """
-  if name.lower() == 'packed':
-    return packed.open_packed(path).images(
-      split, image_size, num_channels, decoder.fit if decoder else ''
-    )
-  read = open_reader(
-    name,
-    split,
-    image_size=image_size,
-    num_channels=num_channels,
-    path=path,
-    data_dir=data_dir,
-    category=category,
-    decoder=decoder,
-    held_out=held_out,
-    labelled=labelled,
-    skip_damaged=skip_damaged,
-  )
-  records = read.records
+def _packed_images(dataset: Dataset, split: str) -> Images:
+  decoder = dataset.decoder
+  images = packed.open_packed(dataset.path)
+  return images.images(split, dataset.image_size, decoder.num_channels, decoder.fit)
+
+
+def _decoded(dataset: Dataset, split: str) -> Images:
+  """Images that are decoded when they are first asked for."""
+  read = dataset.reader(split)
+  records, decoder, size = read.records, read.decoder, read.size
   source = ImageSource(
-    (image_size, image_size, num_channels),
+    (size, size, decoder.num_channels),
     records.length,
     read,
     records.class_names,
     records.label,
-    functools.partial(fingerprint, path, records.files),
+    functools.partial(fingerprint, dataset.path, records.files),
     [records.file(i) for i in range(records.length)] if records.file else (),
   )
   if read.usual.was_asked:
@@ -233,37 +312,38 @@ def load(
   return source
 
 
-def open_reader(
-  name: str,
-  split: str,
-  *,
-  image_size: int,
-  num_channels: int,
-  path: str = '',
-  data_dir: str = '',
-  category: str = '',
-  decoder: Decoder | None = None,
-  held_out: str = '',
-  labelled: bool = True,
-  skip_damaged: bool = False,
-) -> Reader:
-  """What reads the images of one split as a dataset has them; see `load`."""
-  decoder = dataclasses.replace(decoder or Decoder(), num_channels=num_channels)
-  if image_size < 1:
-    raise UserError(f'config.data.image_size is {image_size}; it must be at least 1')
-  if decoder.fit != 'crop' and _has_own_fit(name):
-    raise UserError(
-      f'config.data.fit = {decoder.fit} is for folders, and dataset {name!r} has a geometry of its '
-      'own; leave it at crop'
-    )
-  records = open_records(name, split, path, data_dir, category, held_out, labelled)
-  read = Reader.of(records, decoder, image_size, path or name)
-  if skip_damaged:
-    read = dataclasses.replace(read, records=records.only(read.readable()))
-  _, label = read(0)  # a wrong path or image_size shows now, not in the first training step
-  if label < 0:  # TFDS has -1 for every image of a split whose labels are secret
-    read = dataclasses.replace(read, records=dataclasses.replace(read.records, class_names=()))
-  return read
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """What is to be known of a kind of dataset; `Dataset` asks it.
+
+  Attributes:
+    records: opens the images of a split as they are stored.
+    images: makes of them those of a network; by default they are decoded.
+    of_users: it lies in `config.data.path`, and others may have the same name.
+    has_own_fit: its images come to their size in a way of their own, whatever `config.data.fit` is.
+  """
+
+  records: Callable[[Dataset, str], Records]
+  images: Callable[[Dataset, str], Images] = _decoded
+  of_users: bool = False
+  has_own_fit: bool = False
+
+
+# By the name in a config, in any case. All other names are of TensorFlow Datasets.
+KINDS = {
+  'folder': Kind(_folder, of_users=True),
+  'tar': Kind(_tar, of_users=True),
+  'packed': Kind(_packed, _packed_images, of_users=True),
+  'digits': Kind(_digits, has_own_fit=True),
+  'FFHQ': Kind(_tfrecords, has_own_fit=True),
+  'CelebAHQ': Kind(_tfrecords, has_own_fit=True),
+}
+
+
+def kind_of(name: str) -> Kind:
+  """The kind of the dataset of this name."""
+  named = (kind for known, kind in KINDS.items() if known.lower() == name.lower())
+  return next(named, Kind(_tfds, has_own_fit=_tfds_set(name) is not None))
 
 
 def refuse_one_value(source: Images) -> None:
@@ -277,52 +357,3 @@ def refuse_one_value(source: Images) -> None:
     f'every pixel of all images is {first.flat[0]} of 255, so that there is nothing to learn; look '
     'at the files, and at --config.data.black and --config.data.white if they have more than 8 bits'
   )
-
-
-def open_records(
-  name: str,
-  split: str,
-  path: str = '',
-  data_dir: str = '',
-  category: str = '',
-  held_out: str = '',
-  labelled: bool = True,
-) -> Records:
-  """The images of one split as they are stored; arguments and errors are those of `load`."""
-  if split not in ('train', 'test'):
-    raise unknown('split', split, ('train', 'test'))
-  try:
-    if name.lower() == 'folder':
-      records = _folder(split, path, held_out, labelled)
-    elif name.lower() == 'tar':
-      records = tar.read_tars(path, held_out).records(split)
-    elif name.lower() == 'packed':
-      records = packed.open_packed(path).records(split)
-    else:
-      records = _open(name, split, path, os.path.expanduser(data_dir), category)
-  except OSError as error:
-    raise UserError(f'cannot open dataset {name!r}: {error}') from error
-  if not records.length:
-    raise UserError(f'dataset {name!r} has no images in split {split}')
-  return records
-
-
-def _has_own_fit(name: str) -> bool:
-  own = {n.lower() for n in _LOCAL}
-  return name.partition('/')[0].lower() in own.union(*({n.lower(), t} for n, t, _, _ in _TFDS))
-
-
-def _open(name: str, split: str, path: str, data_dir: str, category: str) -> Records:
-  for own, opener in _LOCAL.items():
-    if name.lower() == own.lower():
-      return opener(split, path)
-  head, _, config = name.partition('/')
-  for own, tfds_name, held_out, fit in _TFDS:
-    if head.lower() in (own.lower(), tfds_name):
-      if own == 'LSUN':
-        config = config or category
-        if not config:
-          raise UserError("LSUN needs a category; set config.data.category, such as 'bedroom'")
-      full = f'{tfds_name}/{config}' if config else tfds_name
-      return _tfds(full, split, path, data_dir, held_out, fit)
-  return _tfds(name, split, path, data_dir, '', None)

@@ -20,10 +20,10 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from data import sources
 from data.batches import eval_batches
 from data.decoding import Decoder
 from data.images import Source, spread
+from data.sources import kind_of
 from evaluation.features import FeatureNetwork
 from evaluation.metrics import Moments, NEIGHBOURS
 from runtime import processes
@@ -84,7 +84,7 @@ class Images:
   def usual_path(self, features: str) -> epath.Path:
     """Where the file of their features by the network of that name lies."""
     folder = ''
-    if self.dataset.lower() in sources.OF_USERS:  # others may have the same name
+    if kind_of(self.dataset).of_users:  # others may have the same name
       place = epath.Path(self.path).expanduser()
       folder = f'{place.name}-{zlib.crc32(os.fsencode(os.path.abspath(place))):08x}'
     parts = [self.dataset.replace('/', '-').lower(), self.category, folder]
