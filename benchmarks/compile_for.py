@@ -60,6 +60,7 @@ import likelihood
 import main as command
 from runtime.devices import out_of_memory
 from runtime.errors import unknown, UserError
+from runtime.shapes import Told
 from samplers import base
 import sampling
 from training import loop
@@ -213,7 +214,7 @@ def likelihood_step(setup: Setup) -> Program:
 
 def _score(setup: Setup, params: Any, n: int) -> Any:
   """The score of n rows, of one condition where the model is told any."""
-  told: dict[str, Array] = {}
+  told = Told()
   if channels := setup.model.condition_channels:
     told['condition'] = jnp.zeros((n, *setup.data_shape[:-1], channels))
   return setup.model.bind(params, **told)

@@ -73,8 +73,8 @@ def by_condition(workdir: str, conditions: np.ndarray, k: int) -> Way:
   """k samples of each of the conditions, by a model that is told them."""
   setup, params = run_lib.load(workdir)
   drawn, nfe = make_drawing(setup).samples_of(
-    params, setup.keys.key('draw'), k * len(conditions), None, lambda fraction: None,
-    conditions.repeat(k, axis=0),
+    params, setup.keys.key('draw'), k * len(conditions),
+    {'condition': conditions.repeat(k, axis=0)}, lambda fraction: None,
   )  # fmt: skip
   return Way('told the low resolution', drawn.reshape(-1, k, *drawn.shape[1:]), nfe)
 
@@ -91,7 +91,7 @@ def by_task(workdir: str, truth: np.ndarray, factor: int, k: int) -> Iterator[Wa
   for name, conditioning in conditionings.items():
     problem = InverseProblem(SuperResolve(factor), '', conditioning, Decoder())
     score_fn, constraint = conditioning.condition(
-      drawing.score_fn(params), operator, processes.shard(y, setup.devices.batch),
+      drawing.score_fn(params, {}), operator, processes.shard(y, setup.devices.batch),
       setup.model.sde, codec,
     )  # fmt: skip
     to_stored = partial(problem.to_stored, y=y, operator=operator, codec=codec)

@@ -5,7 +5,6 @@ from functools import cache
 import importlib
 import inspect
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 
 from builders.setup import build
 from configs import base
+from runtime.shapes import Told
 
 
 def all_configs() -> Iterator[tuple[str, ConfigDict]]:
@@ -39,9 +39,9 @@ def parameters(
   net: nn.Module, shape: tuple[int, ...], condition_channels: int = 0
 ) -> tuple[int, int]:
   """The numbers of parameters and of arrays of a network, which is not initialised."""
-  told: dict[str, Any] = {}
+  told = Told()
   if condition_channels:
-    told = {'condition': jnp.zeros((*shape[:-1], condition_channels))}
+    told['condition'] = jnp.zeros((*shape[:-1], condition_channels))
   shapes = jax.eval_shape(
     lambda: net.init(jax.random.key(0), jnp.zeros(shape), jnp.ones(shape[:1]), False, **told)
   )

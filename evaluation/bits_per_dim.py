@@ -20,6 +20,7 @@ from likelihood import bits_per_dim, importance_weighted, LogDensity
 from models.score import Params, ScoreModel
 from runtime import processes
 from runtime.devices import Devices, Keys
+from training.step import told_in_evaluation
 from workdir import artifacts, rounds
 from workdir.progress import Bar
 from workdir.reports import Report
@@ -184,13 +185,9 @@ class BitsPerDim(Measurement):
 
   def _round(self, params: Params, batch: Batch, repeat: int, first: int) -> Arrays:
     """Of a batch whose first image has the number `first`: 'bpd' [n] or [n, estimates]."""
-    images = self.devices.put(batch['data'])
-    told = self.model.num_classes and 'label' in batch  # a user's images may have no classes
-    labels = self.devices.put(batch['label']) if told else None
-    seen = dict[str, Array]()
-    if 'condition' in batch:
-      seen = {'condition': self.codec.condition(self.devices.put(batch['condition']))}
-    score_fn = self.model.bind(params, labels=labels, **seen)
+    stored = self.devices.put(batch)
+    images = stored['data']
+    score_fn = self.model.bind(params, **told_in_evaluation(stored, self.model, self.codec))
     rngs = self._keys_of(self.keys.key('bpd', repeat), first, images)
     logp, log_q, nfe = [], [], 0
     for sample in range(self.samples):

@@ -121,8 +121,8 @@ def fit(bits: BitsPerDim, source: Source, eps: float, steps: int, params: Params
   @jax.jit
   def step(state: Any, batch: Any, rng: Array, model_params: Params) -> Any:
     params, average, moments = state
-    labels, condition = told_in_evaluation(batch, bits.model, bits.codec)
-    score_fn = bits.model.bind(model_params, labels=labels, condition=condition)
+    told = told_in_evaluation(batch, bits.model, bits.codec)
+    score_fn = bits.model.bind(model_params, **told)
     gradient = jax.grad(loss)(params, batch['data'], rng, score_fn, eps, bits.codec)
     updates, moments = tx.update(gradient, moments, params)
     params = optax.apply_updates(params, updates)

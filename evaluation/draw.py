@@ -21,8 +21,10 @@ from models.classifier import ClassLogProb
 from models.score import Params, ScoreModel
 from runtime import processes
 from runtime.devices import Devices
+from runtime.shapes import Told
 from samplers.base import Constraint, Sampler
 from sde_lib import ScoreFn
+from training.step import told_in_evaluation
 from workdir.reports import Report
 
 
@@ -79,38 +81,43 @@ class Drawing:
   def score_fn(
     self,
     params: Params,
-    labels: Array | None = None,
+    wanted: Batch,
     log_prob: ClassLogProb | None = None,
-    conditions: np.ndarray | None = None,
   ) -> ScoreFn:
-    """The score of the classes `labels` [B], guided, or that of all samples together.
+    """The score of the samples that are `wanted`: of their classes, guided, or of all together.
 
     A model that knows no classes needs `log_prob`, a classifier of noisy images. Where there is a
     guide, model and guide together take the place of the model, and classes guide what they give.
-    All are told the `conditions` of the samples, uint8 [B, H, W, C], if there are any.
+
+    Args:
+      params: of the model.
+      wanted: what goes with each sample, as in a batch of data: 'label' [B] if classes are asked
+        for, 'condition' uint8 [B, H, W, C] if the model is told such.
+      log_prob: a classifier.
     """
-    seen = dict[str, Array]()
-    if conditions is not None:
-      images = processes.shard(conditions, self.devices.batch)
-      seen = {'condition': self.codec.condition(images)}
-    if labels is None:
-      return self._autoguided(params, None, seen)
+    batch = {name: processes.shard(rows, self.devices.batch) for name, rows in wanted.items()}
+    told = told_in_evaluation(batch, self.model, self.codec)
+    score_fn = self._autoguided(params, told)
+    if 'label' not in batch:
+      return score_fn
     if not self.model.num_classes:
       assert log_prob is not None  # as the model knows no classes
-      score_fn = self._autoguided(params, None, seen)
-      return ClassifierGuidance(score_fn, log_prob, labels, self.guidance_scale, self.guided)
-    conditional = self._autoguided(params, labels, seen)
+      return ClassifierGuidance(
+        score_fn, log_prob, batch['label'], self.guidance_scale, self.guided
+      )
     if self.guidance_scale == 1:  # which needs no second evaluation
-      return conditional
-    of_all = self._autoguided(params, None, seen)
-    return ClassifierFreeGuidance(conditional, of_all, self.guidance_scale, self.guided)
+      return score_fn
+    told_of_all = told.copy()
+    del told_of_all['labels']
+    of_all = self._autoguided(params, told_of_all)
+    return ClassifierFreeGuidance(score_fn, of_all, self.guidance_scale, self.guided)
 
-  def _autoguided(self, params: Params, labels: Array | None, seen: dict[str, Array]) -> ScoreFn:
+  def _autoguided(self, params: Params, told: Told) -> ScoreFn:
     """The score of the model, led away from that of the guide if there is one."""
-    score_fn, guide = self.model.bind(params, labels=labels, **seen), self.guide
+    score_fn, guide = self.model.bind(params, **told), self.guide
     if guide is None:
       return score_fn
-    weaker = guide.model.bind(guide.params, labels=labels, **seen)
+    weaker = guide.model.bind(guide.params, **told)
     return Autoguidance(score_fn, weaker, guide.scale, self.guided)
 
   def samples(
@@ -143,16 +150,11 @@ class Drawing:
     params: Params,
     rng: Array,
     n: int,
-    labels: np.ndarray | None,
+    wanted: Batch,
     progress: Callable[[float], None],
-    conditions: np.ndarray | None = None,
   ) -> tuple[np.ndarray, int]:
-    """Draws n samples of the classes `labels` [n], or of all together, by parameters alone.
-
-    A model that is told conditions needs those of the samples, uint8 [n, H, W, C].
-    """
-    of_rows = None if labels is None else processes.shard(labels, self.devices.batch)
-    score_fn = self.score_fn(params, of_rows, conditions=conditions)
+    """Draws n samples by parameters alone; `wanted` goes with them, see `score_fn`."""
+    score_fn = self.score_fn(params, wanted)
     return self.samples(rng, score_fn, n, observe=lambda fraction, _: progress(fraction))
 
   def in_rounds(
@@ -171,26 +173,30 @@ class Drawing:
     """
     rounds, size = max(1, math.ceil(n / most)), min(n, most)
     # The last is as large as the others, so that one program draws all.
-    rows, conditions = np.arange(rounds * size), None
-    labels = self.classes_in_turn(len(rows))
-    if beside:
-      conditions = beside['condition'][rows % n]
-      labels = None if labels is None else beside['label'][rows % n]
+    rows = np.arange(rounds * size)
+    wanted = _rows(self.told_of(beside), rows % n) if beside else self.classes_in_turn(len(rows))
     if rounds == 1:
-      return self.samples_of(params, rng, n, labels, progress, conditions)[0]
+      return self.samples_of(params, rng, n, wanted, progress)[0]
     parts = list[np.ndarray]()
     for i, of_round in enumerate(rows.reshape(rounds, size)):
-      told = (None if v is None else v[of_round] for v in (labels, conditions))
-      of_labels, of_conditions = told
       of_all = partial(_fraction_of_all, progress, i, rounds)
       key = jax.random.fold_in(rng, i)
-      parts.append(self.samples_of(params, key, size, of_labels, of_all, of_conditions)[0])
+      parts.append(self.samples_of(params, key, size, _rows(wanted, of_round), of_all)[0])
     return np.concatenate(parts)[:n]
 
-  def classes_in_turn(self, n: int) -> np.ndarray | None:
-    """The classes 0, 1, 2, ... over and over, int32 [n], or None of a model that knows none."""
+  def told_of(self, images: Batch) -> Batch:
+    """What goes with images, as far as the model is told of it."""
+    takes = {'label': self.model.num_classes, 'condition': self.model.condition_channels}
+    return {name: images[name] for name, known in takes.items() if known}
+
+  def classes_in_turn(self, n: int) -> Batch:
+    """'label' [n], the classes 0, 1, 2, ... over and over; nothing of a model that knows none."""
     classes = self.model.num_classes
-    return np.arange(n, dtype=np.int32) % classes if classes else None
+    return {'label': np.arange(n, dtype=np.int32) % classes} if classes else {}
+
+
+def _rows(batch: Batch, rows: np.ndarray) -> Batch:
+  return {name: of_all[rows] for name, of_all in batch.items()}
 
 
 def _fraction_of_all(

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from data.codec import Codec
+from data.images import Batch
 from evaluation.draw import Drawing
 from evaluation.tasks import Inputs, InverseProblem
 from models.classifier import ClassLogProb
@@ -197,13 +198,12 @@ class _Work:
     """Round i, of the samples from number `first` on."""
     drawing, codec, request, n = self.drawing, self.drawing.codec, self.request, self.request.n
     rows = np.arange(first, first + self.size) % self.total  # the last is as large as the others
-    labels, stages = request.labels, list[np.ndarray]()
-    of_rows, conditions, constraint = None, None, None
-    if labels is not None:
-      of_rows = processes.shard(labels[rows % len(labels)], drawing.devices.batch)
+    wanted, constraint, stages = Batch(), None, list[np.ndarray]()
+    if request.labels is not None:
+      wanted['label'] = request.labels[rows % len(request.labels)]
     if request.conditions:
-      conditions = request.conditions.images[rows // n]
-    score_fn = drawing.score_fn(self.params, of_rows, self.log_prob, conditions)
+      wanted['condition'] = request.conditions.images[rows // n]
+    score_fn = drawing.score_fn(self.params, wanted, self.log_prob)
     to_stored: Callable[[np.ndarray], np.ndarray] = codec.to_stored
     if request.problem and self.inputs:
       y, operator = self.inputs.y[rows // n], self.inputs.operator

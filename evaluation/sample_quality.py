@@ -155,14 +155,14 @@ class SampleQuality(Measurement):
     nfes, seconds, feature_seconds = [], 0.0, 0.0
     # The last round is as large as the others, so that samples do not depend on their number.
     size = min(self.batch_size, self.n)
-    mark, labels = (self.law.mark if self.law else '') + self.drawing.mark, self._labels(size)
+    mark, of_law = (self.law.mark if self.law else '') + self.drawing.mark, self._of_law(size)
     mark += self.of_images.mark if self.of_images else ''
     with Bar('sample', self.n, unit='samples') as bar:
       for i, first in enumerate(range(0, self.n, size)):
         n = min(size, self.n - first)
-        of_round = None if labels is None else labels[first : first + size]
+        wanted = {name: rows[first : first + size] for name, rows in of_law.items()}
         make = partial(
-          self._draw_round, params, step, i, size, n, of_round, partial(self._show, bar, first, n)
+          self._draw_round, params, step, i, size, n, wanted, partial(self._show, bar, first, n)
         )
         arrays = rounds.kept_or_made(folder / f'samples_{i}.npz', 'samples', n, make, mark)
         samples = arrays['samples']
@@ -199,9 +199,9 @@ class SampleQuality(Measurement):
     bar.update(done + fraction * n)
     self.watch()
 
-  def _labels(self, size: int) -> np.ndarray | None:
+  def _of_law(self, size: int) -> Batch:
     """The classes of all samples, those of the last round that are not kept among them."""
-    return self.law.labels(math.ceil(self.n / size) * size) if self.law else None
+    return {'label': self.law.labels(math.ceil(self.n / size) * size)} if self.law else {}
 
   def _draw_round(
     self,
@@ -210,18 +210,15 @@ class SampleQuality(Measurement):
     i: int,
     size: int,
     n: int,
-    labels: np.ndarray | None,
+    wanted: Batch,
     progress: Callable[[float], None],
   ) -> Arrays:
-    """The first n of round i, in which `size` samples are drawn, of the classes `labels`."""
+    """The first n of round i, in which `size` samples are drawn, with what is `wanted` of a law."""
     rng = jax.random.fold_in(self.keys.key('sample', step), i)
-    conditions = None
     if self.of_images:
-      beside = self.of_images.batch(i * size, size)
-      conditions = beside['condition']
-      labels = beside['label'] if self.drawing.model.num_classes else None
-    samples, nfe = self.drawing.samples_of(params, rng, size, labels, progress, conditions)
-    extra = {} if labels is None else {'labels': labels[:n]}
+      wanted = self.drawing.told_of(self.of_images.batch(i * size, size))
+    samples, nfe = self.drawing.samples_of(params, rng, size, wanted, progress)
+    extra = {'labels': wanted['label'][:n]} if 'label' in wanted else {}
     return {'samples': samples[:n], 'nfe': np.array(nfe, np.int64), **extra}
 
 

@@ -6,7 +6,7 @@ A network sees neither the SDE nor the config. What it is conditioned on is one 
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
+from typing import Any, Unpack
 
 import flax
 import flax.linen as nn
@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from models.preconditioning import Jump, Network, Preconditioning
 from models.rows import rows_stay
 from runtime.precision import products_at
-from runtime.shapes import Condition, Data, Features, Key, Labels, PerRow, PerRowExpanded, Time
+from runtime.shapes import Data, Key, PerRow, PerRowExpanded, Time, Told
 from sde_lib import Chain, expand, SDE
 
 Params = Any  # a tree of arrays
@@ -74,10 +74,11 @@ def quarter_log_noise(chain: Chain, t: PerRow) -> PerRow:
 class ScoreModel:
   """score(x, t), from a network whose `net.apply` takes (x in [-1, 1], conditioning, train).
 
-  A label-conditional one, with `num_classes`, takes labels or None after these. Its null label
-  num_classes, or None, makes it the score of all classes together. One that is trained on augmented
-  images, with `augmented`, also takes `augment_labels`, which say what was done to each, or None.
-  One with `condition_channels` takes a `condition`: it is the score of p_t(x | condition).
+  What it is told beside these, `Told`, it takes as keywords. A label-conditional one, with
+  `num_classes`, takes `labels`: its null label num_classes, or none, makes it the score of all
+  classes together. One that is trained on augmented images, with `augmented`, takes
+  `augment_labels`, which say what was done to each. One with `condition_channels` takes a
+  `condition`: it is the score of p_t(x | condition).
 
   Attributes:
     net: the network.
@@ -119,43 +120,38 @@ class ScoreModel:
 
   def init(self, rng: Key, shape: tuple[int, ...]) -> Params:
     """Draws parameters for data of `shape`, a batch's."""
-    told: dict[str, Any] = {}
+    told = Told()
     if self.condition_channels:
-      told = {'condition': jnp.zeros((*shape[:-1], self.condition_channels))}
+      told['condition'] = jnp.zeros((*shape[:-1], self.condition_channels))
     variables = self.net.init(rng, jnp.zeros(shape), jnp.ones(shape[:1]), False, **told)
     return variables['params']
 
   def bind(
-    self,
-    params: Params,
-    dropout_rng: Key | None = None,
-    labels: Labels | None = None,
-    augment_labels: Features | None = None,
-    condition: Condition | None = None,
+    self, params: Params, dropout_rng: Key | None = None, **told: Unpack[Told]
   ) -> 'ModelScore':
     """The score function at `params`: grad_x log p_t(x), or grad_x log p_t(x | y) with labels.
 
     Args:
       params: of the network.
       dropout_rng: of dropout; None for no dropout.
-      labels: y, one for each row of the x that the score is then evaluated at.
-      augment_labels: what augmentation did to each row; None for images as they are.
-      condition: the image that each row goes with, in [-1, 1]; no noise is added to it.
+      told: `labels`, `augment_labels` and `condition`, as far as the network takes them, of each
+        row of the x that the score is then evaluated at. None is as good as not given.
 
     Raises:
       ValueError: if there is something that the network does not take, or no condition where it
         needs one.
     """
-    if labels is not None and not self.num_classes:
+    given: dict[str, Any] = {name: value for name, value in told.items() if value is not None}
+    if 'labels' in given and not self.num_classes:
       raise ValueError('this score model takes no labels: its num_classes is 0')
-    if augment_labels is not None and not self.augmented:
+    if 'augment_labels' in given and not self.augmented:
       raise ValueError('this score model is not told of augmentation')
-    channels = 0 if condition is None else condition.shape[-1]
+    channels = given['condition'].shape[-1] if 'condition' in given else 0
     if channels != self.condition_channels:
       raise ValueError(
         f'this score model takes a condition of {self.condition_channels} channels; got {channels}'
       )
-    return ModelScore(params, dropout_rng, labels, augment_labels, condition, self)
+    return ModelScore(params, dropout_rng, given, self)
 
 
 @flax.struct.dataclass
@@ -167,9 +163,7 @@ class ModelScore:
 
   params: Params
   dropout_rng: Key | None
-  labels: Labels | None
-  augment_labels: Features | None
-  condition: Condition | None
+  told: dict[str, Any]  # `Told`, without what it is not told
   model: ScoreModel = flax.struct.field(pytree_node=False)
 
   def __call__(self, x: Data, t: PerRow) -> Data:
@@ -213,11 +207,6 @@ class ModelScore:
     """The network at times t, as a function of x."""
     model, rng = self.model, self.dropout_rng
 
-    told = [self.labels] if model.num_classes else []
-    also: dict[str, Any] = {'augment_labels': self.augment_labels} if model.augmented else {}
-    if model.condition_channels:
-      also['condition'] = self.condition
-
     def network(x: Data) -> tuple[Data, Data]:
       seen = x if model.centered else 2 * x - 1
       with products_at(model.precision), rows_stay(model.rows, len(x)):
@@ -226,8 +215,7 @@ class ModelScore:
           seen,
           model.conditioning(model.chain, t),
           rng is not None,
-          *told,
-          **also,
+          **self.told,
           rngs=None if rng is None else {'dropout': rng},
         )
       return output, seen

@@ -6,6 +6,8 @@ result has the shape of x, and t a number for each row of x. In use these are an
 tests check them at run time (tests/conftest.py).
 """
 
+from typing import TypedDict
+
 from jax import Array
 from jaxtyping import Float, Int, PRNGKeyArray
 import numpy as np
@@ -22,6 +24,18 @@ Images = Float[Array, 'b h w c']
 Condition = Float[Array, 'b h w k']  # images that a network is told beside the noisy ones
 Maps = Float[Array, 'b _ _ _']  # feature maps whose size is not that of the others
 Features = Float[Array, 'b f']  # numbers for each row, such as an embedding of its time
+
+
+class Told(TypedDict, total=False):
+  """What a network is told beside x and its time, each by the name of the argument that takes it.
+
+  It is a pytree, and passed on whole, `**told`. What is not there is not told.
+  """
+
+  labels: Labels  # the class of each row
+  augment_labels: Features  # what augmentation did to it
+  condition: Condition  # the image that it goes with, in [-1, 1]; no noise is added to it
+
 
 # Of elementwise functions, which take one number, those of a time grid, or those of a batch.
 Times = Float[Array, '*b']

@@ -265,7 +265,7 @@ class KnownModel(ScoreModel):
 
   data: Mixture = FLAT
 
-  def bind(self, params, dropout_rng=None, labels=None, augment_labels=None, condition=None):
+  def bind(self, params, dropout_rng=None, **told):
     return self.data.score_fn(self.sde)
 
 

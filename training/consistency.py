@@ -27,6 +27,7 @@ from collections.abc import Callable
 import dataclasses
 from functools import partial
 import math
+from typing import Unpack
 
 import jax
 from jax import Array
@@ -35,7 +36,7 @@ import optax
 
 from data.codec import Codec
 from models.score import Params, ScoreModel
-from runtime.shapes import Condition, Data, Key, Labels, PerRow
+from runtime.shapes import Data, Key, PerRow, Told
 from sde_lib import expand, SDE
 from training.averages import Average
 from training.curricula import (
@@ -54,9 +55,8 @@ from training.step import (
   Batch,
   gradient_in_parts,
   Metrics,
-  told_condition,
+  seen_in_training,
   told_in_evaluation,
-  told_labels,
   TrainState,
 )
 
@@ -325,18 +325,16 @@ def train_step(
   """One optimiser step on a batch of data; random only in (rng, state.step).
 
   `averages` are those of the state: if the objective has a target, that is the last. The teacher
-  has the network of the model, and sees the same labels and conditions.
+  has the network of the model, and is told the same.
   """
   rng_step = jax.random.fold_in(rng, state.step)
   rng_data, rng_t, rng_z, rng_dropout = jax.random.split(rng_step, 4)
-  labels = told_labels(rng_step, batch, model, codec)
-  x0 = codec.for_training(rng_data, batch['data'])
-  condition = told_condition(rng_data, batch, model, codec)
+  x0, told = seen_in_training(rng_step, rng_data, batch, model, codec)
   t, r = objective.curriculum.pairs(rng_t, state.step, len(x0))
   z = jax.random.normal(rng_z, x0.shape)
   return optimize(
-    state, teacher, x0, t, r, z, rng_dropout, labels, condition,
-    model=model, objective=objective, tx=tx, averages=averages, grad_accum=grad_accum,
+    state, teacher, x0, t, r, z, rng_dropout,
+    model=model, objective=objective, tx=tx, averages=averages, grad_accum=grad_accum, **told,
   )  # fmt: skip
 
 
@@ -348,32 +346,30 @@ def optimize(
   r: PerRow,
   z: Data,
   rng_dropout: Key,
-  labels: Labels | None = None,
-  condition: Condition | None = None,
   *,
   model: ScoreModel,
   objective: Consistency,
   tx: optax.GradientTransformation,
   averages: tuple[Average, ...],
   grad_accum: int = 1,
+  **told: Unpack[Told],
 ) -> tuple[TrainState, Metrics]:
-  """The step of `train_step` once data x0, times t and r, noise z and labels are drawn.
+  """The step of `train_step` once data x0, times t and r, noise z and what is told are drawn.
 
   Both jumps of a pair have the same dropout.
   """
   averaged = None if objective.curriculum.target is None else unpacked(state.averages[-1])
 
   def loss_fn(params: Params, part: tuple) -> tuple[Array, Metrics]:
-    rng_dropout, x0, t, r, z, labels, condition = part
-    f = jumps(model, params, objective.eps, rng_dropout, labels, condition)
+    rng_dropout, x0, t, r, z, told = part
+    f = jumps(model, params, objective.eps, rng_dropout, **told)
     target_params = params if averaged is None else averaged
-    target = jumps(model, target_params, objective.eps, rng_dropout, labels, condition)
-    taught_by = None if teacher is None else model.bind(teacher, None, labels, None, condition)
+    target = jumps(model, target_params, objective.eps, rng_dropout, **told)
+    taught_by = None if teacher is None else model.bind(teacher, **told)
     denoise = None if taught_by is None else taught_by.denoised
     return consistency_loss(objective, f, target, denoise, x0, t, r, z).mean(), {}
 
-  parts = (x0, t, r, z, labels, condition)
-  differentiate = gradient_in_parts(loss_fn, rng_dropout, parts, grad_accum)
+  differentiate = gradient_in_parts(loss_fn, rng_dropout, (x0, t, r, z, told), grad_accum)
   return apply_gradients(state, differentiate, tx, averages)
 
 
@@ -382,12 +378,10 @@ def jumps(
   params: Params,
   eps: float,
   dropout_rng: Key | None = None,
-  labels: Labels | None = None,
-  condition: Condition | None = None,
+  **told: Unpack[Told],
 ) -> OfTime:
   """The consistency function of a network, (x, t) -> where the flow of x is at time eps."""
-  score_fn = model.bind(params, dropout_rng, labels, condition=condition)
-  return partial(_jump, score_fn, eps)
+  return partial(_jump, model.bind(params, dropout_rng, **told), eps)
 
 
 def _jump(score_fn, eps: float, x: Data, t: PerRow) -> Data:
@@ -413,7 +407,6 @@ def eval_step(
   last = jnp.asarray(objective.curriculum.last_step, jnp.int32)
   t, r = objective.curriculum.pairs(rng_t, last, len(x0))
   z = jax.random.normal(rng_z, x0.shape)
-  labels, condition = told_in_evaluation(batch, model, codec)
-  f = jumps(model, params, objective.eps, None, labels, condition)
+  f = jumps(model, params, objective.eps, **told_in_evaluation(batch, model, codec))
   untaught = dataclasses.replace(objective, previous=same_noise)
   return consistency_loss(untaught, f, f, None, x0, t, r, z)

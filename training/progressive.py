@@ -30,8 +30,8 @@ import numpy as np
 import optax
 
 from data.codec import Codec
-from models.score import ModelScore, Params, ScoreModel
-from runtime.shapes import Condition, Data, Key, Labels, PerRow
+from models.score import Params, ScoreModel
+from runtime.shapes import Data, Key, PerRow, Told
 from samplers.base import GridSampler
 from samplers.multistep import DDIM
 from samplers.time_grids import finite_log_snr, in_float64, Spacing, TimeGrid
@@ -42,9 +42,8 @@ from training.step import (
   Batch,
   gradient_in_parts,
   Metrics,
-  told_condition,
+  seen_in_training,
   told_in_evaluation,
-  told_labels,
   TrainState,
 )
 
@@ -159,22 +158,16 @@ def train_step(
   """One optimiser step on a batch of images; random only in (rng, state.step)."""
   rng_step = jax.random.fold_in(rng, state.step)
   rng_data, rng_i, rng_z, rng_dropout = jax.random.split(rng_step, 4)
-  labels = told_labels(rng_step, batch, model, codec)
-  x0 = codec.for_training(rng_data, batch['data'])
-  condition = told_condition(rng_data, batch, model, codec)
+  x0, told = seen_in_training(rng_step, rng_data, batch, model, codec)
   i = jax.random.randint(rng_i, (len(x0),), 0, objective.num_steps)
   z = jax.random.normal(rng_z, x0.shape)
 
-  def loss_fn(
-    params: Params, part: tuple[Key, Data, Array, Data, Labels | None, Condition | None]
-  ) -> tuple[Array, Metrics]:
-    rng_dropout, x0, i, z, labels, condition = part
-    student = model.bind(params, rng_dropout, labels, condition=condition)
-    taught_by = model.bind(teacher, labels=labels, condition=condition)
+  def loss_fn(params: Params, part: tuple[Key, Data, Array, Data, Told]) -> tuple[Array, Metrics]:
+    rng_dropout, x0, i, z, told = part
+    student, taught_by = model.bind(params, rng_dropout, **told), model.bind(teacher, **told)
     return objective.loss(student.denoised, taught_by.denoised, x0, i, z).mean(), {}
 
-  parts = (x0, i, z, labels, condition)
-  differentiate = gradient_in_parts(loss_fn, rng_dropout, parts, grad_accum)
+  differentiate = gradient_in_parts(loss_fn, rng_dropout, (x0, i, z, told), grad_accum)
   return apply_gradients(state, differentiate, tx, averages)
 
 
@@ -193,9 +186,6 @@ def eval_step(
   x0 = codec.for_evaluation(rng_data, batch['data'])
   i = jax.random.randint(rng_i, (len(x0),), 0, objective.num_steps)
   z = jax.random.normal(rng_z, x0.shape)
-  labels, condition = told_in_evaluation(batch, model, codec)
-
-  def bound(params: Params) -> ModelScore:
-    return model.bind(params, labels=labels, condition=condition)
-
-  return objective.loss(bound(params).denoised, bound(teacher).denoised, x0, i, z)
+  told = told_in_evaluation(batch, model, codec)
+  student, taught_by = (model.bind(p, **told) for p in (params, teacher))
+  return objective.loss(student.denoised, taught_by.denoised, x0, i, z)

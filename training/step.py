@@ -3,7 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import flax
 import jax
@@ -16,7 +16,7 @@ from data.codec import Codec
 from losses import Objective, score_matching_loss
 from models.classifier import Classifier
 from models.score import Params, ScoreModel
-from runtime.shapes import Condition, Data, Features, Key, Labels, PerRow
+from runtime.shapes import Data, Key, PerRow, Told
 from training.averages import Average
 from training.packing import pack_like, unpacked
 
@@ -90,51 +90,60 @@ def train_step(
   """
   rng_step = jax.random.fold_in(rng, state.step)
   rng_data, rng_t, rng_z, rng_dropout = jax.random.split(rng_step, 4)
-  labels = told_labels(rng_step, batch, model, codec)
-  x0, augment_labels = codec.for_training(rng_data, batch['data']), None
-  condition = told_condition(rng_data, batch, model, codec)
-  if augmentation:
-    rng = jax.random.fold_in(rng_step, 5)
-    x0, augment_labels = augmentation(rng, x0)
-    condition = None if condition is None else augmentation(rng, condition)[0]
+  x0, told = seen_in_training(rng_step, rng_data, batch, model, codec, augmentation)
   t = objective.times(rng_t, len(x0))
   z = objective.coupling(x0, jax.random.normal(rng_z, x0.shape))
   return optimize(
-    state, x0, t, z, rng_dropout, labels, augment_labels, condition,
+    state, x0, t, z, rng_dropout,
     model=model, objective=objective, tx=tx, averages=averages, grad_accum=grad_accum,
-    reduce=reduce,
+    reduce=reduce, **told,
   )  # fmt: skip
 
 
-def told_labels(rng_step: Key, batch: Batch, model: ScoreModel, codec: Codec) -> Labels | None:
-  """The labels that a network is told in a step, of which some are hidden; None if it takes none.
+def seen_in_training(
+  rng_step: Key,
+  rng_data: Key,
+  batch: Batch,
+  model: ScoreModel,
+  codec: Codec,
+  augmentation: Augmentation | None = None,
+) -> tuple[Data, Told]:
+  """The data x0 of a step, and what a network is told of them.
 
-  Their key is a fifth one of the step; the four that it is split into are what they always were.
+  Some labels are hidden. A condition is flipped and augmented as the image that it goes with.
+
+  Args:
+    rng_step: of the step. Labels and augmentation have a fifth and a sixth key of it; the four that
+      it is split into are what they always were.
+    rng_data: the one of these four by which the codec flips and dequantises.
+    batch: as it is stored.
+    model: which says what is told.
+    codec: of the data.
+    augmentation: of images, if there is any.
   """
-  if not model.num_classes:
-    return None
-  rng = jax.random.fold_in(rng_step, 4)
-  return codec.training_labels(rng, batch['label'], model.num_classes)
+  told = Told()
+  if model.num_classes:
+    rng_labels = jax.random.fold_in(rng_step, 4)
+    told['labels'] = codec.training_labels(rng_labels, batch['label'], model.num_classes)
+  x0 = codec.for_training(rng_data, batch['data'])
+  if model.condition_channels:
+    told['condition'] = codec.training_condition(rng_data, batch['condition'])
+  if augmentation:
+    rng = jax.random.fold_in(rng_step, 5)
+    x0, told['augment_labels'] = augmentation(rng, x0)
+    if 'condition' in told:
+      told['condition'], _ = augmentation(rng, told['condition'])
+  return x0, told
 
 
-def told_condition(
-  rng_data: Key, batch: Batch, model: ScoreModel, codec: Codec
-) -> Condition | None:
-  """The images that a network is told in a step; None if it takes none.
-
-  `rng_data` is the key by which the codec flips the data that they go with.
-  """
-  if not model.condition_channels:
-    return None
-  return codec.training_condition(rng_data, batch['condition'])
-
-
-def told_in_evaluation(
-  batch: Batch, model: ScoreModel, codec: Codec
-) -> tuple[Labels | None, Condition | None]:
-  """The labels and the images that a network is told of held-out data, as they are."""
-  condition = codec.condition(batch['condition']) if model.condition_channels else None
-  return batch['label'] if model.num_classes else None, condition
+def told_in_evaluation(batch: Batch, model: ScoreModel, codec: Codec) -> Told:
+  """What a network is told of a batch as it is; data without labels are of any class."""
+  told = Told()
+  if model.num_classes and 'label' in batch:
+    told['labels'] = batch['label']
+  if model.condition_channels:
+    told['condition'] = codec.condition(batch['condition'])
+  return told
 
 
 def optimize(
@@ -143,9 +152,6 @@ def optimize(
   t: PerRow,
   z: Data,
   rng_dropout: Key,
-  labels: Labels | None = None,
-  augment_labels: Features | None = None,
-  condition: Condition | None = None,
   *,
   model: ScoreModel,
   objective: Objective,
@@ -153,22 +159,21 @@ def optimize(
   averages: tuple[Average, ...],
   grad_accum: int = 1,
   reduce: Reduction = mean_loss,
+  **told: Unpack[Told],
 ) -> tuple[AnyState, Metrics]:
-  """The step of `train_step` once data x0, times t, noise z and labels are drawn.
+  """The step of `train_step` once data x0, times t, noise z and what the network is told are drawn.
 
-  `augment_labels` say what augmentation did to the data, if anything; `condition` is what they go
-  with, as the network sees it. `reduce` makes one number of the losses of a batch, or of each of
-  its parts; the mean over the parts is then taken.
+  `reduce` makes one number of the losses of a batch, or of each of its parts; the mean over the
+  parts is then taken.
   """
 
   def loss_fn(params: Params, part: Any) -> tuple[Array, Metrics]:
-    rng_dropout, x0, t, z, labels, augment_labels, condition = part
-    score_fn = model.bind(params, rng_dropout, labels, augment_labels, condition)
+    rng_dropout, x0, t, z, told = part
+    score_fn = model.bind(params, rng_dropout, **told)
     rng = jax.random.fold_in(rng_dropout, 1)
     return reduce(score_matching_loss(objective, score_fn, x0, t, z, rng), t)
 
-  batch = (x0, t, z, labels, augment_labels, condition)
-  differentiate = gradient_in_parts(loss_fn, rng_dropout, batch, grad_accum)
+  differentiate = gradient_in_parts(loss_fn, rng_dropout, (x0, t, z, told), grad_accum)
   return apply_gradients(state, differentiate, tx, averages)
 
 
@@ -290,7 +295,6 @@ def eval_step(
   x0 = codec.for_evaluation(rng_data, batch['data'])
   t = objective.times(rng_t, len(x0))
   z = objective.coupling(x0, jax.random.normal(rng_z, x0.shape))
-  labels, condition = told_in_evaluation(batch, model, codec)
-  score_fn = model.bind(params, labels=labels, condition=condition)
+  score_fn = model.bind(params, **told_in_evaluation(batch, model, codec))
   rng_matching = jax.random.fold_in(rng, 3)  # another key; the three are what they always were
   return score_matching_loss(objective, score_fn, x0, t, z, rng_matching)

@@ -51,7 +51,7 @@ def setup_of(digits: dict[str, np.ndarray], stats: Path, **fields) -> Setup:
   rng = np.random.default_rng(1)
 
   def perfect(_, score_fn, shape, **__):
-    labels = np.asarray(score_fn.labels)
+    labels = np.asarray(score_fn.told['labels'])
     chosen = [rng.choice(np.flatnonzero(digits['label'] == y)) for y in labels]
     return jnp.asarray(2 * (digits['data'][chosen] / 255.0) - 1 + 1e-3, jnp.float32), 1
 

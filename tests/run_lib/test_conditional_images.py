@@ -183,7 +183,7 @@ def test_flips_and_augmentation_do_the_same_to_both():
 def test_samples_are_of_their_conditions(sde, method, n):
   setup = setup_of(sde, sampling__method=method, sampling__num_steps=n, model__sigma_max=20.0)
   drawn, _ = make_drawing(setup).samples_of(
-    {'gain': jnp.float32(GAIN)}, KEY, len(CONDITIONS), None, lambda fraction: None, CONDITIONS
+    {'gain': jnp.float32(GAIN)}, KEY, len(CONDITIONS), {'condition': CONDITIONS}, lambda _: None
   )
   x, c = in_network_scale(drawn + 0.5), in_network_scale(CONDITIONS)
   np.testing.assert_allclose((x * c).mean() / (c * c).mean(), GAIN, atol=0.02)
@@ -275,7 +275,7 @@ def test_students_are_told_what_their_teachers_are(method):
 
 
 def shows_conditions(rng, score_fn, shape, **_) -> tuple[Array, int]:
-  return score_fn.condition + 1e-3, 1
+  return score_fn.told['condition'] + 1e-3, 1
 
 
 def test_samples_of_an_evaluation_are_of_each_image_in_order(tmp_path):

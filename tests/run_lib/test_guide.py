@@ -221,16 +221,16 @@ def test_guidance_by_class_is_of_the_autoguided_scores(there):
   setup = dataclasses.replace(setup, config=own)
   guide = load_guide(setup, epath.Path('strong'))
   drawing = make_drawing(setup, guide)
-  x, t, labels = jnp.ones((4, 2)), jnp.full(4, 0.7), jnp.array([0, 1, 1, 0])
+  x, t, wanted = jnp.ones((4, 2)), jnp.full(4, 0.7), {'label': np.int32([0, 1, 1, 0])}
   at = jax.jit(lambda score_fn: score_fn(x, t))
 
-  def led_away(labels: jax.Array | None) -> np.ndarray:
-    own, weak = setup.model.bind(params, None, labels), guide.model.bind(guide.params, None, labels)
+  def led_away(**told: jax.Array) -> np.ndarray:
+    own, weak = setup.model.bind(params, **told), guide.model.bind(guide.params, **told)
     return np.asarray(2 * at(own) - at(weak))
 
-  of_all, of_class = led_away(None), led_away(labels)
+  of_all, of_class = led_away(), led_away(labels=jnp.asarray(wanted['label']))
   expected = of_all + 3 * (of_class - of_all)
-  np.testing.assert_allclose(at(drawing.score_fn(params, labels)), expected, rtol=1e-4)
+  np.testing.assert_allclose(at(drawing.score_fn(params, wanted)), expected, rtol=1e-4)
   blind = dataclasses.replace(drawing, guidance_scale=0.0)
-  np.testing.assert_allclose(at(blind.score_fn(params, labels)), of_all, rtol=1e-5)
-  np.testing.assert_allclose(at(drawing.score_fn(params)), of_all, rtol=1e-5)
+  np.testing.assert_allclose(at(blind.score_fn(params, wanted)), of_all, rtol=1e-5)
+  np.testing.assert_allclose(at(drawing.score_fn(params, {})), of_all, rtol=1e-5)

@@ -100,7 +100,7 @@ def test_subfolders_of_a_folder_are_classes(tmp_path):
 def test_secret_labels_are_no_labels(monkeypatch):
   """TFDS has -1 for the label of every image in a split whose labels are not published."""
   records = Records(3, lambda i: (Image.new('L', (4, 4)), -1), str, lambda image, size: image, 'ab')
-  monkeypatch.setattr(sources, '_open', lambda *_: records)
+  monkeypatch.setitem(sources.KINDS, 'secret', sources.Kind(lambda *_: records))
   assert load('secret', 'test', image_size=4, num_channels=1).num_classes == 0
 
 
@@ -227,7 +227,7 @@ def test_other_classes_than_those_of_the_data_are_told(section, tmp_path):
 
 def test_samples_are_of_all_classes_in_turn(tmp_path):
   def show_labels(rng, score_fn, shape, **_):
-    pixels = jnp.broadcast_to(expand(score_fn.labels, jnp.zeros(shape)), shape)
+    pixels = jnp.broadcast_to(expand(score_fn.told['labels'], jnp.zeros(shape)), shape)
     return 2 * pixels / 255 - 1 + 1e-3, 1
 
   config = own.digits(base.vp('ddpmpp'))

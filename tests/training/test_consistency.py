@@ -241,10 +241,8 @@ OUTPUTS = {EDMSDE(10.0): 'edm', VPSDE(): 'v'}
 class ExactTeacher(ScoreModel):
   """The score of the mixture, where a network's is asked for."""
 
-  def bind(self, params, dropout_rng=None, labels=None, augment_labels=None, condition=None):
-    if params == 'exact':
-      return Denoiser(self.sde)
-    return super().bind(params, dropout_rng, labels)
+  def bind(self, params, dropout_rng=None, **told):
+    return Denoiser(self.sde) if params == 'exact' else super().bind(params, dropout_rng, **told)
 
 
 @dataclasses.dataclass(frozen=True)

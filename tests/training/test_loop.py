@@ -209,7 +209,7 @@ def test_a_snapshot_is_drawn_in_rounds_of_a_micro_batch(tmp_path):
   def noise(rng, score_fn, shape, **_):
     shapes.append(shape[0])
     keys.append(rng)
-    seen.extend(score_fn.labels.tolist())
+    seen.extend(score_fn.told['labels'].tolist())
     return jax.random.normal(rng, shape), 1
 
   fields = {'training__batch_size': 16, 'model__num_classes': 10}
@@ -285,7 +285,7 @@ def test_pixels_become_whole_numbers(how, expected, centered):
   setup = tiny_setup(sampling__uint8=how, data__centered=centered)
   setup = dataclasses.replace(setup, sampler=constant)
   drawing = make_drawing(setup)
-  images, nfe = drawing.samples_of({}, jax.random.key(0), 4, None, progress=lambda _: None)
+  images, nfe = drawing.samples_of({}, jax.random.key(0), 4, {}, progress=lambda _: None)
   assert images.shape == (4, 8, 8, 1) and images.dtype == np.uint8 and nfe == 7
   assert [int(image.max()) for image in images] == [0, 255, expected, expected]
 
