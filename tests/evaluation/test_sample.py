@@ -18,6 +18,7 @@ from controllable_generation import GaussianBlur
 from evaluation import sample as sample_lib
 from evaluation.known_levels import with_block_means
 from evaluation.sample import draw_samples
+from models.score import ScoreModel
 from runtime.errors import UserError
 from sde_lib import expand, SDE
 
@@ -26,15 +27,11 @@ FIELDS |= {'sampling.num_samples': 3}
 MASK = np.uint8(255 * (np.arange(64).reshape(8, 8) % 3 > 0))
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """In place of a score model: images around a mean, which depends on the class."""
+class Model(ScoreModel):
+  """Of images around a mean, which depends on the class; its network is not asked."""
 
-  sde: SDE
-  num_classes: int = 0
-
-  def bind(self, params, labels=None):
-    return Gaussians(jnp.zeros(1) if labels is None else 0.05 * labels, self.sde)
+  def bind(self, params, dropout_rng=None, **told):
+    return Gaussians(0.05 * told['labels'] if told else jnp.zeros(1), self.sde)
 
 
 @flax.struct.dataclass
@@ -59,7 +56,8 @@ def setup_of(
   config.eval.batch_size = batch_size
   config.data.num_channels = num_channels
   setup = build(config)
-  return dataclasses.replace(setup, model=Model(setup.model.sde, num_classes))
+  model = Model(**vars(setup.model) | {'num_classes': num_classes})
+  return dataclasses.replace(setup, model=model)
 
 
 @pytest.fixture
