@@ -129,18 +129,19 @@ def distill(config: ConfigDict, workdir: str, teacher: str = '') -> None:
       not finite.
     SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written; the code is 128 + signal.
   """
-  setup, root = build(config), artifacts.root_of(workdir)
+  build(config)  # refuses what it must not be, before stages are made of it
+  *before, last = stages(config)
+  setup, root = build(last), artifacts.root_of(workdir)
   check_distillation(setup.config, teacher)
   check_goes_on(root, setup, LEARNED)
   source, held_out = _training_data(setup)
-  *before, last = stages(config)
   for stage in before:
     steps = stage.distill.end_steps
     folder = root / 'stages' / str(steps)
     logger.info('from %d steps to %d, in %s', stage.distill.start_steps, steps, folder)
     _distill_stage(build(stage), folder, teacher, source, held_out)
     teacher = str(folder)
-  _distill_stage(build(last), root, teacher, source, held_out)
+  _distill_stage(setup, root, teacher, source, held_out)
 
 
 def _distill_stage(

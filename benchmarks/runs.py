@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from benchmarks import results_page
+from builders.distillation import stages
 from configs.base import Changes
 from data.images import Batch, Source
 from evaluation.evaluate import Measurement
@@ -111,7 +112,7 @@ def run(main: Callable[[], None]) -> None:
 
 def train(config: ConfigDict, workdir: epath.Path, teacher: str = '') -> None:
   """Trains a score model, or a student as `distill` says, as far as that was not done."""
-  if config.training.n_iters in steps_in(workdir):
+  if stages(config)[-1].training.n_iters in steps_in(workdir):
     return
   if config.distill.method:
     run_lib.distill(config, str(workdir), teacher)

@@ -120,6 +120,7 @@ def _task(
   )
 
 
+_LATE = 4  # steps, at most, of a stage that `distill.late_iters` is for
 _WITHOUT_TEACHER = ('ct', 'ict')
 # By method: (setup, averages, the teacher's parameters if they are there) -> what is trained.
 _TASKS: dict[str, Callable[[Setup, tuple[Average, ...], Params | None], Task]] = {
@@ -151,18 +152,21 @@ def check_distillation(config: FrozenConfigDict, teacher: str) -> None:
 
 
 def stages(config: ConfigDict) -> list[ConfigDict]:
-  """The configs of the runs that make a student, one after another; the last one is `config`.
+  """The configs of the runs that make a student, one after another; the last one ends as `config`.
 
   In progressive distillation each halves the steps, from `distill.start_steps`, and is the teacher
-  of the next; all else is one run.
+  of the next; all else is one run. Stages of few steps, in which most is lost, may be longer: those
+  of 2 and 1 take twice as many updates in the paper (Salimans & Ho 2022).
   """
   choice = config.distill
   if choice.method != 'progressive':
     return [config]
-  before, steps = list[ConfigDict](), choice.start_steps // 2
-  while steps > choice.end_steps:
+  made, steps = list[ConfigDict](), choice.start_steps // 2
+  while steps >= choice.end_steps:
     stage = ConfigDict(config.to_dict())
     stage.distill.start_steps, stage.distill.end_steps = 2 * steps, steps
-    before.append(stage)
+    if steps <= _LATE and choice.late_iters:
+      stage.training.n_iters = choice.late_iters
+    made.append(stage)
     steps //= 2
-  return [*before, config]
+  return made

@@ -193,6 +193,8 @@ def _default() -> ConfigDict:
   # Steps of progressive, halved until end_steps are left; of the grids of ct and ict, which grow.
   distill.start_steps = 1024
   distill.end_steps = 4  # of progressive, those of its sampler; of ct and ict, at the end
+  # training.n_iters of the stages of progressive with 4 steps and fewer; 0: as of the others.
+  distill.late_iters = 0
   distill.num_steps = 18  # times of the grid of cd
   distill.grid = 'edm'  # of the times of progressive, as sampling.grid
   distill.rho = 7.0  # of the edm grid, for all methods

@@ -37,7 +37,7 @@ _NOT_NEGATIVE = (
   'ebm.regularization', 'classifier.num_classes', 'classifier.weight_decay', 'classifier.warmup',
   'sampling.num_steps', 'sampling.s_churn', 'sampling.s_tmin', 'sampling.s_tmax',
   'sampling.s_noise', 'sampling.noise_std', 'eval.begin_ckpt', 'eval.end_ckpt',
-  'distill.huber_c', 'distill.gap_k', 'distill.gap_b',
+  'distill.huber_c', 'distill.gap_k', 'distill.gap_b', 'distill.late_iters',
 )  # fmt: skip
 _BELOW_ONE = ('model.dropout', 'model.ema_rate', 'optim.beta1', 'distill.target_rate')
 _SHARES = (

@@ -22,7 +22,7 @@ _CHANGES: dict[str, base.Changes] = {
     'optim.decay': 'linear',
     'model.ema_rate': 0.999,
   },
-  'progressive': {'training.n_iters': 500, 'model.ema_rate': 0.0},
+  'progressive': {'training.n_iters': 500, 'distill.late_iters': 3000, 'model.ema_rate': 0.0},
   'cd': {'training.n_iters': 2000},
   'ct': {'training.n_iters': 2000, 'distill.end_steps': 80},
   'ict': {'training.n_iters': 2000, 'distill.end_steps': 160},

@@ -11,6 +11,7 @@ import pytest
 from test_toy import TINY, UNSEEN
 from whole_runs import assert_same_bits, losses_in, state_of
 
+from builders.distillation import stages
 from configs.toy import two_moons
 import run_lib
 from runtime.errors import UserError
@@ -95,6 +96,15 @@ def test_each_stage_halves_the_steps_and_teaches_the_next(runs):
     begun = np.concatenate([x.ravel() for x in jax.tree.leaves(average)])
     ended = np.concatenate([x.ravel() for x in jax.tree.leaves(run_lib.load(str(stage))[1])])
     assert 0 < np.abs(ended - begun).max() < 0.1  # it began there, and learned
+
+
+def test_stages_of_few_steps_may_be_longer():
+  """The last one too, whose config a run that goes on is given without its own length."""
+  plain, late = stages(student()), stages(student(distill__late_iters=6))
+  assert [stage.training.n_iters for stage in plain] == [4, 4, 4]
+  lengths = [(stage.distill.end_steps, stage.training.n_iters) for stage in late]
+  assert lengths == [(8, 4), (4, 6), (2, 6)]
+  assert stages(late[-1])[-1].to_dict() == late[-1].to_dict()
 
 
 def test_samples_take_the_steps_of_the_stage(runs):
