@@ -48,7 +48,7 @@ def join(coordinator: str | None, count: int | None, number: int | None, seconds
 
 
 def share() -> dict[str, int]:
-  """This process's number and how many there are, as `data.sources` takes them."""
+  """This process's number and how many there are, as `data.batches` takes them."""
   return {'process_index': jax.process_index(), 'process_count': jax.process_count()}
 
 

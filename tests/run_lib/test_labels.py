@@ -153,6 +153,7 @@ def test_a_model_without_labels_refuses_them():
   setup = build(own.digits(base.vp('ddpmpp')))
   with pytest.raises(ValueError, match='takes no labels'):
     setup.model.bind({}, labels=jnp.zeros(2, jnp.int32))
+  assert setup.model.bind({}, labels=None).told == {}
 
 
 class PointNet(nn.Module):
