@@ -39,6 +39,7 @@ _GPUS = ('cuda', 'rocm')
 _stored_gradient = _barrier_on(('cpu',), 'stored_gradient')
 _stored = _barrier_on(('cpu', *_GPUS), 'stored', _stored_gradient)
 _apart = _barrier_on(_GPUS, 'apart')
+_as_made = _barrier_on(_GPUS, 'as_made', lambda gradient: gradient)
 
 
 def stored(x: Array) -> Array:
@@ -57,3 +58,11 @@ def apart(x: Array) -> Array:
   XLA merge what x is computed of with what is computed of x; the same holds for their gradients.
   """
   return _apart(x)
+
+
+def as_made(x: Array) -> Array:
+  """x as a library writes it; on GPUs XLA adds nothing to it there, but where it is read.
+
+  There an addition costs nothing. The library would read what is added as an array of its own.
+  """
+  return _as_made(x)

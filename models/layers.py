@@ -3,7 +3,7 @@
 Parameter names and shapes are those of the released code, so that its checkpoints fit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 import math
 
@@ -13,7 +13,7 @@ from jax import Array
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from models.barriers import apart, stored
+from models.barriers import apart, as_made, stored
 from runtime.shapes import Condition, Features, Images, Maps, PerRow
 
 Activation = Callable[[Array], Array]
@@ -38,18 +38,38 @@ def default_init(scale: float = 1.0) -> nn.initializers.Initializer:
   return nn.initializers.variance_scaling(scale or 1e-10, 'fan_avg', 'uniform')
 
 
+class Conv(nn.Module):
+  """A square convolution with DDPM's initialisation, (images) -> (maps, the bias [C] to add).
+
+  Who normalises the maps adds the bias there; `conv` adds it at once.
+  """
+
+  features: int
+  kernel: int = 3
+  stride: int = 1
+  init_scale: float = 1.0
+
+  @nn.compact
+  def __call__(self, x: Images) -> tuple[Maps, Array]:
+    shape = (self.kernel, self.kernel, x.shape[-1], self.features)
+    kernel = self.param('kernel', default_init(self.init_scale), shape)
+    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    y = jax.lax.conv_general_dilated(
+      x,
+      kernel.astype(x.dtype),
+      (self.stride, self.stride),
+      'SAME',
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+    return as_made(y), bias.astype(x.dtype)
+
+
 def conv(
   x: Images, features: int, kernel: int = 3, stride: int = 1, init_scale: float = 1.0
 ) -> Maps:
-  """A square convolution with DDPM's initialisation; call it inside a compact module."""
-  return nn.Conv(
-    features,
-    (kernel, kernel),
-    strides=(stride, stride),
-    padding='SAME',
-    kernel_init=default_init(init_scale),
-    dtype=x.dtype,
-  )(x)
+  """A square convolution with its bias; call it inside a compact module."""
+  y, bias = Conv(features, kernel, stride, init_scale)(x)
+  return y + bias
 
 
 def dense(x: Float[Array, '*b f'], features: int) -> Float[Array, '*b _']:
@@ -84,19 +104,46 @@ class GroupNorm(nn.Module):
   act: Activation = unchanged
 
   @nn.compact
-  def __call__(self, x: Images) -> Images:
+  def __call__(self, x: Images, *added: Array) -> Images:
+    """Normalises x, or the sum of x and of what is added to all pixels, [C] or [B, C]."""
     channels = x.shape[-1]
     if channels % self.num_groups:
       raise ValueError(f'{channels} channels cannot be shared by {self.num_groups} groups')
     scale = self.param('scale', nn.initializers.ones, (channels,))
     bias = self.param('bias', nn.initializers.zeros, (channels,))
+    if not added:
+      return self._of_sum(x, None, scale, bias)
 
+    def in_pixels(x: Array, scale: Array, bias: Array, *added: Array) -> Array:
+      for a in added:
+        x += a[..., None, None, :]
+      return self._of_sum(stored(x), None, scale, bias)
+
+    def in_moments(x: Array, scale: Array, bias: Array, *added: Array) -> Array:
+      each = sum((a.astype(jnp.float32) for a in added), jnp.zeros(x.shape[::3]))
+      return self._of_sum(x, each, scale, bias)
+
+    arguments = (x, scale, bias, *added)
+    return jax.lax.platform_dependent(
+      *arguments, cuda=in_moments, rocm=in_moments, default=in_pixels
+    )
+
+  def _of_sum(self, x: Array, added: Array | None, scale: Array, bias: Array) -> Array:
+    """Of x + added, for added [B, C] in float32, in whose stead its moments and shift change.
+
+    So the sum is never written, and the gradient by what is added no sum over pixels.
+    """
     h = x.astype(jnp.float32)
-    moments = jnp.stack([h.mean((1, 2)), (h * h).mean((1, 2))])  # [2, B, C]
-    by_group = moments.reshape(2, -1, self.num_groups, channels // self.num_groups)
+    mean, square = h.mean((1, 2)), (h * h).mean((1, 2))
+    if added is not None:
+      mean, square = mean + added, square + added * (2 * mean + added)
+    moments = jnp.stack([mean, square])  # [2, B, C]
+    by_group = moments.reshape(2, len(x), self.num_groups, -1)
     center, square = jnp.repeat(by_group.mean(-1), by_group.shape[-1], axis=-1)
     slope = scale * jax.lax.rsqrt(jnp.maximum(square - center * center, 0) + self.epsilon)
     shift = bias - center * slope
+    if added is not None:
+      shift += added * slope
     return _activated(x, apart(slope), apart(shift), self.act)
 
 
@@ -133,9 +180,15 @@ def _activated_jvp(
   return y, by_x + by_moments
 
 
-def group_norm(x: Images, min_group_size: int = 4, act: Activation = unchanged) -> Images:
-  """act(GroupNorm(x)), of 32 groups; fewer where one would have under `min_group_size` channels."""
-  return GroupNorm(min(x.shape[-1] // min_group_size, 32), act=act)(stored(x))
+def group_norm(
+  x: Images, min_group_size: int = 4, act: Activation = unchanged, added: Sequence[Array] = ()
+) -> Images:
+  """act(GroupNorm(x)), of 32 groups; fewer where one would have under `min_group_size` channels.
+
+  What is added to all pixels of x before, [C] or [B, C], is part of what is normalised.
+  """
+  norm = GroupNorm(min(x.shape[-1] // min_group_size, 32), act=act)
+  return norm(x, *added) if added else norm(stored(x))
 
 
 def attention(q: Tokens, k: Tokens, v: Tokens) -> Tokens:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models import layers, resample
-from models.layers import Activation, conv, dense, group_norm, NIN
+from models.layers import Activation, Conv, conv, dense, group_norm, NIN
 from runtime.shapes import Condition, Features, Images, Labels, Maps, PerRow
 
 RESBLOCK_TYPES = ('biggan', 'ddpm')
@@ -61,10 +61,11 @@ class ResnetBlockDDPMpp(nn.Module):
 
   @nn.compact
   def __call__(self, x: Images, temb: Features | None, train: bool) -> Maps:
-    h = conv(group_norm(x, self.min_group_size, self.act), self.features)
+    h = group_norm(x, self.min_group_size, self.act)
+    h, *added = Conv(self.features)(h)
     if temb is not None:
-      h += dense(self.act(temb), self.features)[:, None, None, :]
-    h = group_norm(h, self.min_group_size, self.act)
+      added.append(dense(self.act(temb), self.features))
+    h = group_norm(h, self.min_group_size, self.act, added)
     h = nn.Dropout(self.dropout)(h, deterministic=not train)
     h = conv(h, self.features, init_scale=self.init_scale)
     if x.shape[-1] != self.features:
@@ -90,10 +91,10 @@ class ResnetBlockBigGANpp(nn.Module):
     if self.direction:
       change = {'up': resample.upsample, 'down': resample.downsample}[self.direction]
       x, h = change(x, self.fir_kernel), change(h, self.fir_kernel)
-    h = conv(h, self.features)
+    h, *added = Conv(self.features)(h)
     if temb is not None:
-      h += dense(self.act(temb), self.features)[:, None, None, :]
-    h = group_norm(h, self.min_group_size, self.act)
+      added.append(dense(self.act(temb), self.features))
+    h = group_norm(h, self.min_group_size, self.act, added)
     h = nn.Dropout(self.dropout)(h, deterministic=not train)
     h = conv(h, self.features, init_scale=self.init_scale)
     if x.shape[-1] != self.features or self.direction:
