@@ -47,7 +47,7 @@ def digits(config: ConfigDict) -> ConfigDict:
   return config
 
 
-# Fashion-MNIST by size: what two CPU cores train in minutes, and all of its pixels, for hours.
+# Fashion-MNIST by size: two CPU cores train 16x16 in minutes, all of its pixels in 1 to 2 hours.
 FASHION_MNIST: dict[str, Changes] = {
   '16': {
     'data.image_size': 16,
@@ -65,7 +65,7 @@ FASHION_MNIST: dict[str, Changes] = {
     'model.ch_mult': (1, 2, 2),
     'model.attn_resolutions': (7, 14),
     'model.sigma_max': 22.0,
-    'training.n_iters': 20_000,
+    'training.n_iters': 6000,
     'training.snapshot_freq': 2000,
     'training.snapshot_freq_for_preemption': 200,
   },

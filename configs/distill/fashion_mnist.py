@@ -18,8 +18,8 @@ _CHANGES: dict[str, dict[str, base.Changes]] = {
     'ict': {'distill.end_steps': 160},
   },
   '28': {
-    '': {'training.n_iters': 10_000, **_ALL},
-    'progressive': {'training.n_iters': 2000, 'model.ema_rate': 0.0},
+    '': {'training.n_iters': 3000, **_ALL},
+    'progressive': {'training.n_iters': 1000, 'model.ema_rate': 0.0},
     'ct': {'distill.end_steps': 80},
     'ict': {'distill.end_steps': 160},
   },
