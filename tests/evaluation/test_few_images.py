@@ -123,11 +123,7 @@ def test_bits_of_one_image_have_no_standard_error(tmp_path, n):
   density = SimpleNamespace(
     estimates=lambda rngs, score_fn, x0: (-(x0**2).sum((1, 2, 3))[None], jnp.int32(7))
   )
-  bits = dataclasses.replace(
-    bits,
-    model=SimpleNamespace(num_classes=0, bind=lambda params, labels: None),
-    estimator=dataclasses.replace(bits.estimator, density=density),
-  )
+  bits = dataclasses.replace(bits, estimator=dataclasses.replace(bits.estimator, density=density))
   report = {'step': 6} | bits.measure({}, 6, epath.Path(tmp_path / 'step_6'))
   error = report['bpd_test_std_error']
   assert np.isfinite(report['bpd_test']) and (error is None if n == 1 else error > 0)
