@@ -152,20 +152,21 @@ def samples_of(row: Row, n: int) -> np.ndarray:
 def write(outcome: Outcome, others: Sequence[Outcome], docs: Path) -> None:
   """The tables into docs/results.md, and into docs/results/ a plot of all and pictures of samples.
 
-  `<name>_recipes.png` has a row of each recipe's samples, `<name>.png` those of the best by the
-  classifier's features.
+  `<name>.png` has samples of the best recipe by the classifier's features. Where there are several,
+  `<name>_recipes.png` has a row of each one's, and `recipes.png` compares them.
   """
   page, folder, name = docs / PAGE, docs / 'results', outcome['name'].lower()
   lines = [caption(outcome), '', *distance_table(outcome), '', *cost_table(outcome)]
   page.write_text(put(page.read_text(), outcome['name'], lines))
   folder.mkdir(exist_ok=True)
-  figure = plot([*others, outcome])
-  figure.savefig(folder / 'recipes.png', dpi=100, metadata={'Software': None})
-  pyplot.close(figure)
   seed = outcome['rows'][0]['seed']
   first = [row for row in outcome['rows'] if row['seed'] == seed]
-  of_each = np.concatenate([samples_of(row, COLUMNS) for row in first])
-  grid(of_each).save(folder / f'{name}_recipes.png', optimize=True)
+  if len(first) > 1:
+    figure = plot([*(other for other in others if len(other['rows']) > 1), outcome])
+    figure.savefig(folder / 'recipes.png', dpi=100, metadata={'Software': None})
+    pyplot.close(figure)
+    of_each = np.concatenate([samples_of(row, COLUMNS) for row in first])
+    grid(of_each).save(folder / f'{name}_recipes.png', optimize=True)
   best = min(first, key=lambda row: row['distances'][str(SHOWN)][_FRECHET['classifier']])
   grid(samples_of(best, 8 * COLUMNS)).save(folder / f'{name}.png', optimize=True)
   print('\n'.join(['', *lines, '', f'best at {SHOWN} evaluations: {best["recipe"]}']), flush=True)

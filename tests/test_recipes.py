@@ -7,6 +7,7 @@ from pathlib import Path
 from etils import epath
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 
 from benchmarks import recipes, results_page, small_classifier
@@ -70,14 +71,24 @@ def runs(tmp_path_factory) -> Path:
   return folder
 
 
-def test_the_command_leaves_tables_a_plot_and_pictures(runs):
+def test_the_command_leaves_tables_and_pictures(runs):
   page = (runs / 'quick' / 'results.md').read_text()
   rows = [line.split('|')[1:-1] for line in page.splitlines() if line.startswith('| EDM | 1 |')]
   assert '640 images seen' in page and 'Heun (35)' in page
   values = [float(cell) for cell in rows[0][3:]]
   assert len(values) == 2 and all(value > 0 for value in values)
   pictures = {path.name for path in (runs / 'quick' / 'results').iterdir()}
-  assert pictures == {'recipes.png', 'digits.png', 'digits_recipes.png'}
+  assert pictures == {'digits.png'}  # one recipe is compared with none
+
+
+def test_several_recipes_are_plotted_beside_each_other(runs, tmp_path):
+  outcome = json.loads((runs / 'quick' / 'digits' / recipes.OUTCOME).read_text())
+  (tmp_path / results_page.PAGE).write_text((DOCS / results_page.PAGE).read_text())
+  other = outcome['rows'][0] | {'recipe': 'flow'}
+  results_page.write(outcome | {'rows': [*outcome['rows'], other]}, [outcome], tmp_path)
+  pictures = {path.name: Image.open(path).size for path in (tmp_path / 'results').iterdir()}
+  assert pictures.keys() == {'recipes.png', 'digits.png', 'digits_recipes.png'}
+  assert pictures['recipes.png'] == (900, 340)  # one set of data: the other has one recipe alone
 
 
 def test_what_is_measured_is_not_measured_again(runs, monkeypatch):
