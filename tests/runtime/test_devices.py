@@ -20,7 +20,7 @@ KEY_DATA = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(('purpose', 'data'), zip(PURPOSES[:11], KEY_DATA, strict=True))
+@pytest.mark.parametrize(('purpose', 'data'), list(zip(PURPOSES[:11], KEY_DATA, strict=True)))
 def test_keys_are_what_they_always_were(purpose, data):
   key = Keys(42, all_devices()).key(purpose, 7)
   assert tuple(jax.random.key_data(key).tolist()) == data
