@@ -111,40 +111,38 @@ class GroupNorm(nn.Module):
       raise ValueError(f'{channels} channels cannot be shared by {self.num_groups} groups')
     scale = self.param('scale', nn.initializers.ones, (channels,))
     bias = self.param('bias', nn.initializers.zeros, (channels,))
-    if not added:
-      return self._of_sum(x, None, scale, bias)
-
-    def in_pixels(x: Array, scale: Array, bias: Array, *added: Array) -> Array:
-      for a in added:
-        x += a[..., None, None, :]
-      return self._of_sum(stored(x), None, scale, bias)
-
-    def in_moments(x: Array, scale: Array, bias: Array, *added: Array) -> Array:
-      each = sum((a.astype(jnp.float32) for a in added), jnp.zeros(x.shape[::3]))
-      return self._of_sum(x, each, scale, bias)
-
-    arguments = (x, scale, bias, *added)
-    return jax.lax.platform_dependent(
-      *arguments, cuda=in_moments, rocm=in_moments, default=in_pixels
-    )
-
-  def _of_sum(self, x: Array, added: Array | None, scale: Array, bias: Array) -> Array:
-    """Of x + added, for added [B, C] in float32, in whose stead its moments and shift change.
-
-    So the sum is never written, and the gradient by what is added no sum over pixels.
-    """
+    beside = None  # [B, C], in whose stead moments and shift change
+    if added:
+      x, beside = jax.lax.platform_dependent(
+        x, *added, cuda=_kept_beside, rocm=_kept_beside, default=_summed
+      )
     h = x.astype(jnp.float32)
     mean, square = h.mean((1, 2)), (h * h).mean((1, 2))
-    if added is not None:
-      mean, square = mean + added, square + added * (2 * mean + added)
+    if beside is not None:
+      mean, square = mean + beside, square + beside * (2 * mean + beside)
     moments = jnp.stack([mean, square])  # [2, B, C]
     by_group = moments.reshape(2, len(x), self.num_groups, -1)
     center, square = jnp.repeat(by_group.mean(-1), by_group.shape[-1], axis=-1)
     slope = scale * jax.lax.rsqrt(jnp.maximum(square - center * center, 0) + self.epsilon)
     shift = bias - center * slope
-    if added is not None:
-      shift += added * slope
+    if beside is not None:
+      shift += beside * slope
     return _activated(x, apart(slope), apart(shift), self.act)
+
+
+def _summed(x: Array, *added: Array) -> tuple[Array, Array]:
+  """x with all that is added to it, and nothing beside."""
+  for a in added:
+    x += a[..., None, None, :]
+  return stored(x), jnp.zeros(x.shape[::3])
+
+
+def _kept_beside(x: Array, *added: Array) -> tuple[Array, Array]:
+  """x as it is, and what is added to it, [B, C] in float32.
+
+  So the sum is never written, and the gradient by what is added no sum over pixels.
+  """
+  return x, sum((a.astype(jnp.float32) for a in added), jnp.zeros(x.shape[::3]))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
