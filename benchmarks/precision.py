@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import common
+from benchmarks import common, training
 from builders.setup import Setup
 from builders.training import make_schedule, score_task
 from data.batches import train_batches
@@ -36,7 +36,7 @@ def curve(setup: Setup, source: Source, held_out: Source) -> dict[str, Any]:
   batches = train_batches(held_out, size, seed=0)
   fixed = [(setup.devices.put(next(batches)), setup.keys.key('eval', i)) for i in range(HELD_OUT)]
   batches.close()
-  start = jax.jit(task.init, compiler_options=loop.once_options())(setup.keys.key('init'))
+  start = training.initial(setup)
   every, losses, times = setup.config.training.n_iters // STRETCHES, [], []
   found = {'step': [], 'training': [], 'held out': []}
   began = time.perf_counter()

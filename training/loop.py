@@ -254,9 +254,8 @@ def updates(
 ) -> Iterator[tuple[TrainState, int, Metrics]]:
   """Trains to the end; yields state, step and metrics after every call of the device.
 
-  The states are `as_trained`; `training.packing.unpacked` makes trees of them.
+  The states, the first one too, are `as_trained`; `training.packing.unpacked` makes trees of them.
   """
-  state = as_trained(state, devices)
   step, rng, n = int(state.step), keys.key(task.purposes[1]), schedule.n_jitted_steps
   one_step, many_steps = compile_steps(task, schedule, devices, state)
   with contextlib.closing(

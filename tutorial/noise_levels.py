@@ -17,7 +17,6 @@ from samplers.time_grids import TimeGrid
 from sampling import AnnealedLangevin, NoPredictor, PCSampler
 from sde_lib import VESDE
 from training import loop
-from training.packing import unpacked
 from tutorial import common
 
 
@@ -105,7 +104,7 @@ def averaging(ax: Axes) -> list[str]:
   for state, step, _ in loop.updates(
     task, make_schedule(setup.config), setup.devices, setup.keys, source, start
   ):
-    pair = (unpacked(state.params), state.ema_params)
+    pair = (state.params, state.ema_params)
     both = [sums(params, batch, key)['score_error'] for params in pair]
     rows.append((step, *(float(total) / 5000 for total in both)))
   steps, plain, averaged = np.array(rows).T

@@ -33,6 +33,14 @@ def as_on_gpus(monkeypatch):
   monkeypatch.setattr(Devices, 'platform', 'gpu')
 
 
+def of_small_and_stacked():
+  """A config whose network has parameters that are joined, and others that are stacked."""
+  config = two_moons.get_config()
+  config.model.nf = 72
+  assert config.model.nf**2 > SMALL
+  return config
+
+
 def state_of(params):
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
   return TrainState(jnp.int32(5), params, (params, params), tx.init(params))
@@ -123,7 +131,7 @@ def _is_packed(x):
 
 
 def test_a_step_is_the_same_step(as_on_gpus):
-  config = two_moons.get_config()
+  config = of_small_and_stacked()
   config.training.update(batch_size=4, skip_nonfinite=True, grad_accum=2)
   setup = build(config)
   task, key = score_task(setup), jax.random.key(0)
@@ -143,7 +151,7 @@ def test_a_step_is_the_same_step(as_on_gpus):
 
 def test_a_run_leaves_trees_behind_and_goes_on_from_them(as_on_gpus, tmp_path, monkeypatch):
   """A run that is packed, stopped and resumed has the checkpoints, and the end, of a plain one."""
-  config = two_moons.get_config()
+  config = of_small_and_stacked()
   config.training.update(n_iters=4, snapshot_freq=2, eval_freq=2, log_freq=2, n_jitted_steps=2)
   config.training.update(snapshot_freq_for_preemption=2, snapshot_sampling=False, batch_size=8)
   with monkeypatch.context() as on_cpus:
