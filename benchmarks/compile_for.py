@@ -31,274 +31,23 @@ kernels, nor what waits for the host.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 import dataclasses
-from functools import partial
-import importlib.util
-import os
 from pathlib import Path
-import re
 import sys
-import time
 from typing import Any
-from unittest import mock
 
 from absl import flags
 import jax
-from jax import Array
-from jax.experimental import topologies
-from jax.extend.core import Jaxpr, jaxpr_as_fun, jaxprs_in_params
-import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from benchmarks import common, hlo
-from builders.setup import build, Setup
-from builders.training import score_task
-import likelihood
+from benchmarks.programs import compile_program, flop, on_this_machine, PROGRAMS
+from benchmarks.targets import chip_of, devices_of, TARGETS
+from builders.setup import build
 import main as command
-from runtime.devices import out_of_memory
 from runtime.errors import unknown, UserError
-from runtime.shapes import Told
-from samplers import base
-import sampling
-from training import loop
-from training.step import finite_step
 from workdir.artifacts import json_text
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """A chip as its vendor describes it: bytes/s of its memory, dense FLOP/s of a matrix product."""
-
-  bandwidth: float
-  bfloat16: float
-  float32: float  # at JAX's default precision: TF32 on GPUs, one pass of bfloat16 on TPUs
-
-
-CHIPS = {
-  # https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet, H100 SXM; its
-  # figures are with sparsity, twice these.
-  'h100': Chip(3.35e12, 989e12, 495e12),
-  # https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e
-  'v4': Chip(1.228e12, 275e12, 275e12),
-  'v5e': Chip(0.819e12, 197e12, 197e12),
-  'v5p': Chip(2.765e12, 459e12, 459e12),
-  'v6e': Chip(1.64e12, 918e12, 918e12),
-}
-TARGETS = ('h100', 'tpu', 'cpu')
-_COMPILERS = {  # of a target: modules, one of which must be there, and what brings it
-  'h100': (('jax_plugins.xla_cuda13', 'jax_plugins.xla_cuda12'), 'jax[cuda13]'),
-  'tpu': (('libtpu',), 'jax[tpu]'),
-  'cpu': (('jax',), 'jax'),
-}
-
-
-def devices_of(target: str, slice_name: str) -> list[jax.Device]:
-  """The devices that a target and its slice describe.
-
-  Raises:
-    UserError: if the compiler is not installed, or there is no such slice.
-  """
-  modules, package = _COMPILERS[target]
-  if not any(_installed(module) for module in modules):
-    raise UserError(
-      f'the compiler for {target} is not installed; pip install "{package}=={jax.__version__}"'
-    )
-  if target != 'tpu' and not re.fullmatch('[1-9][0-9]*', slice_name):
-    raise UserError(f'the slice of {target} is a number of devices, such as 1; got {slice_name!r}')
-  if target == 'cpu':
-    if int(slice_name) > len(jax.devices('cpu')):
-      raise UserError(f'this machine has {len(jax.devices("cpu"))} device; got {slice_name}')
-    return jax.devices('cpu')[: int(slice_name)]
-  if target == 'tpu':
-    slices, topology = _slices(slice_name)
-    chip = topology.partition(':')[0]
-    if chip not in CHIPS:
-      raise unknown('the TPU', chip, [name for name in CHIPS if name != 'h100'])
-    os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # else it looks for its cloud
-    os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # no chip is taken
-    choices: dict[str, Any] = {'topology_name': topology, 'platform': 'tpu'}
-    choices |= {'num_slices': slices} if slices > 1 else {}
-  else:
-    choices = {'topology_name': '', 'platform': 'cuda', 'topology': f'1x1x{slice_name}'}
-    choices['target_config'] = Path(__file__).with_name('h100.txtpb').read_text()
-  try:
-    return list(topologies.get_topology_desc(**choices).devices)
-  except (RuntimeError, NotImplementedError, ValueError) as error:
-    reason = str(error).partition('\n')[0][:200]
-    raise UserError(f'{target} {slice_name!r} is no topology that it knows: {reason}') from error
-
-
-def _slices(name: str) -> tuple[int, str]:
-  """How many slices, and the topology of each: 2 and v5e:16x16 of 2xv5e:16x16."""
-  found = re.fullmatch(r'([1-9][0-9]*)x(v.*)', name)
-  return (int(found[1]), found[2]) if found else (1, name)
-
-
-def _installed(module: str) -> bool:
-  try:
-    return importlib.util.find_spec(module) is not None
-  except ModuleNotFoundError:  # of the package that it is in
-    return False
-
-
-# The programs.
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-  """A function, and the shapes and shardings of its arguments."""
-
-  function: Callable[..., Any]
-  arguments: tuple[Any, ...]
-  donated: tuple[int, ...] = ()
-  results: Any = None  # their shardings, where they are prescribed
-
-
-def _shapes(tree: Any, where: NamedSharding) -> Any:
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
-
-
-def _key(setup: Setup) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=setup.devices.replicated)
-
-
-def training_step(setup: Setup) -> Program:
-  """One step, as the training loop compiles it."""
-  task, config, devices = score_task(setup), setup.config, setup.devices
-  n, points = config.training.batch_size, bool(config.data.dim)
-  batch = {'data': jax.ShapeDtypeStruct((n, *setup.data_shape), 'float32' if points else 'uint8')}
-  if setup.model.num_classes:
-    batch['label'] = jax.ShapeDtypeStruct((n,), 'int32')
-  if channels := setup.model.condition_channels:
-    batch['condition'] = jax.ShapeDtypeStruct((n, *setup.data_shape[:-1], channels), 'uint8')
-  initial = jax.eval_shape(task.init, _key(setup))
-  state = jax.eval_shape(partial(loop.as_trained, devices=devices), initial)
-  shardings = devices.state_shardings(state)
-  state = jax.tree.map(_shapes, state, shardings)
-  update = partial(finite_step, task.update) if config.training.skip_nonfinite else task.update
-  arguments = (state, None, _shapes(batch, devices.batch), _key(setup))
-  return Program(update, arguments, (0,), (shardings, devices.replicated))
-
-
-def sampler_segment(setup: Setup) -> Program:
-  """The sampler, stopped after the first of the segments that it is cut into."""
-
-  def first(advance: Callable, state: Any, n: int, observe: Any) -> Any:
-    return advance(state, 0, -(-n // base.SEGMENTS))
-
-  def draw(params: Any, rng: Array) -> Array:
-    score_fn = _score(setup, params, shape[0])
-    with mock.patch.object(base, 'in_segments', first):
-      return setup.sampler(rng, score_fn, shape, sharding=setup.devices.batch)[0]
-
-  shape = (setup.config.eval.batch_size, *setup.data_shape)
-  return Program(draw, (_params(setup), _key(setup)), (), setup.devices.batch)
-
-
-def likelihood_step(setup: Setup) -> Program:
-  """Drift and divergence of the probability flow, as a solver of the likelihood asks for them."""
-  n, devices = setup.config.eval.batch_size, setup.devices
-
-  def drift(params: Any, x: Array, v: Array, t: Array) -> tuple[Array, Array]:
-    flow = sampling.ProbabilityFlow(_score(setup, params, n), setup.model.sde)
-    return likelihood.VolumeChange(flow, v)((x, jnp.zeros((1, len(x)))), t)
-
-  x = jax.ShapeDtypeStruct((n, *setup.data_shape), 'float32')
-  v = jax.ShapeDtypeStruct((1, *x.shape), 'float32')  # one probe
-  t = jax.ShapeDtypeStruct((), 'float32', sharding=devices.replicated)
-  return Program(drift, (_params(setup), _shapes(x, devices.batch), _shapes(v, devices.batches), t))
-
-
-def _score(setup: Setup, params: Any, n: int) -> Any:
-  """The score of n rows, of one condition where the model is told any."""
-  told = Told()
-  if channels := setup.model.condition_channels:
-    told['condition'] = jnp.zeros((n, *setup.data_shape[:-1], channels))
-  return setup.model.bind(params, **told)
-
-
-def _params(setup: Setup) -> Any:
-  """The average, as evaluation restores it."""
-  init = partial(setup.model.init, shape=(1, *setup.data_shape))
-  params = jax.eval_shape(init, _key(setup))
-  return jax.tree.map(_shapes, params, setup.devices.state_shardings(params))
-
-
-PROGRAMS: dict[str, Callable[[Setup], Program]] = {
-  'step': training_step,
-  'sampler': sampler_segment,
-  'likelihood': likelihood_step,
-}
-
-
-def compile_program(program: Program) -> tuple[Any, dict[str, Any]]:
-  """The compiled program and the numbers of it that need no reading of its text."""
-  began = time.perf_counter()
-  jitted = jax.jit(program.function, donate_argnums=program.donated, out_shardings=program.results)
-  try:
-    lowered = jitted.lower(*program.arguments)
-  except jax.errors.ConcretizationTypeError:
-    raise UserError(
-      'Python drives the sampler of this config step by step, so that there is no one program of '
-      'it; --config.sampling.method=pc has one'
-    ) from None
-  traced = time.perf_counter()
-  with common.no_cache(), _what_does_not_fit():
-    compiled = lowered.compile()
-  memory, took = compiled.memory_analysis(), time.perf_counter() - traced
-  return compiled, {
-    'trace': traced - began,
-    'compile': took,
-    'arguments': memory.argument_size_in_bytes,
-    'temporary': memory.temp_size_in_bytes,
-  }
-
-
-@contextmanager
-def _what_does_not_fit() -> Iterator[None]:
-  """Says in one line what XLA says of a program that is too large for a device."""
-  try:
-    yield
-  except jax.errors.JaxRuntimeError as error:
-    if not out_of_memory(error):
-      raise
-    reason = str(error).partition('\n')[0].rpartition('CompileTimeHbmOom: ')[2]
-    raise UserError(f'the program does not fit a device: {reason}') from error
-
-
-def _on_this_machine(config: ConfigDict) -> Setup:
-  """A config's parts for one device of this machine, where XLA can count FLOP."""
-  whole = config.copy_and_resolve_references()
-  whole.training.fsdp = 1
-  return build(whole, jax.devices('cpu')[:1])
-
-
-def flop(program: Program) -> float:
-  """FLOP of a program on a device of this machine, before it is optimised."""
-  bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.arguments)
-  traced = jax.jit(program.function).trace(*bare)
-  return float(traced.lower().cost_analysis()['flops']) + _further_turns(traced.jaxpr.jaxpr)
-
-
-def _further_turns(jaxpr: Jaxpr) -> float:
-  """FLOP of all turns but the first of the scans in a program, which XLA counts once."""
-  total = 0.0
-  for equation in jaxpr.eqns:
-    for inner in jaxprs_in_params(equation.params):
-      total += _further_turns(inner)
-    if equation.primitive.name == 'scan':
-      body = equation.params['jaxpr']
-      shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in body.in_avals]
-      lowered = jax.jit(jaxpr_as_fun(body)).lower(*shapes)
-      turn = float(lowered.cost_analysis()['flops']) + _further_turns(body.jaxpr)
-      total += (equation.params['length'] - 1) * turn
-  return total
-
-
-# The command.
 
 
 def measure(
@@ -322,13 +71,13 @@ def measure(
   result |= {
     'what': what,
     'devices': n,
-    'flop': flop(PROGRAMS[what](_on_this_machine(config))) / n,
+    'flop': flop(PROGRAMS[what](on_this_machine(config))) / n,
     'bytes': sum(moved for _, moved in kinds.values()),
     'kernels': sum(count for count, _ in kinds.values()),
     'kinds': kinds,
     'collectives': [dataclasses.asdict(row) for row in hlo.collectives_by_kind(parsed)],
   }
-  chip = CHIPS.get('h100' if target == 'h100' else _slices(slice_name)[1].partition(':')[0])
+  chip = chip_of(target, slice_name)
   if chip is not None:
     peak = getattr(chip, setup.config.model.dtype)
     result |= {'floor_bytes': result['bytes'] / chip.bandwidth, 'floor_flop': result['flop'] / peak}

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from benchmarks import common, compile_for, hlo
+from benchmarks import common, compile_for, hlo, programs
 from builders.setup import build
 from runtime.devices import everywhere, InParts
 from training import loop
@@ -37,7 +37,7 @@ def plan(config: ConfigDict, batch: int, fsdp: int) -> dict[str, Any]:
   # Other batches must be shared by the devices too.
   fixed |= {'training.snapshot_samples': batch, 'eval.batch_size': batch}
   config.update_from_flattened_dict(fixed | {'eval.num_samples': 16 * batch})
-  program = compile_for.training_step(build(config))
+  program = programs.training_step(build(config))
   state = program.arguments[0]
   step = jax.jit(program.function, donate_argnums=program.donated, out_shardings=program.results)
   with common.no_cache():

@@ -28,10 +28,7 @@ from evaluation.held_out_loss import HeldOutLoss, Loss
 from evaluation.labels import count_classes, in_turn, LabelLaw
 from evaluation.reference import Images, Reference, ReferenceFile
 from evaluation.sample_quality import Comparison, OfImages, SampleQuality
-from evaluation.tasks import (
-  input_files,
-  read_image,
-)
+from evaluation.tasks import input_files, read_image
 from likelihood import Likelihood, LikelihoodBound
 from runtime.errors import UserError
 from training import consistency

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import pytest
 
-from benchmarks import compile_for, hlo
+from benchmarks import compile_for, hlo, programs, targets
 from builders.setup import build
 from configs.vp import digits
 from runtime.errors import UserError
@@ -228,7 +228,7 @@ def test_flop_of_a_scan_are_those_of_all_its_turns() -> None:
     return jax.lax.scan(lambda x, _: step(x, w), x, length=5)[0]
 
   x = jax.ShapeDtypeStruct((64, 64), 'float32')
-  found = compile_for.flop(compile_for.Program(function, (x, x)))
+  found = programs.flop(programs.Program(function, (x, x)))
   assert found == pytest.approx(5 * 3 * 2 * 64**3, rel=0.01)
 
 
@@ -251,9 +251,7 @@ def _tiny() -> ConfigDict:
 
 def test_each_program_of_a_config() -> None:
   config = _tiny()
-  results = {
-    what: compile_for.measure('cpu', '1', config, what)[0] for what in compile_for.PROGRAMS
-  }
+  results = {what: compile_for.measure('cpu', '1', config, what)[0] for what in programs.PROGRAMS}
   for what, result in results.items():
     assert result['kinds']['convolution or product'][0] > 0, what
     assert result['bytes'] > 4 * 4 * 8 * 8 * 8 and result['temporary'] > 0, what
@@ -266,9 +264,9 @@ def test_each_program_of_a_config() -> None:
   assert 'GB moved' in compile_for.table(results['step'])
 
 
-@pytest.mark.parametrize('what', compile_for.PROGRAMS)
+@pytest.mark.parametrize('what', programs.PROGRAMS)
 def test_what_is_for_cpus_stays_there(what: str) -> None:
-  program = compile_for.PROGRAMS[what](build(_tiny(), jax.devices()[:1]))
+  program = programs.PROGRAMS[what](build(_tiny(), jax.devices()[:1]))
   bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.arguments)
   traced = jax.jit(program.function).trace(*bare)
   barriers = {
@@ -279,7 +277,7 @@ def test_what_is_for_cpus_stays_there(what: str) -> None:
 
 
 def test_floors_are_those_of_the_chip() -> None:
-  h100, v5e = compile_for.CHIPS['h100'], compile_for.CHIPS['v5e']
+  h100, v5e = targets.CHIPS['h100'], targets.CHIPS['v5e']
   assert h100.bandwidth / v5e.bandwidth == pytest.approx(4.09, abs=0.01)
   assert h100.bfloat16 > h100.float32 and v5e.bfloat16 == v5e.float32
 
@@ -304,16 +302,16 @@ def test_errors_are_one_line(arguments, message, capsys) -> None:
 
 @pytest.mark.parametrize('target, package', [('tpu', 'jax[tpu]'), ('h100', 'jax[cuda13]')])
 def test_a_compiler_that_is_missing_is_named(target, package, monkeypatch) -> None:
-  monkeypatch.setattr(compile_for, '_installed', lambda module: False)
+  monkeypatch.setattr(targets, '_installed', lambda module: False)
   with pytest.raises(UserError, match='is not installed; pip install') as error:
-    compile_for.devices_of(target, '1')
+    targets.devices_of(target, '1')
   assert f'"{package}==' in str(error.value)
 
 
 def test_a_tpu_that_is_unknown(monkeypatch) -> None:
-  monkeypatch.setattr(compile_for, '_installed', lambda module: True)
+  monkeypatch.setattr(targets, '_installed', lambda module: True)
   with pytest.raises(UserError, match='allowed: v4, v5e, v5p, v6e'):
-    compile_for.devices_of('tpu', 'v5x:2x2')
+    targets.devices_of('tpu', 'v5x:2x2')
 
 
 def test_a_sampler_that_python_drives_has_no_program() -> None:
