@@ -32,7 +32,7 @@ from training.consistency import (
 )
 from training.curricula import Constant, Grid, Growing
 from training.optim import LearningRate, radam
-from training.packing import FOR_GPUS, packed, unpacked
+from training.packing import packed, STACKED, unpacked
 from training.step import TrainState
 
 EPS = 0.002
@@ -161,7 +161,7 @@ def test_the_schedules_of_times_and_of_the_target(golden, start, end, mu, steps)
 @pytest.mark.parametrize('case', ['cd', 'ct'])
 def test_training_goes_on_from_a_released_checkpoint(setup, states, golden, case):
   """Three steps: gradients, RAdam, the average and then the target with the new parameters."""
-  sde, state = setup.model.sde, packed(states[case], FOR_GPUS)
+  sde, state = setup.model.sde, packed(states[case], STACKED)
   lr, teacher, objective = {
     'cd': (4e-4, states['edm'].ema_params, consistency_distillation(sde, EPS, 18)),
     'ct': (2e-4, None, consistency_training(sde, EPS, 1000, 2, 20, distance=consistency.l1)),

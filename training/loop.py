@@ -19,7 +19,7 @@ from runtime import processes
 from runtime.devices import Devices, Keys
 from runtime.errors import UserError
 from training.checkpoints import Checkpoints, Notes
-from training.packing import FOR_GPUS, FOR_TPUS, packed, SMALL_ALONE, unpacked
+from training.packing import packed, SMALL, STACKED, unpacked
 from training.step import Batch, finite_step, Metrics, TrainState
 from workdir.artifacts import Metrics as MetricsFile
 from workdir.progress import Stop, TrainLog
@@ -225,9 +225,8 @@ def as_trained(state: TrainState, devices: Devices) -> TrainState:
   """
   if devices.platform == 'cpu':
     return state
-  if devices.rows is not None:  # large arrays lie in parts on the devices
-    return packed(state, SMALL_ALONE)
-  return packed(state, FOR_GPUS if devices.platform == 'gpu' else FOR_TPUS)
+  in_parts = devices.rows is not None  # large arrays are spread over the devices
+  return packed(state, STACKED if devices.platform == 'gpu' and not in_parts else SMALL)
 
 
 def compile_steps(

@@ -2,19 +2,20 @@
 
 A device starts a kernel for each array and each purpose: clipping, Adam, averages, norms. NCSN++
 has 571 arrays, of which 384 are biases, scales and shifts of a few hundred numbers. So the training
-loop joins these in one vector, and stacks the others, all of one shape in one array, in parameters,
-averages and moments alike. A network gets slices of them, each cast as it is read. All that is done
-number by number stays what it was, to the bit; a norm over all parameters adds up in another order.
+loop joins these in one vector, in parameters, averages and moments alike. A network gets slices of
+them, each cast as it is read. All that is done number by number stays what it was, to the bit; a
+norm over all parameters adds up in another order.
 
-GPUs keep kernels of convolutions outputs first, [O, H, W, I], as cuDNN reads and writes them:
-otherwise gradients, moments and parameters are transposed in each step.
+GPUs stack the others too, all of one shape in one array, and keep kernels of convolutions there
+outputs first, [O, H, W, I], as cuDNN reads and writes them: otherwise gradients, moments and
+parameters are transposed in each step. TPUs do not: they start a kernel at little cost, and a stack
+makes them move a tenth more bytes (docs/compiled.md).
 
 Very large arrays stay alone, since a kernel of their own costs nothing there and a copy much; so do
 all but the small where `training.fsdp` spreads them over devices. CPUs join nothing: there a kernel
 costs nothing to start. Nor do checkpoints know of it.
 """
 
-import dataclasses
 from functools import partial
 import math
 from typing import Any
@@ -26,42 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 
 SMALL = 4096  # numbers, at most, of an array that is part of the vector
-STACKED = 2**22  # of an array that is stacked with others
+STACKED = 2**22  # of one that is stacked with others, where any are
 
 Shape = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Packing:
-  """What is joined.
-
-  Attributes:
-    stacked: numbers of the largest array that is stacked; with 0, only small ones are joined.
-    outputs_first: stack kernels of convolutions, [H, W, I, O], as [O, H, W, I].
-  """
-
-  stacked: int = 0
-  outputs_first: bool = False
-
-  def is_joined(self, leaf: Any) -> bool:
-    """Whether an array, or its shape and dtype, is part of another."""
-    return leaf.dtype == np.float32 and leaf.size <= max(SMALL, self.stacked)
-
-  def moved(self, x: Array) -> Array:
-    """An array as it lies in a stack."""
-    return jnp.moveaxis(x, -1, 0) if self._moves(x) else x
-
-  def moved_back(self, x: Array) -> Array:
-    """An array of a stack as it was."""
-    return jnp.moveaxis(x, 0, -1) if self._moves(x) else x
-
-  def _moves(self, x: Array) -> bool:
-    return self.outputs_first and x.ndim == 4
-
-
-SMALL_ALONE = Packing()
-FOR_GPUS = Packing(STACKED, outputs_first=True)
-FOR_TPUS = Packing(STACKED)
 
 
 @flax.struct.dataclass
@@ -72,24 +40,27 @@ class Packed:
   stacks: tuple[Array, ...]  # float32 [n, ...], one for each shape, in the order of the first leaf
   rest: Any  # the tree, with None in place of each leaf that is joined
   shapes: tuple[Shape, ...] = flax.struct.field(pytree_node=False)  # of leaves that are joined
-  packing: Packing = flax.struct.field(pytree_node=False)
+  largest: int = flax.struct.field(pytree_node=False)  # numbers of an array that is joined
 
 
 def pack_like(parameters: Any, tree: Any) -> Any:
   """A tree like parameters that may be packed, such as their gradient, packed if they are."""
-  return _pack(tree, parameters.packing) if isinstance(parameters, Packed) else tree
+  return _pack(tree, parameters.largest) if isinstance(parameters, Packed) else tree
 
 
-def packed(state: Any, packing: Packing) -> Any:
-  """A training state, with all that is a tree like its parameters packed."""
+def packed(state: Any, largest: int) -> Any:
+  """A training state, with all that is a tree like its parameters packed.
+
+  Arrays of up to `largest` numbers are joined: `SMALL`, or `STACKED`.
+  """
   like: Any = jax.tree.structure(state.params)
 
   def is_like(tree: Any) -> bool:
     return bool(jax.tree.structure(tree) == like)
 
-  if sum(map(packing.is_joined, jax.tree.leaves(state.params))) < 2:
+  if sum(_is_joined(leaf, largest) for leaf in jax.tree.leaves(state.params)) < 2:
     return state
-  return jax.tree.map(lambda x: _pack(x, packing) if is_like(x) else x, state, is_leaf=is_like)
+  return jax.tree.map(lambda x: _pack(x, largest) if is_like(x) else x, state, is_leaf=is_like)
 
 
 def unpacked(tree: Any) -> Any:
@@ -101,45 +72,58 @@ def unpacked(tree: Any) -> Any:
   return jax.tree.map(lambda x: _unpack(x) if is_packed(x) else x, tree, is_leaf=is_packed)
 
 
-def _pack(tree: Any, packing: Packing) -> Packed:
-  joined = [leaf for leaf in jax.tree.leaves(tree) if packing.is_joined(leaf)]
+def _pack(tree: Any, largest: int) -> Packed:
+  joined = [leaf for leaf in jax.tree.leaves(tree) if _is_joined(leaf, largest)]
   shapes = tuple(leaf.shape for leaf in joined)
-  small, stacks = _joined(joined, packing)
-  rest = jax.tree.map(lambda leaf: None if packing.is_joined(leaf) else leaf, tree)
-  return Packed(small, stacks, rest, shapes, packing)
+  small, stacks = _joined(joined)
+  rest = jax.tree.map(lambda leaf: None if _is_joined(leaf, largest) else leaf, tree)
+  return Packed(small, stacks, rest, shapes, largest)
 
 
 def _unpack(tree: Packed) -> Any:
-  parts = iter(_parts(tree.small, tree.stacks, tree.shapes, tree.packing))
+  parts = iter(_parts(tree.small, tree.stacks, tree.shapes))
   leaves, structure = jax.tree.flatten(tree.rest, is_leaf=lambda leaf: leaf is None)
   return jax.tree.unflatten(structure, [next(parts) if leaf is None else leaf for leaf in leaves])
+
+
+def _is_joined(leaf: Any, largest: int) -> bool:
+  """Whether an array, or its shape and dtype, is part of another."""
+  return leaf.dtype == np.float32 and leaf.size <= largest
 
 
 def _is_small(shape: Shape) -> bool:
   return math.prod(shape) <= SMALL
 
 
-@partial(jax.jit, static_argnums=1)
-def _joined(arrays: list[Array], packing: Packing) -> tuple[Array, tuple[Array, ...]]:
+def _outputs_first(x: Array) -> Array:
+  """The kernel of a convolution, [H, W, I, O], as it lies in a stack; others as they are."""
+  return jnp.moveaxis(x, -1, 0) if x.ndim == 4 else x
+
+
+def _outputs_last(x: Array) -> Array:
+  """What `_outputs_first` made, as it was."""
+  return jnp.moveaxis(x, 0, -1) if x.ndim == 4 else x
+
+
+@jax.jit
+def _joined(arrays: list[Array]) -> tuple[Array, tuple[Array, ...]]:
   """The vector of the small of some arrays, and the stacks of the others."""
   small = [x.reshape(-1) for x in arrays if _is_small(x.shape)]
   stacks: dict[Shape, list[Array]] = {}
   for x in arrays:
     if not _is_small(x.shape):
-      stacks.setdefault(x.shape, []).append(packing.moved(x))
+      stacks.setdefault(x.shape, []).append(_outputs_first(x))
   return jnp.concatenate(small or [jnp.zeros(0)]), tuple(map(jnp.stack, stacks.values()))
 
 
-@partial(jax.jit, static_argnums=(2, 3))
-def _parts(
-  small: Array, stacks: tuple[Array, ...], shapes: tuple[Shape, ...], packing: Packing
-) -> list[Array]:
+@partial(jax.jit, static_argnums=2)
+def _parts(small: Array, stacks: tuple[Array, ...], shapes: tuple[Shape, ...]) -> list[Array]:
   """The arrays that `_joined` joined, in their order."""
   ends = np.cumsum([math.prod(shape) for shape in shapes if _is_small(shape)])
   vectors = iter(jnp.split(small, ends[:-1]))
   kinds = dict.fromkeys(shape for shape in shapes if not _is_small(shape))
   layers = {kind: iter(jnp.unstack(stack)) for kind, stack in zip(kinds, stacks, strict=True)}
   return [
-    next(vectors).reshape(shape) if _is_small(shape) else packing.moved_back(next(layers[shape]))
+    next(vectors).reshape(shape) if _is_small(shape) else _outputs_last(next(layers[shape]))
     for shape in shapes
   ]

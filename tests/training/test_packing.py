@@ -15,13 +15,10 @@ import run_lib
 from runtime.devices import Devices
 from training import loop
 from training.packing import (
-  FOR_GPUS,
-  FOR_TPUS,
   pack_like,
   Packed,
   packed,
   SMALL,
-  SMALL_ALONE,
   STACKED,
   unpacked,
 )
@@ -60,7 +57,7 @@ def test_small_arrays_are_one_vector():
     'empty': jnp.zeros((0, 4)),
   }
   state = state_of(params)
-  joined = packed(state, SMALL_ALONE)
+  joined = packed(state, SMALL)
   of_opt = [x for x in jax.tree.leaves(joined, is_leaf=_is_packed) if _is_packed(x)]
   assert len(of_opt) == 1 + 2 + 2  # parameters, two averages, two moments
   assert joined.params.small.shape == (SMALL + 1 + 6,)
@@ -71,12 +68,11 @@ def test_small_arrays_are_one_vector():
   assert_same(unpacked(joined), state)
   assert_same(unpacked(joined.params), params)
   assert_same(joined.ema_params, params)
-  assert_same(packed(joined, SMALL_ALONE), joined)  # twice is once
+  assert_same(packed(joined, SMALL), joined)  # twice is once
   assert_same(unpacked(pack_like(joined.params, params)), params)
 
 
-@pytest.mark.parametrize('packing', [FOR_GPUS, FOR_TPUS])
-def test_large_arrays_of_one_shape_are_stacked(packing):
+def test_large_arrays_of_one_shape_are_stacked():
   """In the order of the leaves, whatever stands between; very large ones and halves stay."""
   kernels = jax.random.normal(jax.random.key(0), (2, 3, 3, 32, 16))
   matrices = jax.random.normal(jax.random.key(1), (2, 64, 72))  # as many numbers as a kernel
@@ -90,8 +86,8 @@ def test_large_arrays_of_one_shape_are_stacked(packing):
     'g': jnp.full((72, 64), 5.0),  # the only one
   }
   state = state_of(params)
-  joined = packed(state, packing)
-  of_kernels = jnp.moveaxis(kernels, -1, 1) if packing.outputs_first else kernels
+  joined = packed(state, STACKED)
+  of_kernels = jnp.moveaxis(kernels, -1, 1)  # outputs first
   for stack, expected in zip(
     joined.params.stacks, (of_kernels, matrices, params['g'][None]), strict=True
   ):
@@ -104,10 +100,10 @@ def test_large_arrays_of_one_shape_are_stacked(packing):
 
 
 @pytest.mark.parametrize('params', [jnp.ones(3), {'w': jnp.ones(3)}, {'w': jnp.ones(2 * SMALL)}])
-@pytest.mark.parametrize('packing', [SMALL_ALONE, FOR_GPUS])
-def test_one_array_is_left_alone(params, packing):
+@pytest.mark.parametrize('largest', [SMALL, STACKED])
+def test_one_array_is_left_alone(params, largest):
   state = state_of(params)
-  assert packed(state, packing) is state
+  assert packed(state, largest) is state
   assert pack_like(state.params, params) is params
 
 
@@ -123,11 +119,28 @@ def test_adam_is_the_same_to_the_bit():
     updates, opt_state = tx.update(pack_like(state.params, grads), state.opt_state, state.params)
     return optax.apply_updates(state.params, updates), opt_state
 
-  assert_same(unpacked(step(packed(state, FOR_GPUS), grads)), step(state, grads))
+  assert_same(unpacked(step(packed(state, STACKED), grads)), step(state, grads))
 
 
 def _is_packed(x):
   return isinstance(x, Packed)
+
+
+def test_what_each_platform_joins(monkeypatch):
+  """GPUs all arrays, TPUs the small ones, CPUs none."""
+  setup = build(of_small_and_stacked())
+  state = jax.eval_shape(score_task(setup).init, jax.random.key(0))
+
+  def joined(platform):
+    monkeypatch.setattr(Devices, 'platform', platform)
+    params = jax.eval_shape(partial(loop.as_trained, devices=setup.devices), state).params
+    return (bool(params.stacks), bool(jax.tree.leaves(params.rest))) if _is_packed(params) else None
+
+  assert [joined(platform) for platform in ('cpu', 'tpu', 'gpu')] == [
+    None,
+    (False, True),
+    (True, False),
+  ]
 
 
 def test_a_step_is_the_same_step(as_on_gpus):
