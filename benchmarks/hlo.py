@@ -35,7 +35,7 @@ _FREE = {
   'parameter', 'get-tuple-element', 'tuple', 'bitcast', 'constant', 'after-all', 'partition-id',
   'replica-id', 'opt-barrier', 'add-dependency', 'while', 'conditional', 'call',
 }  # fmt: skip
-_MOVES = {'copy', 'copy-start', 'transpose', 'convert', 'slice', 'concatenate', 'reshape', 'pad'}
+_MOVES = {'copy', 'transpose', 'convert', 'slice', 'concatenate', 'reshape', 'pad'}
 _LINE = re.compile(r'\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)')
 _ARRAY = re.compile(r'\b([a-z]+[0-9]*)\[([0-9,]*)\](?:\{([^}]*)\})?')
 _CALLED = re.compile(r'(?:calls|body|condition|to_apply|\w+_computation)=%?([\w.\-]+)')
@@ -214,8 +214,8 @@ def _parts_read(inside: list[Instruction], name: str) -> Iterator[int | None]:
       yield from _parts_read(inside, one.name)
     elif one.operands[0] != name or name in one.operands[1:]:
       yield None
-    elif one.op in ('slice', 'dynamic-slice'):
-      yield nbytes(one.shape, on_chip=True)
+    elif one.op in ('slice', 'slice-start', 'dynamic-slice'):
+      yield nbytes(_written(one), on_chip=True)
     else:
       yield 0 if one.op == 'dynamic-update-slice' else None
 
@@ -234,8 +234,9 @@ def _is_free(one: Instruction) -> bool:
 
 
 def _written(one: Instruction) -> str:
-  """What an instruction writes: of a copy that is begun, the first of its tuple."""
-  return _ARRAY.search(one.shape)[0] if one.op == 'copy-start' else one.shape
+  """What an instruction writes; of a copy or a slice that is begun, its tuple holds more."""
+  place = {'copy-start': 0, 'slice-start': 1}.get(one.op)  # after a slice's operand
+  return one.shape if place is None else list(_ARRAY.finditer(one.shape))[place][0]
 
 
 def kind_of(hlo: Hlo, one: Instruction) -> str:
@@ -259,7 +260,7 @@ def kind_of(hlo: Hlo, one: Instruction) -> str:
 def _ops(hlo: Hlo, one: Instruction) -> Iterator[str]:
   """The operations of an instruction: its own, or those that are fused in it."""
   if one.op != 'fusion':
-    yield one.op
+    yield one.op.removesuffix('-start')
     return
   for name in one.called:
     for inner in hlo.computations.get(name, []):

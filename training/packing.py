@@ -9,7 +9,7 @@ norm over all parameters adds up in another order.
 GPUs stack the others too, all of one shape in one array, and keep kernels of convolutions there
 outputs first, [O, H, W, I], as cuDNN reads and writes them: otherwise gradients, moments and
 parameters are transposed in each step. TPUs do not: they start a kernel at little cost, and a stack
-makes them move a tenth more bytes (docs/compiled.md).
+makes them move a third more bytes (docs/compiled.md).
 
 Very large arrays stay alone, since a kernel of their own costs nothing there and a copy much; so do
 all but the small where `training.fsdp` spreads them over devices. CPUs join nothing: there a kernel
