@@ -135,20 +135,20 @@ def test_bytes_of_shapes() -> None:
 # As libtpu writes it: S(1) and S(2) are on the chip, and tuples also hold what is copied from.
 BROUGHT = """HloModule jit_step, is_scheduled=true
 
-ENTRY %main (x: f32[512,512]) -> f32[512,512] {
-  %x = f32[512,512]{1,0:T(8,128)} parameter(0)
-  %slice-start.1 = ((f32[512,512]{1,0:T(8,128)}), f32[128,512]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:128], [0:512]}
-  %slice-done.1 = f32[128,512]{1,0:T(8,128)S(1)} slice-done(%slice-start.1)
-  %copy-start.1 = (f32[512,512]{1,0:T(8,128)S(1)}, f32[512,512]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
-  %copy-done.1 = f32[512,512]{1,0:T(8,128)S(1)} copy-done(%copy-start.1)
-  ROOT %y = f32[512,512]{1,0:T(8,128)} negate(%copy-done.1)
+ENTRY %main (x: f32[16,8]) -> f32[16,8] {
+  %x = f32[16,8]{1,0:T(8,128)} parameter(0)
+  %slice-start.1 = ((f32[16,8]{1,0:T(8,128)}), f32[4,8]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:4], [0:8]}
+  %slice-done.1 = f32[4,8]{1,0:T(8,128)S(1)} slice-done(%slice-start.1)
+  %copy-start.1 = (f32[16,8]{1,0:T(8,128)S(1)}, f32[16,8]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
+  %copy-done.1 = f32[16,8]{1,0:T(8,128)S(1)} copy-done(%copy-start.1)
+  ROOT %y = f32[16,8]{1,0:T(8,128)} negate(%copy-done.1)
 }
-"""
+"""  # noqa: E501
 
 
 def test_what_a_tpu_brings_to_the_chip_is_read_once() -> None:
   """Of a slice the slice, of a copy the array; what is there already is not read again."""
-  whole = 4 * 512 * 512
+  whole = 4 * 16 * 8
   assert hlo.by_kind(hlo.parse(BROUGHT)) == {
     'copy': (2, whole // 4 + whole),
     'element-wise': (1, whole),  # written
