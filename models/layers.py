@@ -111,34 +111,34 @@ class GroupNorm(nn.Module):
       raise ValueError(f'{channels} channels cannot be shared by {self.num_groups} groups')
     scale = self.param('scale', nn.initializers.ones, (channels,))
     bias = self.param('bias', nn.initializers.zeros, (channels,))
-    beside = None  # [B, C], in whose stead moments and shift change
+    offset = None  # [B, C], in whose stead moments and shift change
     if added:
-      x, beside = jax.lax.platform_dependent(
-        x, *added, cuda=_kept_beside, rocm=_kept_beside, default=_summed
+      x, offset = jax.lax.platform_dependent(
+        x, *added, cuda=_as_offset, rocm=_as_offset, default=_summed
       )
     h = x.astype(jnp.float32)
     mean, square = h.mean((1, 2)), (h * h).mean((1, 2))
-    if beside is not None:
-      mean, square = mean + beside, square + beside * (2 * mean + beside)
+    if offset is not None:
+      mean, square = mean + offset, square + offset * (2 * mean + offset)
     moments = jnp.stack([mean, square])  # [2, B, C]
     by_group = moments.reshape(2, len(x), self.num_groups, -1)
     center, square = jnp.repeat(by_group.mean(-1), by_group.shape[-1], axis=-1)
     slope = scale * jax.lax.rsqrt(jnp.maximum(square - center * center, 0) + self.epsilon)
     shift = bias - center * slope
-    if beside is not None:
-      shift += beside * slope
+    if offset is not None:
+      shift += offset * slope
     return _activated(x, apart(slope), apart(shift), self.act)
 
 
 def _summed(x: Array, *added: Array) -> tuple[Array, Array]:
-  """x with all that is added to it, and nothing beside."""
+  """x with all that is added to it, and an offset of nothing."""
   for a in added:
     x += a[..., None, None, :]
   return stored(x), jnp.zeros(x.shape[::3])
 
 
-def _kept_beside(x: Array, *added: Array) -> tuple[Array, Array]:
-  """x as it is, and what is added to it, [B, C] in float32.
+def _as_offset(x: Array, *added: Array) -> tuple[Array, Array]:
+  """x as it is, and as its offset what is added to it, [B, C] in float32.
 
   So the sum is never written, and the gradient by what is added no sum over pixels.
   """
